@@ -1,0 +1,61 @@
+"""DB-KSVD dictionaries of transformer activations: learned in seconds, scored like SAEs.
+
+The path of the data, and the module that walks each step::
+
+    text ── activations/ ── shards on disk ── learning/ ── dictionary.py ── sae.py ── evaluation/ ── reporting/
+            harvest          safetensors       DB-KSVD      the value        SAELens    SAEBench       tables,
+                             + manifest                     that travels     SAE                       plots
+
+``pipeline.py`` runs the steps from one YAML (``config.py``), ``cli.py`` is ``ksvd-sae``.
+Public names load on first use, so ``import ksvd_sae`` stays quick and pulls in neither
+sae_lens nor transformers; it does tell SAELens, should that be loaded later, how to find the
+``db_ksvd`` architecture (see ``_registration.py``).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ksvd_sae._registration import register_when_sae_lens_loads
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "DoubleBatchKSVD": "ksvd_sae.learning.dbksvd",
+    "Code": "ksvd_sae.learning.sparse_coding",
+    "matching_pursuit": "ksvd_sae.learning.sparse_coding",
+    "orthogonal_matching_pursuit": "ksvd_sae.learning.sparse_coding",
+    "Dictionary": "ksvd_sae.dictionary",
+    "ActivationShards": "ksvd_sae.activations.shards",
+    "RunConfig": "ksvd_sae.config",
+    "load_config": "ksvd_sae.config",
+    "DBKSVDSAE": "ksvd_sae.sae",
+    "DBKSVDSAEConfig": "ksvd_sae.sae",
+    "sae_from_dictionary": "ksvd_sae.sae",
+    "KsvdSaeError": "ksvd_sae.errors",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from ksvd_sae.activations.shards import ActivationShards
+    from ksvd_sae.config import RunConfig, load_config
+    from ksvd_sae.dictionary import Dictionary
+    from ksvd_sae.errors import KsvdSaeError
+    from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+    from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
+    from ksvd_sae.sae import DBKSVDSAE, DBKSVDSAEConfig, sae_from_dictionary
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(_PUBLIC[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'ksvd_sae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_when_sae_lens_loads()

@@ -1,0 +1,55 @@
+"""Makes SAELens know the ``db_ksvd`` architecture without importing SAELens.
+
+SAELens finds SAE classes in a registry that is filled by importing the class. Importing
+sae_lens takes seconds, so ``import ksvd_sae`` must not; yet a user who writes
+``import ksvd_sae; SAE.load_from_disk(...)`` expects it to work. So ``import ksvd_sae`` leaves a
+hook that imports ``ksvd_sae.sae`` right after ``sae_lens`` has been imported, or does so at once
+if sae_lens is already there.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+
+class _AfterSaeLens(importlib.abc.MetaPathFinder):
+    """Finds sae_lens as usual, and wraps its loader so that our class is registered after it."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "sae_lens":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisteringLoader(spec.loader)
+        return spec
+
+
+class _RegisteringLoader(importlib.abc.Loader):
+    def __init__(self, inner: importlib.abc.Loader):
+        self._inner = inner
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._inner.exec_module(module)
+        import_module("ksvd_sae.sae")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+
+def register_when_sae_lens_loads() -> None:
+    """Register ``db_ksvd`` now if sae_lens is loaded, else as soon as it is."""
+    if "sae_lens" in sys.modules:
+        # sae_lens is still being imported when it lacks its last name: then our hook did it.
+        if hasattr(sys.modules["sae_lens"], "SAE"):
+            import_module("ksvd_sae.sae")
+    elif not any(isinstance(finder, _AfterSaeLens) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterSaeLens())

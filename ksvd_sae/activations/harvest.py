@@ -1,0 +1,278 @@
+"""The harvest stage: from documents to shuffled shards with statistics.
+
+Two steps, both resumable. Collecting runs the model and writes the activations as they come into
+``raw/`` parts, one part after another; a harvest that was stopped goes on at the next part. Finishing
+drops outlier tokens, shuffles over the whole harvest and writes the shards that training reads; then
+``raw/`` is deleted. The held-out part comes from other documents than the training part.
+"""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.shards import (
+    ACTIVATIONS_KEY,
+    STAGE,
+    STATISTICS_FILE,
+    ActivationShards,
+    shard_name,
+    write_shard,
+    write_statistics,
+)
+from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
+from ksvd_sae.activations.text import contexts
+from ksvd_sae.config import RunConfig
+from ksvd_sae.errors import ManifestError, ShardError, TextError
+from ksvd_sae.progress import Advance, progress
+from ksvd_sae.provenance import (
+    content_hash,
+    file_sha256,
+    is_finished,
+    require_disk_space,
+    write_json,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+PARTS = ("heldout", "train")
+HELDOUT_DOCUMENTS = "heldout_documents.jsonl"
+_KEY_FILE = "key.json"
+
+
+def harvest_key(config: RunConfig, source_hashes: dict[str, str]) -> dict[str, Any]:
+    """Everything that a harvest's content follows from.
+
+    Args: source_hashes: hashes of model and text where they are known (offline sources).
+    """
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "text": config.text.model_dump(mode="json"),
+        "harvest": config.harvest.model_dump(mode="json"),
+        "seed": config.seed,
+        "sources": source_hashes,
+    }
+
+
+def harvest_folder(root: Path, key: dict[str, Any]) -> Path:
+    model, hook = key["model"]["name"].split("/")[-1], key["model"]["hook"]
+    return root / "activations" / f"{model}-{hook}-{content_hash(key)}"
+
+
+def run_harvest(
+    config: RunConfig,
+    folder: Path,
+    key: dict[str, Any],
+    reader: Callable[[], ActivationReader],
+    texts: Callable[[], Iterator[str]],
+) -> ActivationShards:
+    """Collect and finish a harvest in ``folder``, or reuse the finished one there.
+
+    Args:
+        key: see ``harvest_key``; a folder that another key made is refused.
+        reader: called once, and only if there is something left to collect.
+        texts: the documents, in the same order at every call.
+    Raises: TextError (the text ends too early), ActivationError, DiskSpaceError, ManifestError.
+    """
+    if is_finished(folder, STAGE, key):
+        logger.info("harvest: reusing %s", folder)
+        return ActivationShards.open(folder, key=key)
+    _claim(folder, key)
+    started = time.perf_counter()
+    collected = {part: _read_parts(folder, part) for part in PARTS}
+    wanted = {"heldout": config.harvest.heldout_tokens, "train": config.harvest.train_tokens}
+    if any(_n_tokens(collected[part]) < wanted[part] for part in PARTS):
+        _collect(config, folder, reader(), texts(), collected, wanted)
+    _finish(config, folder, key, collected, started)
+    return ActivationShards.open(folder, key=key)
+
+
+def _claim(folder: Path, key: dict[str, Any]) -> None:
+    """Mark an unfinished folder as this key's, or refuse it if it is another's."""
+    path = folder / _KEY_FILE
+    if path.exists() and content_hash(json.loads(path.read_text())) != content_hash(key):
+        raise ManifestError(
+            f"harvest: {folder} holds an unfinished harvest of another config",
+            cause="the folder was moved or edited",
+            cure="move it away and run again",
+        )
+    write_json(path, key)
+
+
+# ---------------------------------------------------------------- collecting
+
+
+def _read_parts(folder: Path, part: str) -> list[dict[str, Any]]:
+    """Entries of the raw parts that are whole, in order; what follows a broken one is collected again."""
+    entries: list[dict[str, Any]] = []
+    for index in count():
+        path = folder / "raw" / f"{part}-{index:05d}.json"
+        if not path.exists():
+            return entries
+        entry = json.loads(path.read_text())
+        shard = path.with_name(entry["file"])
+        if not shard.exists() or file_sha256(shard) != entry["sha256"]:
+            logger.warning("harvest: raw part %s is missing or altered; collecting it again", shard)
+            return entries
+        entries.append(entry)
+    return entries
+
+
+def _n_tokens(entries: list[dict[str, Any]]) -> int:
+    return sum(entry["n_samples"] for entry in entries)
+
+
+def _collect(
+    config: RunConfig,
+    folder: Path,
+    reader: ActivationReader,
+    texts: Iterator[str],
+    collected: dict[str, list[dict[str, Any]]],
+    wanted: dict[str, int],
+) -> None:
+    settings = config.harvest
+    batch_tokens = settings.batch_contexts * (settings.context_tokens - 1)
+    with progress("harvest", sum(wanted.values()), "tokens") as advance:
+        for part in PARTS:
+            # Each part has documents of its own: the text goes on after those that the parts before it drew.
+            drawn: list[str] = []
+            stream = contexts(_remember(texts, drawn), reader.model.tokenizer, settings.context_tokens)
+            done = collected[part]
+            skip = sum(entry["n_contexts"] for entry in done)
+            skipped = sum(1 for _ in islice(stream, skip))
+            advance(_n_tokens(done))
+            while _n_tokens(done) < wanted[part]:
+                limit = min(settings.shard_tokens, wanted[part] - _n_tokens(done))
+                entry = _collect_part(folder, part, len(done), stream, reader, settings.batch_contexts, limit, advance)
+                if entry is None:
+                    raise TextError(
+                        f"harvest: the text ended before {wanted[part]:,} {part} tokens",
+                        got=f"{_n_tokens(done):,} tokens from {skipped + len(drawn)} documents",
+                        cause="too short a text, or a filter that leaves nothing",
+                        cure=f"ask for fewer tokens (harvest.{part}_tokens) or give more text; "
+                        f"a batch is {batch_tokens:,} tokens",
+                    )
+                done.append(entry)
+            if part == "heldout":
+                with (folder / HELDOUT_DOCUMENTS).open("w") as file:
+                    file.writelines(json.dumps({"text": text}) + "\n" for text in drawn)
+
+
+def _remember(texts: Iterator[str], drawn: list[str]) -> Iterator[str]:
+    for text in texts:
+        drawn.append(text)
+        yield text
+
+
+def _collect_part(
+    folder: Path,
+    part: str,
+    index: int,
+    stream: Iterator[Tensor],
+    reader: ActivationReader,
+    batch_contexts: int,
+    wanted_tokens: int,
+    advance: Advance,
+) -> dict[str, Any] | None:
+    """Whole batches of contexts until ``wanted_tokens`` are there, as one raw part; None if the text is over."""
+    rows: list[Tensor] = []
+    n_tokens = n_contexts = 0
+    while n_tokens < wanted_tokens:
+        batch = list(islice(stream, batch_contexts))
+        if not batch:
+            return None
+        x_ND = reader.read(torch.stack(batch)).cpu()
+        if not rows:
+            size = wanted_tokens * x_ND.shape[1] * x_ND.element_size()
+            require_disk_space(folder / "raw", size, f"harvest: writing raw part {part}-{index:05d}")
+        rows.append(x_ND)
+        n_tokens, n_contexts = n_tokens + len(x_ND), n_contexts + len(batch)
+        advance(len(x_ND))
+    path = folder / "raw" / f"{part}-{index:05d}.safetensors"
+    entry = {**write_shard(path, torch.cat(rows)), "n_contexts": n_contexts}
+    write_json(path.with_suffix(".json"), entry)
+    return entry
+
+
+# ---------------------------------------------------------------- finishing
+
+
+def _finish(
+    config: RunConfig, folder: Path, key: dict[str, Any], collected: dict[str, list[dict[str, Any]]], started: float
+) -> None:
+    """Outliers out, shuffle, statistics, shards, manifest; then the raw parts go."""
+    raw = {part: [_open_raw(folder, entry) for entry in collected[part]] for part in PARTS}
+    d_in = raw["train"][0].shape[1]
+    norms = {part: [torch.linalg.vector_norm(x_ND, dim=1) for x_ND in raw[part]] for part in PARTS}
+    median_norm, limit = outlier_limit(torch.cat(norms["train"]), config.harvest.outlier_factor)
+    itemsize = 2 if config.harvest.dtype == "bfloat16" else 4
+    n_total = sum(len(n) for n in chain(*norms.values()))
+    require_disk_space(folder, n_total * d_in * itemsize, "harvest: writing shuffled shards")
+    running, parts = RunningStatistics(d_in), {}
+    for part in PARTS:
+        kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
+        parts[part] = _write_shuffled(config, folder, part, raw[part], kept, running if part == "train" else None)
+        parts[part]["outliers"] = sum(len(n) for n in norms[part]) - sum(len(k) for k in kept)
+    statistics = running.result(median_norm)
+    write_statistics(folder / STATISTICS_FILE, statistics)
+    write_manifest(
+        folder,
+        STAGE,
+        key,
+        d_in=d_in,
+        parts=parts,
+        statistics={
+            "n_samples": statistics.n_samples,
+            "mean_norm": statistics.mean_norm,
+            "median_norm": statistics.median_norm,
+            "scale": statistics.scale,
+            "outlier_limit": limit if limit != float("inf") else None,
+        },
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    raw.clear()
+    shutil.rmtree(folder / "raw")
+
+
+def _open_raw(folder: Path, entry: dict[str, Any]) -> Tensor:
+    # safetensors maps the file: rows are read from disk as they are gathered.
+    x_ND: Tensor = load_file(folder / "raw" / entry["file"])[ACTIVATIONS_KEY]
+    if len(x_ND) != entry["n_samples"]:
+        raise ShardError(f"harvest: raw part {entry['file']} does not hold what its entry says", cure="run again")
+    return x_ND
+
+
+def _write_shuffled(
+    config: RunConfig,
+    folder: Path,
+    part: str,
+    raw: list[Tensor],
+    kept: list[Tensor],
+    running: RunningStatistics | None,
+) -> dict[str, Any]:
+    """Shards in one random order over the whole part, gathered from the raw parts shard by shard."""
+    where = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
+    generator = torch.Generator().manual_seed(config.seed + PARTS.index(part))
+    where = where[torch.randperm(len(where), generator=generator)]
+    entries = []
+    for index, start in enumerate(range(0, len(where), config.harvest.shard_tokens)):
+        wanted = where[start : start + config.harvest.shard_tokens]
+        shard_ND = torch.empty(len(wanted), raw[0].shape[1])
+        for source in torch.unique(wanted[:, 0]).tolist():
+            slots = (wanted[:, 0] == source).nonzero().flatten()
+            shard_ND[slots] = raw[source][wanted[slots, 1]]
+        # Statistics are of what is stored, so that training and statistics agree to the bit.
+        stored_ND = shard_ND.to(getattr(torch, config.harvest.dtype))
+        if running is not None:
+            running.add(stored_ND)
+        entries.append(write_shard(folder / part / shard_name(index), stored_ND))
+    return {"n_samples": len(where), "shards": entries}

@@ -1,0 +1,120 @@
+"""A language model and one hook in it: tokens in, activations of the non-special tokens out."""
+
+import difflib
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ksvd_sae.config import ModelConfig
+from ksvd_sae.errors import ActivationError, HookError, HubError
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(config: ModelConfig, device: torch.device) -> "HookedTransformer":
+    """The model as SAEBench loads it: no folding, no centring.
+
+    Raises: HubError: a name that TransformerLens does not know (with the nearest), or weights that are neither
+        in the cache nor reachable.
+    """
+    check_model_name(config.name)
+    from transformer_lens import HookedTransformer
+
+    try:
+        model = HookedTransformer.from_pretrained_no_processing(
+            config.name, device=str(device), dtype=getattr(torch, config.dtype)
+        )
+    except (OSError, ValueError) as error:
+        raise HubError(
+            f"loading model {config.name!r}: {str(error).splitlines()[0][:300]}",
+            cause="no network and no copy in the Hub cache, or a gated model without `hf auth login`",
+            cure="check with `ksvd-sae doctor`; accept the model's terms on its Hub page; or use model.source: offline",
+        ) from error
+    return model.eval()
+
+
+def check_model_name(name: str) -> None:
+    """Raise HubError for a model that TransformerLens does not know, before anything is downloaded."""
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    try:
+        get_official_model_name(name)
+    except ValueError as error:
+        known = [*MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        raise HubError(
+            f"model {name!r}: TransformerLens does not know this name",
+            cure=f"did you mean {' or '.join(map(repr, near))}?" if near else "see TransformerLens' model table",
+        ) from error
+
+
+def hook_layer(hook: str) -> int | None:
+    """The block that a hook name lies in, None for hooks outside the blocks."""
+    found = re.match(r"blocks\.(\d+)\.", hook)
+    return int(found.group(1)) if found else None
+
+
+def check_hook(model: "HookedTransformer", hook: str) -> None:
+    """Raise HookError for a hook name that the model lacks, with the nearest that it has."""
+    if hook in model.hook_dict:
+        return
+    near = difflib.get_close_matches(hook, list(model.hook_dict), n=3, cutoff=0.3)
+    raise HookError(
+        f"model {model.cfg.model_name!r} has no hook {hook!r}",
+        limit=f"blocks.0 to blocks.{model.cfg.n_layers - 1}",
+        cure=f"did you mean {' or '.join(map(repr, near))}?",
+    )
+
+
+class ActivationReader:
+    """Runs contexts up to the hook's layer and keeps the activations of ordinary tokens."""
+
+    def __init__(self, model: "HookedTransformer", hook: str):
+        check_hook(model, hook)
+        self.model, self.hook = model, hook
+        layer = hook_layer(hook)
+        # Hooks outside the blocks (embed, final norm) need the whole model or none of it: let it run through.
+        self._stop_at_layer = None if layer is None else layer + 1
+        special = sorted({i for i in _special_ids(model.tokenizer) if i is not None})
+        self._special = torch.tensor(special, device=model.cfg.device)
+
+    @torch.no_grad()
+    def read(self, tokens_BL: Tensor) -> Tensor:
+        """(n, d_in) float32 activations of the tokens that are not special, in reading order.
+
+        Heads, if the hook has them, are flattened into d_in.
+        Raises: ActivationError on NaN or infinity.
+        """
+        tokens_BL = tokens_BL.to(self.model.cfg.device)
+        kept: list[Tensor] = []
+
+        def keep(activation: Tensor, hook: Any) -> None:
+            kept.append(activation)
+
+        self.model.run_with_hooks(
+            tokens_BL, return_type=None, stop_at_layer=self._stop_at_layer, fwd_hooks=[(self.hook, keep)]
+        )
+        x_BLD = kept[0].flatten(2).float()
+        ordinary_BL = ~torch.isin(tokens_BL, self._special)
+        x_ND = x_BLD[ordinary_BL]
+        finite_N = torch.isfinite(x_ND).all(dim=1)
+        if not bool(finite_N.all()):
+            context, position = ordinary_BL.nonzero()[int((~finite_N).int().argmax())].tolist()
+            raise ActivationError(
+                f"harvest: {int((~finite_N).sum())} of {len(x_ND)} activations of {self.hook} hold NaN or infinity",
+                got=f"first at context {context} of the batch, position {position}",
+                cause=f"overflow in {self.model.cfg.dtype}, or broken weights",
+                cure="set model.dtype to bfloat16 or float32",
+            )
+        return x_ND
+
+
+def _special_ids(tokenizer: Any) -> list[int | None]:
+    return [*tokenizer.all_special_ids, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]

@@ -1,0 +1,163 @@
+"""Activations on disk: safetensors shards with a manifest, read back in batches of any size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ksvd_sae.activations.statistics import Statistics
+from ksvd_sae.errors import ShapeError, ShardError
+from ksvd_sae.provenance import atomic_path, file_sha256, read_manifest
+
+STAGE = "harvest"
+ACTIVATIONS_KEY = "activations"
+STATISTICS_FILE = "statistics.safetensors"
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.safetensors"
+
+
+def write_shard(path: Path, x_ND: Tensor) -> dict[str, Any]:
+    """Write one shard whole; returns its entry for the manifest."""
+    with atomic_path(path) as temporary:
+        save_file({ACTIVATIONS_KEY: x_ND.contiguous()}, temporary)
+    return {"file": path.name, "n_samples": len(x_ND), "sha256": file_sha256(path)}
+
+
+def write_statistics(path: Path, statistics: Statistics) -> None:
+    with atomic_path(path) as temporary:
+        save_file({"centre": statistics.centre_D, "variance": statistics.variance_D}, temporary)
+
+
+@dataclass
+class ActivationShards:
+    """One part ('train' or 'heldout') of a harvest, in the shuffled order of its shards.
+
+    Every shard's checksum is verified the first time it is read.
+    """
+
+    folder: Path
+    part: str
+    manifest: dict[str, Any] = field(repr=False)
+    _verified: set[str] = field(default_factory=set, repr=False)
+
+    @classmethod
+    def open(cls, folder: Path, part: str = "train", key: dict[str, Any] | None = None) -> "ActivationShards":
+        """Open a finished harvest.
+
+        Args:
+            key: what the harvest should have been made from; see ``read_manifest``.
+        Raises: ManifestError (unfinished, or another config), ShardError (a shard is missing).
+        """
+        manifest = read_manifest(folder, STAGE, key)
+        shards = cls(folder, part, manifest)
+        for entry in shards._entries:
+            if not (folder / part / entry["file"]).exists():
+                raise ShardError(
+                    f"opening harvest {folder}: {part}/{entry['file']} is missing",
+                    cause="the file was deleted or moved",
+                    cure=f"delete {folder} and run `ksvd-sae harvest` again",
+                )
+        return shards
+
+    @property
+    def _entries(self) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = self.manifest["parts"][self.part]["shards"]
+        return entries
+
+    @property
+    def n_samples(self) -> int:
+        return sum(entry["n_samples"] for entry in self._entries)
+
+    @property
+    def d_in(self) -> int:
+        return int(self.manifest["d_in"])
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of the training part, whichever part this is."""
+        path = self.folder / STATISTICS_FILE
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ShardError(
+                f"reading {path}: {error}", cause="missing or truncated", cure=f"delete {self.folder} and harvest again"
+            ) from error
+        numbers = self.manifest["statistics"]
+        return Statistics(
+            numbers["n_samples"], tensors["centre"], tensors["variance"], numbers["mean_norm"], numbers["median_norm"]
+        )
+
+    @property
+    def centre_D(self) -> Tensor:
+        return self.statistics.centre_D
+
+    def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterator[Tensor]:
+        """(B, d_in) float32 tensors that cover the part once; the last may be shorter.
+
+        Args:
+            seed: None keeps the order on disk (which the harvest shuffled); a seed shuffles the shards,
+                and the samples inside each.
+        """
+        if batch_samples < 1:
+            raise ShapeError("batches: batch_samples must be at least 1", got=batch_samples)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        order = list(range(len(self._entries)))
+        if generator is not None:
+            order = torch.randperm(len(self._entries), generator=generator).tolist()
+        waiting: list[Tensor] = []
+        n_waiting = 0
+        for index in order:
+            shard_ND = self.read_shard(index)
+            if generator is not None:
+                shard_ND = shard_ND[torch.randperm(len(shard_ND), generator=generator)]
+            while len(shard_ND):
+                taken = shard_ND[: batch_samples - n_waiting]
+                shard_ND = shard_ND[len(taken) :]
+                waiting.append(taken)
+                n_waiting += len(taken)
+                if n_waiting == batch_samples:
+                    yield torch.cat(waiting).float()
+                    waiting, n_waiting = [], 0
+        if waiting:
+            yield torch.cat(waiting).float()
+
+    def tensor(self) -> Tensor:
+        """The whole part as one (N, d_in) float32 tensor."""
+        return next(self.batches(self.n_samples))
+
+    def read_shard(self, index: int) -> Tensor:
+        """One shard as stored.
+
+        Raises: ShardError if the file is truncated, altered or not what the manifest says.
+        """
+        entry = self._entries[index]
+        path = self.folder / self.part / entry["file"]
+        where = f"reading shard {self.part}/{entry['file']} of {self.folder}"
+        cure = f"delete {self.folder} and run `ksvd-sae harvest` again"
+        try:
+            if path.name not in self._verified:
+                if file_sha256(path) != entry["sha256"]:
+                    raise ShardError(
+                        f"{where}: its checksum is not the manifest's",
+                        cause="the file was truncated or altered after the harvest",
+                        cure=cure,
+                    )
+                self._verified.add(path.name)
+            shard_ND: Tensor = load_file(path)[ACTIVATIONS_KEY]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ShardError(f"{where}: {error!r}", cause="missing or truncated", cure=cure) from error
+        if tuple(shard_ND.shape) != (entry["n_samples"], self.d_in):
+            raise ShardError(
+                f"{where}: its shape is not the manifest's",
+                got=str(tuple(shard_ND.shape)),
+                limit=f"({entry['n_samples']}, {self.d_in})",
+                cure=cure,
+            )
+        return shard_ND

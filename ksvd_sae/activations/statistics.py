@@ -1,0 +1,65 @@
+"""What a harvest knows about its activations, summed in float64 as they stream by."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ksvd_sae.errors import ActivationError
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Over all kept training tokens, raw units.
+
+    Attributes:
+        n_samples: tokens counted.
+        centre_D: mean (float64).
+        variance_D: variance of each dimension (float64, population).
+        mean_norm, median_norm: of the raw activations; the median over all tokens, before outliers went.
+    """
+
+    n_samples: int
+    centre_D: Tensor
+    variance_D: Tensor
+    mean_norm: float
+    median_norm: float
+
+    @property
+    def scale(self) -> float:
+        """√(mean ‖x − centre‖² / D): dividing by it makes the average dimension's variance 1."""
+        return float(self.variance_D.mean().sqrt())
+
+
+class RunningStatistics:
+    """Means and variances of a stream; merging batches by Chan, Golub & LeVeque 1983."""
+
+    def __init__(self, d_in: int):
+        self.n = 0
+        self._mean_D = torch.zeros(d_in, dtype=torch.float64)
+        self._squares_D = torch.zeros(d_in, dtype=torch.float64)
+        self._norms = 0.0
+
+    def add(self, x_BD: Tensor) -> None:
+        if len(x_BD) == 0:
+            return
+        x_BD = x_BD.double().cpu()
+        mean_D = x_BD.mean(dim=0)
+        gap_D, total = mean_D - self._mean_D, self.n + len(x_BD)
+        self._squares_D += ((x_BD - mean_D) ** 2).sum(dim=0) + gap_D**2 * (self.n * len(x_BD) / total)
+        self._mean_D += gap_D * (len(x_BD) / total)
+        self._norms += float(torch.linalg.vector_norm(x_BD, dim=1).sum())
+        self.n = total
+
+    def result(self, median_norm: float) -> Statistics:
+        if self.n == 0:
+            raise ActivationError("statistics: no tokens left", cause="all tokens were special or outliers")
+        return Statistics(self.n, self._mean_D.clone(), self._squares_D / self.n, self._norms / self.n, median_norm)
+
+
+def outlier_limit(norms_N: Tensor, factor: float | None) -> tuple[float, float]:
+    """(median norm, the norm above which a token is an outlier): factor times the median, or infinity."""
+    if len(norms_N) == 0:
+        raise ActivationError("outlier filter: no tokens", cause="the text held only special tokens")
+    median = float(norms_N.double().median())
+    return median, float("inf") if factor is None else factor * median

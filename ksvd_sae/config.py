@@ -1,0 +1,266 @@
+"""A run as typed values: YAML in, checked, YAML out.
+
+A config names a model and a hook, a text, what to harvest, the dictionaries to learn on the
+harvest, and the evals to run on them. ``load_config`` reads one, applies ``--set`` overrides, and
+turns every mistake into a ConfigError that names the key and the nearest valid one.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ksvd_sae.errors import ConfigError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(_Strict):
+    """The language model and the place in it."""
+
+    name: str = Field(description="a TransformerLens model name")
+    hook: str = Field(description="any TransformerLens hook name, e.g. blocks.8.hook_resid_post")
+    source: Literal["hub", "offline"] = Field("hub", description="offline: assembled from Python packages")
+    dtype: Dtype = "float32"
+
+
+class TextConfig(_Strict):
+    """Where documents come from."""
+
+    source: Literal["hub", "folder", "bbc-news"] = Field(
+        "hub", description="hub: a data set on the Hub; folder: local files; bbc-news: 2,225 articles from a package"
+    )
+    dataset: str | None = Field(None, description="Hub name, or the folder's path")
+    split: str = "train"
+    column: str = "text"
+    streaming: bool = True
+
+    @model_validator(mode="after")
+    def _named(self) -> "TextConfig":
+        if self.source != "bbc-news" and not self.dataset:
+            raise ValueError(f"text.source {self.source!r} needs text.dataset")
+        return self
+
+
+class HarvestConfig(_Strict):
+    """How activations are collected."""
+
+    train_tokens: int = Field(gt=0)
+    heldout_tokens: int = Field(gt=0)
+    context_tokens: int = Field(128, ge=2)
+    batch_contexts: int = Field(16, ge=1)
+    shard_tokens: int = Field(65_536, ge=1)
+    outlier_factor: float | None = Field(
+        4.0, gt=1.0, description="leave out tokens with a norm above this multiple of the median; null keeps all"
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class _Learned(_Strict):
+    n_atoms: int = Field(gt=0)
+    k: int = Field(gt=0)
+
+
+class DBKSVDConfig(_Learned):
+    """A DB-KSVD dictionary (arXiv 2505.18441)."""
+
+    kind: Literal["db_ksvd"] = "db_ksvd"
+    passes: int = Field(1, ge=1)
+    batch_samples: int = Field(65_536, ge=1)
+    update: Literal["sums", "exact"] = "sums"
+    atom_batch: int = Field(128, ge=1, description="atoms updated in parallel by the exact update")
+    init: Literal["data", "random"] = "data"
+    centre: bool = True
+    rtol: float = Field(0.0, ge=0.0)
+    max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
+    coder: Literal["mp", "mp_refit", "omp"] = Field("mp", description="how the dictionary codes when evaluated")
+
+
+class TopKSAEConfig(_Learned):
+    """A TopK SAE trained by SAELens on the same shards."""
+
+    kind: Literal["topk_sae"] = "topk_sae"
+    passes: int = Field(10, ge=1)
+    batch_samples: int = Field(4096, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    lr_decay_fraction: float = Field(0.2, ge=0, le=1)
+    aux_loss_coefficient: float = Field(1 / 32, ge=0)
+
+
+class PCAConfig(_Strict):
+    """Control: the first k principal components, coded by projection."""
+
+    kind: Literal["pca"] = "pca"
+    k: int = Field(gt=0)
+
+
+class RandomConfig(_Learned):
+    """Control: random unit atoms, coded by the same coder as DB-KSVD."""
+
+    kind: Literal["random"] = "random"
+    coder: Literal["mp", "mp_refit", "omp"] = "mp"
+
+
+DictionaryConfig = Annotated[DBKSVDConfig | TopKSAEConfig | PCAConfig | RandomConfig, Field(discriminator="kind")]
+
+
+class CoreConfig(_Strict):
+    """SAEBench's core eval."""
+
+    dataset: str = Field("Skylion007/openwebtext", description="a Hub data set; heldout: the held-out documents")
+    context_tokens: int = Field(128, ge=2)
+    batch_contexts: int = Field(16, ge=1)
+    reconstruction_batches: int = Field(200, ge=1)
+    sparsity_batches: int = Field(2000, ge=1)
+
+
+class SparseProbingConfig(_Strict):
+    """SAEBench's sparse probing."""
+
+    datasets: list[str] | None = Field(None, description="null: SAEBench's eight; bbc-news: the five BBC classes")
+    train_set_size: int = Field(4000, ge=4)
+    test_set_size: int = Field(1000, ge=4)
+    context_tokens: int = Field(128, ge=2)
+    llm_batch_contexts: int = Field(32, ge=1)
+    k_values: list[int] = Field(default_factory=lambda: [1, 2, 5])
+    seed: int = 42
+
+
+class EvaluationConfig(_Strict):
+    """The evals to run; null leaves one out, and the table says so."""
+
+    core: CoreConfig | None = Field(default_factory=lambda: CoreConfig())
+    sparse_probing: SparseProbingConfig | None = Field(default_factory=lambda: SparseProbingConfig())
+
+
+class RunConfig(_Strict):
+    """One experiment. Its name is its folder under results/."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    text: TextConfig
+    harvest: HarvestConfig
+    dictionaries: dict[str, DictionaryConfig] = Field(min_length=1)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "RunConfig":
+        for name, dictionary in self.dictionaries.items():
+            n_atoms = getattr(dictionary, "n_atoms", None)
+            if n_atoms is not None and dictionary.k > n_atoms:
+                raise ValueError(f"dictionaries.{name}: k = {dictionary.k} is above n_atoms = {n_atoms}")
+            if n_atoms is not None and n_atoms > self.harvest.train_tokens:
+                raise ValueError(
+                    f"dictionaries.{name}: n_atoms = {n_atoms} is above harvest.train_tokens = "
+                    f"{self.harvest.train_tokens}; harvest more tokens or ask for fewer atoms"
+                )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run from YAML.
+
+    Args:
+        path: the YAML file. ``name`` defaults to the file's stem.
+        overrides: ``key.sub=value`` strings; values are YAML, so ``null``, ``1e-3`` and ``[1, 2]`` work.
+    Raises:
+        ConfigError: missing file, bad YAML, unknown key (with the nearest valid one), wrong type or value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        near = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise ConfigError(
+            f"reading config {path}: no such file", cure=f"give one of: {near}" if near else "check the path"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(
+            f"reading config {path}: not YAML ({error})", cure="see eval_configs/ for examples"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"reading config {path}: not a mapping of keys to values", got=type(raw).__name__)
+    raw.setdefault("name", path.stem)
+    for override in overrides or []:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
+    """Check a mapping as a run; see ``load_config``."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        # pydantic puts the union's tag into the path; it is no key of the YAML.
+        tags = {get_args(m.model_fields["kind"].annotation)[0] for m in _DICTIONARY_MODELS.values()}
+        location = [str(part) for part in problem["loc"]]
+        if location[:1] == ["dictionaries"] and len(location) > 2 and location[2] in tags:
+            del location[2]
+        key = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(location[-1], _valid_keys(location[:-1], raw), n=1, cutoff=0.4)
+            raise ConfigError(
+                f"{where}: unknown key {key!r}",
+                cure=f"did you mean {'.'.join([*location[:-1], near[0]])!r}?"
+                if near
+                else f"valid keys here: {', '.join(_valid_keys(location[:-1], raw))}",
+            ) from error
+        raise ConfigError(
+            f"{where}: {key or 'the run'}: {problem['msg']}",
+            got=repr(problem["input"]) if key and not isinstance(problem["input"], dict) else None,
+            cure="see the config's field in ksvd_sae/config.py or `ksvd-sae run --help`",
+        ) from error
+
+
+_DICTIONARY_MODELS: dict[str, type[BaseModel]] = {
+    "db_ksvd": DBKSVDConfig,
+    "topk_sae": TopKSAEConfig,
+    "pca": PCAConfig,
+    "random": RandomConfig,
+}
+
+
+def _valid_keys(location: list[str], raw: dict[str, Any]) -> list[str]:
+    """The keys that the model at ``location`` has."""
+    if location[:1] == ["dictionaries"]:
+        kind = raw["dictionaries"][location[1]].get("kind", "db_ksvd")
+        return sorted(_DICTIONARY_MODELS[kind].model_fields)
+    model: type[BaseModel] = RunConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return sorted(model.model_fields)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"--set {override!r}: not of the form key.sub=value", cure="e.g. --set harvest.train_tokens=8192"
+        )
+    *parents, last = key.strip().split(".")
+    node = raw
+    for part in parents:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: {part!r} holds a value, not keys", got=repr(child))
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The run as YAML that ``load_config`` reads back to an equal run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

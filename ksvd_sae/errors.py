@@ -1,0 +1,88 @@
+"""Every error this package raises on purpose.
+
+::
+
+    KsvdSaeError
+    ├── ConfigError            a YAML file or a --set value
+    ├── ShapeError             sizes that do not fit each other (also a ValueError)
+    ├── DictionaryError        atoms that are no dictionary: not unit norm, NaN (also a ValueError)
+    ├── NotFittedError         encode before fit (also a ValueError)
+    ├── TextError              text that is missing, empty or too short
+    ├── HookError              a hook name that the model lacks
+    ├── ActivationError        NaN, infinite or constant activations
+    ├── ShardError             a shard that is missing, truncated or altered
+    ├── ManifestError          a folder made by another config, or no folder of ours
+    ├── DiskSpaceError         too little room for what is about to be written
+    ├── HubError               the Hub cannot be reached, or lacks what was asked for
+    ├── MissingExtraError      an optional dependency that is not installed (also an ImportError)
+    └── EvaluationError        an eval that gave no score
+
+Each message names the operation and what went wrong in its first line, and, where they are
+known, the value received, the limit, the likely cause and the cure in the lines below it.
+"""
+
+from typing import Any
+
+
+class KsvdSaeError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        what: the operation and what went wrong, in one line.
+        got: the value received (with its shape, if it has one).
+        limit: what was allowed.
+        cause: the likely cause.
+        cure: what to do.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: Any = None,
+        limit: Any = None,
+        cause: str | None = None,
+        cure: str | None = None,
+    ):
+        self.what, self.got, self.limit, self.cause, self.cure = what, got, limit, cause, cure
+        rows = [("got", got), ("limit", limit), ("likely cause", cause), ("cure", cure)]
+        super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in rows if value is not None)]))
+
+
+class ConfigError(KsvdSaeError): ...
+
+
+class ShapeError(KsvdSaeError, ValueError): ...
+
+
+class DictionaryError(KsvdSaeError, ValueError): ...
+
+
+class NotFittedError(KsvdSaeError, ValueError): ...
+
+
+class TextError(KsvdSaeError): ...
+
+
+class HookError(KsvdSaeError): ...
+
+
+class ActivationError(KsvdSaeError, ValueError): ...
+
+
+class ShardError(KsvdSaeError): ...
+
+
+class ManifestError(KsvdSaeError): ...
+
+
+class DiskSpaceError(KsvdSaeError): ...
+
+
+class HubError(KsvdSaeError): ...
+
+
+class MissingExtraError(KsvdSaeError, ImportError): ...
+
+
+class EvaluationError(KsvdSaeError): ...

@@ -1,0 +1,78 @@
+"""What SAEBench needs changed around it to run on our data. Each adapter says why it exists.
+
+All are context managers that put everything back.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+
+@contextmanager
+def working_directory(folder: Path) -> Iterator[None]:
+    """Run inside ``folder``.
+
+    ``datasets.load_dataset("bbc-news")`` takes a local folder of that name under the working directory, so results
+    carry the data's name rather than a path of this machine. And SAEBench stores the git commit of the working
+    directory as its own version: outside any checkout it stores 'Unknown', which is true.
+    """
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def labelled_text_datasets(classes: dict[str, list[str]]) -> Iterator[None]:
+    """Let sparse probing read data sets of text and integer label besides its own eight.
+
+    SAEBench has a closed list of data sets. ag_news is one of text and integer labels; ours are read by the same
+    function under their own names.
+
+    Args: classes: data set name -> its labels, as strings.
+    """
+    known, original = dataset_info.chosen_classes_per_dataset, dataset_utils.get_multi_label_train_test_data
+
+    def read(
+        dataset_name: str, train_set_size: int, test_set_size: int, random_seed: int
+    ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        if dataset_name not in classes:
+            return original(dataset_name, train_set_size, test_set_size, random_seed)
+        return dataset_utils.get_ag_news_dataset(
+            dataset_name, classes[dataset_name], train_set_size, test_set_size, random_seed
+        )
+
+    known.update(classes)
+    dataset_utils.get_multi_label_train_test_data = read
+    try:
+        yield
+    finally:
+        dataset_utils.get_multi_label_train_test_data = original
+        for name in classes:
+            del known[name]
+
+
+@contextmanager
+def collected_errors(logger_name: str) -> Iterator[list[str]]:
+    """The error messages that a logger gets.
+
+    SAEBench's core eval catches every exception and logs it: a failure would only be a missing file.
+    """
+    messages: list[str] = []
+
+    class _Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger(logger_name), _Keep(logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)

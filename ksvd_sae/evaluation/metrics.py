@@ -1,0 +1,94 @@
+"""Own metrics on held-out activations, the same code for every SAE and dictionary."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ksvd_sae.errors import ShapeError
+
+_BATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class HeldoutMetrics:
+    """What a dictionary does on activations it has not seen.
+
+    Attributes:
+        scores: fvu = Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over all tokens and dimensions; l0 = mean nonzero latents a token;
+            dead_fraction = latents that no token used; density_over_1_percent / _10_percent = fraction of latents
+            that more than 1 % / 10 % of the tokens use; coherence_max, coherence_mean_max = largest, and mean over
+            atoms of the largest, |cosine| between an atom and another.
+        density_F: fraction of tokens that use each latent, either sign.
+        n_tokens: tokens seen.
+    """
+
+    scores: dict[str, float]
+    density_F: Tensor
+    n_tokens: int
+
+
+@torch.no_grad()
+def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
+    """Measure a SAELens SAE on raw activations.
+
+    Args:
+        sae: anything with ``encode``, ``decode``, ``W_dec`` (d_sae, d_in).
+        batches: (B, d_in) tensors.
+    Raises: ShapeError (d_in does not match, no tokens).
+    """
+    d_sae, d_in = sae.W_dec.shape
+    device, dtype = sae.W_dec.device, sae.W_dec.dtype
+    step = max(1, _BATCH_BYTES // (4 * d_sae))
+    error = 0.0
+    sum_D, squares_D = (torch.zeros(d_in, dtype=torch.float64) for _ in range(2))
+    fired_F = torch.zeros(d_sae, dtype=torch.int64)
+    n = 0
+    for batch_BD in batches:
+        if batch_BD.shape[1] != d_in:
+            raise ShapeError(
+                "heldout_metrics: the dictionary does not fit the activations",
+                got=f"d_in = {d_in}",
+                limit=f"activations of {batch_BD.shape[1]} dimensions",
+                cause="a dictionary of another model or hook",
+            )
+        for start in range(0, len(batch_BD), step):
+            y_BD = batch_BD[start : start + step]
+            code_BF = sae.encode(y_BD.to(device, dtype))
+            rebuilt_BD = sae.decode(code_BF).double().cpu()
+            y_BD = y_BD.double().cpu()
+            error += float((y_BD - rebuilt_BD).square().sum())
+            sum_D += y_BD.sum(dim=0)
+            squares_D += y_BD.square().sum(dim=0)
+            fired_F += (code_BF != 0).sum(dim=0).cpu()
+            n += len(y_BD)
+    if n == 0:
+        raise ShapeError("heldout_metrics: no tokens")
+    variance = float((squares_D - sum_D.square() / n).sum())
+    density_F = fired_F.double() / n
+    scores = {
+        "fvu": error / variance,
+        "l0": float(density_F.sum()),
+        "dead_fraction": float((fired_F == 0).double().mean()),
+        "density_over_1_percent": float((density_F > 0.01).double().mean()),
+        "density_over_10_percent": float((density_F > 0.1).double().mean()),
+        **coherence(sae.W_dec.detach()),
+    }
+    return HeldoutMetrics(scores, density_F, n)
+
+
+def coherence(atoms_MD: Tensor) -> dict[str, float]:
+    """Largest |cosine| of each atom with another: its maximum and mean over atoms; rows in blocks, never M × M."""
+    unit_MD = torch.nn.functional.normalize(atoms_MD.float(), dim=1)
+    if len(unit_MD) < 2:
+        return {"coherence_max": 0.0, "coherence_mean_max": 0.0}
+    largest = []
+    for start in range(0, len(unit_MD), 1024):
+        cosines = (unit_MD[start : start + 1024] @ unit_MD.T).abs()
+        own = torch.arange(len(cosines), device=cosines.device)
+        cosines[own, own + start] = -1
+        largest.append(cosines.max(dim=1).values)
+    largest_M = torch.cat(largest).double()
+    return {"coherence_max": float(largest_M.max()), "coherence_mean_max": float(largest_M.mean())}

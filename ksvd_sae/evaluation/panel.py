@@ -1,0 +1,97 @@
+"""One panel of dictionaries through every eval: results cached by content, an index of what was scored."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.config import EvaluationConfig
+from ksvd_sae.evaluation.metrics import heldout_metrics
+from ksvd_sae.evaluation.saebench import EvalSetting, Panelist, read_metrics, run_core, run_sparse_probing
+from ksvd_sae.offline import bbc_news
+from ksvd_sae.provenance import content_hash, write_json
+
+logger = logging.getLogger(__name__)
+_HELDOUT_BATCH = 16_384
+
+
+@dataclass(frozen=True)
+class EvalResults:
+    """What one eval gave for the panel.
+
+    eval: 'heldout', 'core' or 'sparse_probing'. data: the data's true name. n: what a score is averaged over.
+    files: panelist -> result file. metrics: panelist -> metric -> value (None: not finite).
+    """
+
+    eval: str
+    data: str
+    n: int
+    files: dict[str, Path]
+    metrics: dict[str, dict[str, float | None]]
+
+
+def evaluate_heldout(panel: list[Panelist], shards: ActivationShards, harvest_hash: str, output: Path) -> EvalResults:
+    """Own metrics of each panelist on the held-out part."""
+    files, metrics = {}, {}
+    for panelist in panel:
+        key = {"dictionary": panelist.content, "harvest": harvest_hash, "eval": "heldout"}
+        path = output / f"{panelist.name}-{content_hash(key)}.json"
+        if not path.exists():
+            logger.info("heldout of %s", panelist.name)
+            found = heldout_metrics(panelist.load(), shards.batches(_HELDOUT_BATCH))
+            density = [round(d, 6) for d in found.density_F.tolist()]
+            write_json(path, {"scores": found.scores, "n_tokens": found.n_tokens, "density": density})
+        files[panelist.name] = path
+        metrics[panelist.name] = json.loads(path.read_text())["scores"]
+    return EvalResults("heldout", "", shards.n_samples, files, metrics)
+
+
+def evaluate_saebench(
+    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
+) -> list[EvalResults]:
+    """SAEBench's evals that the config asks for.
+
+    Args: heldout_name: the local data set that ``core.dataset: heldout`` stands for.
+    Raises: EvaluationError if any score is missing; finished results stay.
+    """
+    results = []
+    if config.core is not None:
+        dataset = heldout_name if config.core.dataset == "heldout" else config.core.dataset
+        files = run_core(panel, config.core, dataset, setting, output / "core")
+        n = config.core.reconstruction_batches * config.core.batch_contexts * (config.core.context_tokens - 1)
+        results.append(_results("core", dataset, n, files))
+    if config.sparse_probing is not None:
+        probing = config.sparse_probing
+        classes = {bbc_news.NAME: [str(i) for i in range(len(bbc_news.CLASSES))]}
+        files = run_sparse_probing(panel, probing, classes, setting, output / "sparse_probing")
+        data = "SAEBench's eight data sets" if probing.datasets is None else ", ".join(probing.datasets)
+        results.append(_results("sparse_probing", data, probing.test_set_size, files))
+    return results
+
+
+def _results(eval_name: str, data: str, n: int, files: dict[str, Path]) -> EvalResults:
+    return EvalResults(eval_name, data, n, files, {name: read_metrics(path) for name, path in files.items()})
+
+
+def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Rows of the comparison: one a score.
+
+    Args: facts: panelist -> view, d_sae, k, l0.
+    """
+    return [
+        {
+            "dictionary": name,
+            **facts[name],
+            "eval": results.eval,
+            "data": results.data,
+            "metric": metric,
+            "value": float("nan") if value is None else float(value),
+            "seed": seed,
+            "n": results.n,
+            "source": results.files[name].name,
+        }
+        for name, metrics in results.metrics.items()
+        for metric, value in metrics.items()
+    ]

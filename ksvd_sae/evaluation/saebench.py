@@ -1,0 +1,222 @@
+"""SAEBench's own evals on a panel of SAEs; every missing score is an error.
+
+Results stay in SAEBench's JSON format. A result's file name ends in the hash of all that it follows from
+(the dictionary, the eval's settings, the data, SAEBench's version), so a result is reused only when it is the same.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ksvd_sae.config import CoreConfig, SparseProbingConfig
+from ksvd_sae.errors import EvaluationError
+from ksvd_sae.provenance import content_hash, versions, write_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Panelist:
+    """One SAE or dictionary under evaluation.
+
+    name: as in the tables. content: hash of what it is. load: gives a fresh SAELens SAE (evals change it in place).
+    """
+
+    name: str
+    content: str
+    load: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class EvalSetting:
+    """Where evals run and what they read.
+
+    data_folder: holds a folder for each local data set, by name. data_hash: of the local data sets.
+    """
+
+    model_name: str
+    dtype: str
+    device: str
+    data_folder: Path
+    data_hash: str
+    artifacts: Path
+
+
+def run_core(
+    panel: list[Panelist], config: CoreConfig, dataset: str, setting: EvalSetting, output: Path
+) -> dict[str, Path]:
+    """SAEBench's core eval: loss recovered, KL, L0.
+
+    Args: dataset: a Hub name, or the name of a folder in ``setting.data_folder``.
+    Returns: the result file of each panelist.
+    Raises: EvaluationError naming every panelist without a result, and why.
+    """
+    from sae_bench.evals.core import main as core
+
+    from ksvd_sae.evaluation.adapters import collected_errors, working_directory
+
+    def evaluate(saes: list[tuple[str, Any]]) -> list[str]:
+        with working_directory(setting.data_folder), collected_errors(core.__name__) as errors:
+            core.multiple_evals(
+                selected_saes=saes,
+                n_eval_reconstruction_batches=config.reconstruction_batches,
+                n_eval_sparsity_variance_batches=config.sparsity_batches,
+                eval_batch_size_prompts=config.batch_contexts,
+                compute_featurewise_density_statistics=True,
+                compute_featurewise_weight_based_metrics=True,
+                exclude_special_tokens_from_reconstruction=True,
+                dataset=dataset,
+                context_size=config.context_tokens,
+                output_folder=str(output),
+                dtype=setting.dtype,
+                device=setting.device,
+            )
+        return errors
+
+    return _run("core", panel, {"config": config.model_dump(), "dataset": dataset}, setting, output, evaluate)
+
+
+def run_sparse_probing(
+    panel: list[Panelist],
+    config: SparseProbingConfig,
+    classes: dict[str, list[str]],
+    setting: EvalSetting,
+    output: Path,
+) -> dict[str, Path]:
+    """SAEBench's sparse probing.
+
+    Args: classes: local data sets of text and label (in ``setting.data_folder``) and their labels.
+    Returns, Raises: as ``run_core``.
+    """
+    from sae_bench.evals.sparse_probing import main as probing
+    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+
+    from ksvd_sae.evaluation.adapters import labelled_text_datasets, working_directory
+
+    eval_config = SparseProbingEvalConfig(
+        random_seed=config.seed,
+        probe_train_set_size=config.train_set_size,
+        probe_test_set_size=config.test_set_size,
+        context_length=config.context_tokens,
+        llm_batch_size=config.llm_batch_contexts,
+        llm_dtype=setting.dtype,
+        model_name=setting.model_name,
+        k_values=config.k_values,
+        **({} if config.datasets is None else {"dataset_names": config.datasets}),
+    )
+    # SAEBench reuses LLM activations by the data set's name alone: the folder carries the rest.
+    shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
+    artifacts = setting.artifacts / f"sparse_probing-{content_hash({**shared, 'data': setting.data_hash})}"
+
+    def evaluate(saes: list[tuple[str, Any]]) -> list[str]:
+        with working_directory(setting.data_folder), labelled_text_datasets(classes):
+            probing.run_eval(
+                eval_config, saes, setting.device, str(output), artifacts_path=str(artifacts), save_activations=True
+            )
+        return []
+
+    return _run("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
+
+
+def _run(
+    eval_name: str,
+    panel: list[Panelist],
+    key: dict[str, Any],
+    setting: EvalSetting,
+    output: Path,
+    evaluate: Callable[[list[tuple[str, Any]]], list[str]],
+) -> dict[str, Path]:
+    """Evaluate the panelists that have no result yet, one by one, keeping what is done."""
+    output.mkdir(parents=True, exist_ok=True)
+    key = {
+        **key,
+        "eval": eval_name,
+        "model": setting.model_name,
+        "dtype": setting.dtype,
+        "data": setting.data_hash,
+        "sae_bench": versions().get("sae-bench"),
+    }
+    stems = {p.name: f"{p.name}-{content_hash({**key, 'dictionary': p.content})}" for p in panel}
+    files = {name: output / f"{stem}_custom_sae_eval_results.json" for name, stem in stems.items()}
+    missing = [p for p in panel if not _is_result(files[p.name])]
+    for name in sorted({p.name for p in panel} - {p.name for p in missing}):
+        logger.info("%s of %s: reusing %s", eval_name, name, files[name].name)
+    reasons: list[str] = []
+    if missing:
+        logger.info("%s of %s", eval_name, ", ".join(p.name for p in missing))
+        try:
+            with _chatter():
+                reasons = evaluate([(stems[p.name], p.load()) for p in missing])
+        # Whatever an eval throws is reported with what it was doing; results written so far stay.
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+            logger.debug("%s failed", eval_name, exc_info=True)
+    lost = [p.name for p in panel if not files[p.name].exists()]
+    if lost or reasons:
+        raise EvaluationError(
+            f"{eval_name}: no score for {', '.join(lost) or 'some'}",
+            cause="; ".join(reasons) or "SAEBench wrote no result and gave no reason",
+            cure="results that were finished are kept; run again after mending the cause (-v shows the traceback)",
+        )
+    for path in files.values():
+        _make_json_valid(path)
+    return files
+
+
+@contextmanager
+def _chatter() -> Iterator[None]:
+    """SAEBench prints to stdout as it goes; that belongs to the log, where -v shows it."""
+    printed = io.StringIO()
+    quiet = not logger.isEnabledFor(logging.DEBUG)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(printed if quiet else sys.stderr))
+        if quiet:
+            stack.enter_context(contextlib.redirect_stderr(printed))
+        yield
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return "eval_result_metrics" in json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        path.unlink(missing_ok=True)
+        return False
+
+
+def _make_json_valid(path: Path) -> None:
+    """SAEBench writes NaN and Infinity, which are no JSON: they become null."""
+    text = path.read_text()
+    if any(word in text for word in ("NaN", "Infinity")):
+        write_json(path, _nulled(json.loads(text)))
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _nulled(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_nulled(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> dict[str, float | None]:
+    """The metrics of a result file by name, groups flattened; None where the value was not finite.
+
+    Fields of SAEBench's format that this eval did not compute (null as written by SAEBench) are left out:
+    only core writes values that are not finite, and it writes all of its fields.
+    """
+    result = json.loads(path.read_text())
+    keep_null = result.get("eval_type_id") == "core"
+    return {
+        metric: value
+        for group in result["eval_result_metrics"].values()
+        for metric, value in group.items()
+        if isinstance(value, int | float) or (value is None and keep_null)
+    }

@@ -1,0 +1,37 @@
+"""Principal components from a stream of batches: the control that any dictionary must beat."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning.sparse_coding import check_samples
+
+
+@torch.no_grad()
+def principal_components(batches: Iterable[Tensor], k: int, centre_D: Tensor) -> Tensor:
+    """The k leading principal components, (k, D) orthonormal float32 rows.
+
+    Exact, from the covariance summed in float64; memory D² whatever the number of samples.
+
+    Args:
+        batches: (B, D) tensors of raw activations.
+        k: components, at most D.
+        centre_D: the mean to subtract.
+    Raises: ShapeError (k above D, no samples), ActivationError (NaN or infinity).
+    """
+    d_in = len(centre_D)
+    if not 1 <= k <= d_in:
+        raise ShapeError("principal_components: k must be between 1 and d_in", got=f"k = {k}", limit=f"1 to {d_in}")
+    scatter_DD = torch.zeros(d_in, d_in, dtype=torch.float64)
+    n = 0
+    for batch_BD in batches:
+        check_samples(batch_BD, "principal_components")
+        centred_BD = batch_BD.double() - centre_D.to(batch_BD.device).double()
+        scatter_DD += (centred_BD.T @ centred_BD).cpu()
+        n += len(batch_BD)
+    if n == 0:
+        raise ShapeError("principal_components: no samples")
+    vectors_DD = torch.linalg.eigh(scatter_DD).eigenvectors
+    return vectors_DD[:, -k:].flip(1).T.contiguous().float()

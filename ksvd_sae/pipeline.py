@@ -1,0 +1,370 @@
+"""The stages in order, from one config: harvest, train, evaluate, compare.
+
+Each stage finds its input by content hash and reuses its own finished output, so running a config again does only
+what is missing. Activations and dictionaries lie in the cache (``provenance.cache_dir``), results under results/.
+"""
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
+from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, PCAConfig, RandomConfig, RunConfig, TopKSAEConfig
+from ksvd_sae.device import resolve_device
+from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.errors import ConfigError, ManifestError
+from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.pca import principal_components
+from ksvd_sae.learning.sparse_coding import mp_backend
+from ksvd_sae.offline import bbc_news
+from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
+from ksvd_sae.progress import progress
+from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
+
+logger = logging.getLogger(__name__)
+TRAIN_STAGE = "train"
+EVALUATE_STAGE = "evaluate"
+TRAIN_LOG = "train_log.jsonl"
+# What changes how a dictionary is coded but not how it is learned.
+_CODING_ONLY = {"coder"}
+
+
+@dataclass(frozen=True)
+class TrainedDictionary:
+    """A finished training: its name in this run, config, folder and manifest."""
+
+    name: str
+    config: DictionaryConfig
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def content(self) -> str:
+        """Hash of the dictionary as it codes."""
+        coder = getattr(self.config, "coder", None)
+        return content_hash({"trained": self.manifest["hash"], "coder": coder})
+
+
+class Run:
+    """One config and where its stages read and write.
+
+    Args:
+        config: the run.
+        results: folder that holds results/<name>.
+        cache: where activations and dictionaries go; default ``cache_dir()``.
+    """
+
+    def __init__(self, config: RunConfig, results: Path = Path("results"), cache: Path | None = None):
+        self.config = config
+        self.cache = (cache or cache_dir()).resolve()
+        self.results = (results / config.name).resolve()
+
+    @cached_property
+    def device(self) -> torch.device:
+        return resolve_device(self.config.device)
+
+    def prepare(self) -> None:
+        """Make the model findable. Comes before anything that imports the Hub libraries."""
+        model = self.config.model
+        if model.source == "offline":
+            if model.name != MODEL_NAME:
+                raise ConfigError(
+                    f"model.source offline has no model {model.name!r}",
+                    limit=MODEL_NAME,
+                    cure=f"set model.name to {MODEL_NAME} or model.source to hub",
+                )
+            prepare_gemma()
+
+    # ------------------------------------------------------------ harvest
+
+    @cached_property
+    def _harvest_key(self) -> dict[str, Any]:
+        sources = {}
+        if self.config.model.source == "offline":
+            sources["model"] = GGUF_SHA256
+        if self.config.text.source == "bbc-news":
+            sources["text"] = bbc_news.corpus_hash()
+        return harvest_key(self.config, sources)
+
+    @property
+    def harvest_folder(self) -> Path:
+        return harvest_folder(self.cache, self._harvest_key)
+
+    def harvest(self) -> ActivationShards:
+        """Activations of the run, collected or reused."""
+        from ksvd_sae.activations.language import ActivationReader, load_model
+        from ksvd_sae.activations.text import documents
+
+        def reader() -> ActivationReader:
+            return ActivationReader(load_model(self.config.model, self.device), self.config.model.hook)
+
+        def texts() -> Iterator[str]:
+            return documents(self.config.text, self.config.seed)
+
+        return run_harvest(self.config, self.harvest_folder, self._harvest_key, reader, texts)
+
+    def shards(self, part: str = "train") -> ActivationShards:
+        """The finished harvest; ManifestError if there is none."""
+        return ActivationShards.open(self.harvest_folder, part, self._harvest_key)
+
+    # ------------------------------------------------------------ train
+
+    def train(self) -> list[TrainedDictionary]:
+        """Every dictionary of the config, learned or reused, in the config's order."""
+        shards = self.shards()
+        return [self._train_one(name, config, shards) for name, config in self.config.dictionaries.items()]
+
+    def trained(self) -> list[TrainedDictionary]:
+        """Every dictionary of the config; ManifestError if one has not been trained."""
+        return [
+            TrainedDictionary(name, config, folder, read_manifest(folder, TRAIN_STAGE, key))
+            for name, config in self.config.dictionaries.items()
+            for folder, key in [self._training(config)]
+        ]
+
+    def _training(self, config: DictionaryConfig) -> tuple[Path, dict[str, Any]]:
+        key = {
+            "harvest": content_hash(self._harvest_key),
+            "dictionary": config.model_dump(mode="json", exclude=_CODING_ONLY),
+            "seed": self.config.seed,
+        }
+        return self.cache / "dictionaries" / f"{config.kind}-{content_hash(key)}", key
+
+    def _train_one(self, name: str, config: DictionaryConfig, shards: ActivationShards) -> TrainedDictionary:
+        folder, key = self._training(config)
+        if is_finished(folder, TRAIN_STAGE, key):
+            logger.info("train %s: reusing %s", name, folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            started = time.perf_counter()
+            facts = _TRAINERS[type(config)](self, config, shards, folder)
+            facts.setdefault("seconds", round(time.perf_counter() - started, 1))
+            write_manifest(folder, TRAIN_STAGE, key, name=name, device=str(self.device), **facts)
+            logger.info("train %s: %.1f s, %s", name, facts["seconds"], folder)
+        return TrainedDictionary(name, config, folder, read_manifest(folder, TRAIN_STAGE, key))
+
+    def _train_db_ksvd(self, config: DBKSVDConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
+        with progress("train db_ksvd", config.passes * shards.n_samples, "samples") as advance:
+            seen = 0
+
+            def on_batch(entry: Any) -> None:
+                nonlocal seen
+                advance(entry.samples_seen - seen, f"FVU {entry.fvu:.4f} L0 {entry.l0:.1f} dead {entry.dead}")
+                seen = entry.samples_seen
+
+            ksvd = DoubleBatchKSVD(
+                config.n_atoms,
+                config.k,
+                passes=config.passes,
+                batch_samples=config.batch_samples,
+                update=config.update,
+                atom_batch=config.atom_batch,
+                init=config.init,
+                centre=config.centre,
+                rtol=config.rtol,
+                max_steps=config.max_steps_factor * config.k,
+                seed=self.config.seed,
+                device=str(self.device),
+                log_path=folder / TRAIN_LOG,
+                on_batch=on_batch,
+            ).fit(shards)
+        self._save(Dictionary.from_estimator(ksvd), folder)
+        return {
+            "samples_seen": ksvd.samples_seen,
+            "dead_at_end": ksvd.log[-1].dead,
+            "redrawn": sum(entry.redrawn for entry in ksvd.log),
+            "backend": mp_backend(self.device),
+        }
+
+    def _train_topk_sae(self, config: TopKSAEConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
+        from ksvd_sae.evaluation.baselines import train_topk_sae
+
+        return train_topk_sae(
+            config,
+            shards,
+            folder,
+            model_name=self.config.model.name,
+            hook_name=self.config.model.hook,
+            context_size=self.config.harvest.context_tokens,
+            seed=self.config.seed,
+            device=self.device,
+        )
+
+    def _train_pca(self, config: PCAConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
+        centre_D = shards.centre_D
+        atoms_MD = principal_components(shards.batches(16_384), config.k, centre_D)
+        self._save(Dictionary(atoms_MD, centre_D.float(), config.k, "projection"), folder)
+        return {"samples_seen": shards.n_samples}
+
+    def _draw_random(self, config: RandomConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        atoms_MD = torch.randn(config.n_atoms, shards.d_in, generator=generator)
+        atoms_MD = torch.nn.functional.normalize(atoms_MD, dim=1)
+        self._save(Dictionary(atoms_MD, shards.centre_D.float(), config.k, config.coder), folder)
+        return {"samples_seen": 0}
+
+    def _save(self, dictionary: Dictionary, folder: Path) -> None:
+        model = self.config.model
+        provenance = {"model": model.name, "hook": model.hook, "harvest": content_hash(self._harvest_key)}
+        dictionary = replace(dictionary, provenance=provenance)
+        dictionary.save(folder)
+        self._wrap(dictionary).save_model(folder / "sae")
+
+    def _wrap(self, dictionary: Dictionary) -> Any:
+        from ksvd_sae.sae import sae_from_dictionary
+
+        return sae_from_dictionary(
+            dictionary,
+            model_name=self.config.model.name,
+            hook_name=self.config.model.hook,
+            context_size=self.config.harvest.context_tokens,
+            device=str(self.device),
+        )
+
+    def load_sae(self, trained: TrainedDictionary) -> Any:
+        """The trained dictionary as a SAELens SAE with the coder that the config asks for."""
+        if isinstance(trained.config, TopKSAEConfig):
+            from ksvd_sae.evaluation.baselines import load_sae
+
+            return load_sae(trained.folder, self.device)
+        dictionary = Dictionary.load(trained.folder)
+        coder = getattr(trained.config, "coder", dictionary.coder)
+        return self._wrap(replace(dictionary, coder=coder))
+
+    # ------------------------------------------------------------ evaluate
+
+    def evaluate(self) -> dict[str, Any]:
+        """Every eval of the config on every dictionary, each result computed once; returns the stage's manifest.
+
+        Raises: EvaluationError if a score is missing (finished ones are kept), ManifestError if a stage before is.
+        """
+        from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, tidy_rows
+        from ksvd_sae.evaluation.saebench import EvalSetting, Panelist
+
+        started = time.perf_counter()
+        trained = self.trained()
+        panel = [Panelist(t.name, t.content, partial(self.load_sae, t)) for t in trained]
+        data_folder, data_hash = self.local_data()
+        setting = EvalSetting(
+            model_name=self.config.model.name,
+            dtype=self.config.model.dtype,
+            device=str(self.device),
+            data_folder=data_folder,
+            data_hash=data_hash,
+            artifacts=self.cache / "artifacts",
+        )
+        output = self.cache / "evaluations"
+        heldout = evaluate_heldout(panel, self.shards("heldout"), content_hash(self._harvest_key), output / "heldout")
+        results = [replace(heldout, data=self.heldout_name)]
+        results += evaluate_saebench(panel, self.config.evaluation, setting, self.heldout_name, output)
+        facts = {t.name: self._facts(t, heldout.metrics[t.name]) for t in trained}
+        rows = [row for result in results for row in tidy_rows(result, facts, self.config.seed)]
+        rows += [row for t in trained for row in self._training_rows(t, facts[t.name])]
+        return write_manifest(
+            self._evaluation_folder,
+            EVALUATE_STAGE,
+            self._evaluation_key,
+            rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in rows],
+            files={result.eval: {name: path.name for name, path in result.files.items()} for result in results},
+            config=self.config.model_dump(mode="json"),
+            device=str(self.device),
+            seconds=round(time.perf_counter() - started, 1),
+        )
+
+    @property
+    def _evaluation_key(self) -> dict[str, Any]:
+        return {
+            "harvest": content_hash(self._harvest_key),
+            "evaluation": self.config.evaluation.model_dump(mode="json"),
+            "dictionaries": {name: content_hash(self._training(c)[1]) for name, c in self.config.dictionaries.items()},
+            "coders": {name: getattr(c, "coder", None) for name, c in self.config.dictionaries.items()},
+        }
+
+    @property
+    def _evaluation_folder(self) -> Path:
+        return self.cache / "evaluations" / f"{self.config.name}-{content_hash(self._evaluation_key)}"
+
+    def evaluated(self) -> dict[str, Any]:
+        """Manifest of the finished evaluation; ManifestError if there is none."""
+        return read_manifest(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key)
+
+    def _facts(self, trained: TrainedDictionary, heldout: dict[str, float | None]) -> dict[str, Any]:
+        config = trained.config
+        signed = not isinstance(config, TopKSAEConfig)
+        return {
+            "view": "signed" if signed else "non-negative",
+            "d_sae": getattr(config, "n_atoms", config.k),
+            "k": config.k,
+            "l0": heldout["l0"],
+        }
+
+    def _training_rows(self, trained: TrainedDictionary, facts: dict[str, Any]) -> list[dict[str, Any]]:
+        """samples_seen and seconds of a training, as rows of the table."""
+        return [
+            {
+                "dictionary": trained.name,
+                **facts,
+                "eval": "training",
+                "data": self.heldout_name.removesuffix("-heldout"),
+                "metric": metric,
+                "value": float(trained.manifest[metric]),
+                "seed": self.config.seed,
+                "n": trained.manifest["samples_seen"],
+                "source": trained.folder.name,
+            }
+            for metric in ("samples_seen", "seconds")
+        ]
+
+    # ------------------------------------------------------------ compare
+
+    def compare(self) -> Path:
+        """Tables, plots and report from a finished evaluation; returns the report's path."""
+        from ksvd_sae.reporting.compare import write_comparison
+
+        manifest = self.evaluated()
+        logs = {t.name: t.folder / TRAIN_LOG for t in self.trained() if (t.folder / TRAIN_LOG).exists()}
+        return write_comparison(self.results, self.config, manifest, self.cache / "evaluations", logs)
+
+    # ------------------------------------------------------------ data for evals
+
+    def local_data(self) -> tuple[Path, str]:
+        """Folder with the local data sets that evals read by name, and a hash of them."""
+        folder = self.cache / "data" / content_hash(self._harvest_key)
+        heldout = self.harvest_folder / HELDOUT_DOCUMENTS
+        if not heldout.exists():
+            raise ManifestError(f"evaluate: {heldout} is missing", cure="run `ksvd-sae harvest` first")
+        target = folder / self.heldout_name / "train.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(heldout, target)
+        probing = self.config.evaluation.sparse_probing
+        if probing is not None and bbc_news.NAME in (probing.datasets or []):
+            bbc_news.write_probing_dataset(folder / bbc_news.NAME)
+        digest = hashlib.sha256()
+        for path in sorted(folder.rglob("*.jsonl")):
+            digest.update(path.read_bytes())
+        return folder, digest.hexdigest()[:12]
+
+    @property
+    def heldout_name(self) -> str:
+        """True name of the held-out documents as a data set."""
+        text = self.config.text
+        source = text.source if text.source == "bbc-news" else Path(str(text.dataset)).name
+        return f"{source}-heldout"
+
+
+_TRAINERS: dict[type, Callable[..., dict[str, Any]]] = {
+    DBKSVDConfig: Run._train_db_ksvd,
+    TopKSAEConfig: Run._train_topk_sae,
+    PCAConfig: Run._train_pca,
+    RandomConfig: Run._draw_random,
+}

@@ -1,0 +1,201 @@
+"""Where a result came from: content hashes, versions, manifests, and writes that are whole or not there.
+
+Every stage reads folders and writes one folder with a ``manifest.json``. A folder's name ends in
+the hash of what went into it, so a stage that finds a finished folder under its own hash can
+reuse it, and a folder that does not match is refused rather than overwritten.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ksvd_sae.errors import DiskSpaceError, ManifestError
+
+MANIFEST = "manifest.json"
+# What a manifest records: the packages that numbers depend on.
+TRACKED_PACKAGES = (
+    "ksvd-sae",
+    "torch",
+    "numpy",
+    "transformers",
+    "transformer-lens",
+    "sae-lens",
+    "sae-bench",
+    "datasets",
+    "scikit-learn",
+)
+
+
+def cache_dir() -> Path:
+    """The project's own cache: $KSVD_SAE_CACHE, else ~/.cache/ksvd_sae (never the user's HF_HOME)."""
+    return Path(os.environ.get("KSVD_SAE_CACHE") or Path.home() / ".cache" / "ksvd_sae")
+
+
+def content_hash(value: Any) -> str:
+    """First 12 hex digits of the SHA-256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Installed versions of everything that a number depends on; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for package in TRACKED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@lru_cache(maxsize=1)
+def commit() -> str:
+    """Commit of this package's checkout ('+' if it has uncommitted changes), 'unknown' outside one."""
+    here = Path(__file__).resolve().parent
+    if not (here.parent / ".git").exists():
+        return "unknown"
+    try:
+        head, dirty = (
+            subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "."])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if dirty else "")
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary file beside ``target`` that takes its place only if the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    with atomic_path(target) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_manifest(folder: Path, stage: str, key: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Write ``folder/manifest.json`` last, as the mark that the folder is complete.
+
+    Args:
+        folder: the stage's folder.
+        stage: the stage's name.
+        key: everything the folder's content follows from (config and hashes of inputs).
+        facts: what came out (counts, checksums, seconds).
+    """
+    manifest = {
+        "stage": stage,
+        "hash": content_hash(key),
+        "key": key,
+        "versions": versions(),
+        "commit": commit(),
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **facts,
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: Path, stage: str, key: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The manifest of a finished stage.
+
+    Args:
+        key: what the caller expects to have gone in; None accepts any.
+    Raises:
+        ManifestError: no manifest, not JSON, of another stage, or made from another key.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ManifestError(
+            f"reading {stage} from {folder}: no {MANIFEST} there",
+            cause=f"the {stage} stage has not run, or was stopped before its end",
+            cure=f"run `ksvd-sae {stage} CONFIG.yaml`; it goes on where it stopped",
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(
+            f"reading {path}: not JSON ({error})", cause="the file was altered", cure=f"delete {folder} and run again"
+        ) from error
+    if manifest.get("stage") != stage:
+        raise ManifestError(
+            f"reading {stage} from {folder}: the folder holds another stage's output",
+            got=manifest.get("stage"),
+            limit=stage,
+            cure="give the folder that the stage wrote",
+        )
+    if key is not None and manifest.get("hash") != content_hash(key):
+        raise ManifestError(
+            f"reading {stage} from {folder}: its manifest is from another config",
+            got="; ".join(_differences(manifest.get("key", {}), key)) or manifest.get("hash"),
+            cause="the folder was made, moved or edited under another config",
+            cure="move the folder away and run again, or use the config that made it",
+        )
+    return manifest
+
+
+def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Up to four places where two keys differ, as 'a.b: found 1, wanted 2'."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        rows: list[str] = []
+        for name in sorted({*found, *wanted}):
+            rows += _differences(found.get(name), wanted.get(name), f"{path}.{name}" if path else name)
+        return rows[:4]
+    # The manifest has been through JSON: compare as JSON does.
+    same = json.dumps(found, sort_keys=True, default=str) == json.dumps(wanted, sort_keys=True, default=str)
+    return [] if same else [f"{path}: found {found!r}, wanted {wanted!r}"]
+
+
+def is_finished(folder: Path, stage: str, key: dict[str, Any]) -> bool:
+    """Whether ``folder`` holds this stage's finished output for ``key``; another key's is an error."""
+    if not (folder / MANIFEST).exists():
+        return False
+    read_manifest(folder, stage, key)
+    return True
+
+
+def require_disk_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raise DiskSpaceError now rather than fail halfway through a long write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise DiskSpaceError(
+            f"{what}: too little disk space under {folder}",
+            got=f"{free_bytes / 2**30:.2f} GiB free",
+            limit=f"{needed_bytes / 2**30:.2f} GiB needed",
+            cure="free some space, ask for fewer tokens, or set KSVD_SAE_CACHE to a folder on a larger disk",
+        )

@@ -1,0 +1,119 @@
+"""The compare stage: one folder with the table, the plots, the report, and the evals' own result files."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config
+from ksvd_sae.provenance import write_json
+from ksvd_sae.reporting import plots, report, style, tables
+
+logger = logging.getLogger(__name__)
+_OUTPUTS = ("saebench", "heldout", "training", "plots")
+
+
+def write_comparison(
+    folder: Path, config: RunConfig, manifest: dict[str, Any], evaluations: Path, logs: dict[str, Path]
+) -> Path:
+    """Write results/<name>/ anew from a finished evaluation.
+
+    Args:
+        folder: results/<name>; what an earlier comparison left there is replaced (the cache keeps every result).
+        manifest: of the evaluate stage, with its rows and files.
+        evaluations: folder of the result files.
+        logs: dictionary -> JSONL training log.
+    Returns: path of report.html.
+    """
+    for name in _OUTPUTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    frame = tables.typed_frame(pd.DataFrame(manifest["rows"], columns=list(tables.COLUMNS)))
+    tables.check_table(frame)
+    controls = frozenset(n for n, c in config.dictionaries.items() if isinstance(c, PCAConfig | RandomConfig))
+    notes = comparison_notes(config)
+    _copy_results(folder, manifest, evaluations)
+    for name, path in logs.items():
+        (folder / "training").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / "training" / f"{name}.jsonl")
+    tables.write_csv(frame, folder / "comparison.csv")
+    tables.write_markdown(frame, folder / "comparison.md", notes, controls, title=f"Comparison: {config.name}")
+    (folder / "config.yaml").write_text(dump_config(config))
+    pictures = _draw(folder, frame, manifest, evaluations, logs, controls)
+    facts = {key: value for key, value in manifest.items() if key != "rows"}
+    write_json(folder / "manifest.json", facts)
+    written: Path = report.write_report(
+        folder / "report.html", f"{config.name}: dictionaries compared", frame, pictures, notes, facts, controls
+    )
+    return written
+
+
+def comparison_notes(config: RunConfig) -> list[str]:
+    """What a reader must know to read the numbers right."""
+    notes = [
+        f"Model {config.model.name}, hook {config.model.hook}; dictionaries learned on "
+        f"{config.harvest.train_tokens:,} tokens before outliers went, scored on other documents.",
+        "FVU is a reconstruction error, loss recovered is behaviour: the lower error is not always the better "
+        "behaviour, so read both.",
+        "One training seed: no error bars. Differences of a few thousandths are noise.",
+        "SAEBench counts density, alive latents and l1 of signed codes by their positive part only; L0, density and "
+        "dead atoms in eval 'heldout' count both signs. SAEBench 0.6's explained_variance is wrong (it subtracts the "
+        "squared mean square); use fvu.",
+    ]
+    missing = [name for name in ("core", "sparse_probing") if getattr(config.evaluation, name) is None]
+    if missing:
+        notes.append(f"Not run, as the config says: {', '.join(missing)}.")
+    if config.evaluation.sparse_probing is not None and config.evaluation.sparse_probing.datasets == ["bbc-news"]:
+        notes.append(
+            "Sparse probing ran SAEBench's code on the five classes of BBC news, not on SAEBench's own eight data "
+            "sets: compare these accuracies with each other, not with published ones."
+        )
+    return notes
+
+
+def _copy_results(folder: Path, manifest: dict[str, Any], evaluations: Path) -> None:
+    for eval_name, files in manifest["files"].items():
+        target = folder / ("heldout" if eval_name == "heldout" else f"saebench/{eval_name}")
+        target.mkdir(parents=True, exist_ok=True)
+        for file in files.values():
+            shutil.copyfile(evaluations / eval_name / file, target / file)
+
+
+def _draw(
+    folder: Path,
+    frame: pd.DataFrame,
+    manifest: dict[str, Any],
+    evaluations: Path,
+    logs: dict[str, Path],
+    controls: frozenset[str],
+) -> dict[str, Path]:
+    """The plots that the run has data for, caption -> PNG."""
+    target = folder / "plots"
+    target.mkdir(parents=True, exist_ok=True)
+    colours = style.palette(list(dict.fromkeys(frame["dictionary"])), controls)
+    pictures = {
+        "Headline metrics of every dictionary.": plots.metric_bars(
+            frame, target / "metrics.png", controls=controls, colours=colours
+        )
+    }
+    if "core" in manifest["files"]:
+        caption = "Error against behaviour: FVU on held-out tokens, and the part of the model's loss that survives."
+        pictures[caption] = plots.error_against_behaviour(
+            frame, target / "error_against_behaviour.png", controls, colours=colours
+        )
+    densities = {
+        name: np.asarray(json.loads((evaluations / "heldout" / file).read_text())["density"])
+        for name, file in manifest["files"]["heldout"].items()
+    }
+    pictures["How often each latent is used, either sign, on held-out tokens."] = plots.density_histogram(
+        densities, target / "density.png", colours=colours
+    )
+    if logs:
+        curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
+        pictures["Training of DB-KSVD, batch by batch."] = plots.training_curves(
+            curves, target / "training.png", colours=colours
+        )
+    return pictures

@@ -1,0 +1,165 @@
+"""The headline columns: where each comes from, which direction is better, and how its numbers read."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+MISSING = "n/a"
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+# The evals in the order in which tables list them: from the cheapest to know to the dearest.
+EVALS = ("training", "heldout", "core", "sparse_probing")
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One column of the headline table.
+
+    Args:
+        label: the column's name.
+        eval: the eval that scores it.
+        metric: the metric's name in that eval.
+        minus: a metric of the same eval to subtract, for differences.
+        better: the better direction; None for what is no contest (a budget, an amount).
+        style: how its numbers are written.
+        meaning: what it is, with its unit, as a phrase.
+        reference: a metric of the same eval to name beside it: what no dictionary reaches by itself.
+    """
+
+    label: str
+    eval: str
+    metric: str
+    style: Literal["count", "score", "percent"]
+    meaning: str
+    better: Literal["lower", "higher"] | None = None
+    minus: str | None = None
+    reference: str | None = None
+
+    @property
+    def arrow(self) -> str:
+        return ARROWS.get(self.better or "", "")
+
+    @property
+    def heading(self) -> str:
+        return f"{self.label} {self.arrow}".strip()
+
+
+HEADLINES = (
+    Headline("samples seen", "training", "samples_seen", "count", "activations used in training, repeats counted"),
+    Headline(
+        "FVU",
+        "heldout",
+        "fvu",
+        "score",
+        "fraction of variance unexplained: squared error over the variance of the activations "
+        "(no unit; 0 is perfect, 1 is no better than the mean)",
+        "lower",
+    ),
+    Headline(
+        "loss recovered",
+        "core",
+        "ce_loss_score",
+        "score",
+        "how much of the cross-entropy between the model with its activations zeroed and the untouched model "
+        "the reconstruction wins back (no unit; 1 is the untouched model, 0 is no better than zeros)",
+        "higher",
+    ),
+    Headline(
+        "KL",
+        "core",
+        "kl_div_with_sae",
+        "score",
+        "KL divergence between the model's next-token distributions with and without the reconstruction (nats a token)",
+        "lower",
+    ),
+    Headline(
+        "nats lost",
+        "core",
+        "ce_loss_with_sae",
+        "score",
+        "cross-entropy with the reconstruction minus that of the untouched model (nats a token)",
+        "lower",
+        minus="ce_loss_without_sae",
+    ),
+    Headline(
+        "probing top-1",
+        "sparse_probing",
+        "sae_top_1_test_accuracy",
+        "score",
+        "test accuracy of a linear probe on the single best latent (fraction of texts)",
+        "higher",
+        reference="llm_top_1_test_accuracy",
+    ),
+    Headline(
+        "probing top-5",
+        "sparse_probing",
+        "sae_top_5_test_accuracy",
+        "score",
+        "test accuracy of a linear probe on the five best latents (fraction of texts)",
+        "higher",
+        reference="llm_top_5_test_accuracy",
+    ),
+    Headline("dead", "heldout", "dead_fraction", "percent", "atoms that never fire (% of all atoms)", "lower"),
+)
+
+# Columns that describe a dictionary rather than score it: (name, what it is).
+DESCRIPTIONS = {
+    "dictionary": "the method, under its name in the config",
+    "view": "the codes as scored: signed as they come, or non-negative",
+    "d_sae": "number of atoms (latents)",
+    "k": "the budget: most atoms a token may use",
+    "L0": "atoms a token really uses, on average",
+}
+
+
+def score_texts(values: Sequence[float]) -> list[str]:
+    """A column of scores with three or four significant digits, and as far as that allows equal decimals."""
+    finite = [abs(value) for value in values if math.isfinite(value) and value != 0]
+    decimals = max((2 - math.floor(math.log10(value)) for value in finite), default=3)
+    texts = [_score_text(value, decimals) for value in values]
+    # Unequal scores that read the same get the fourth digit.
+    if len({*texts} - {MISSING}) < len({value for value in values if math.isfinite(value)}):
+        texts = [_score_text(value, decimals + 1) for value in values]
+    return texts
+
+
+def _score_text(value: float, decimals: int) -> str:
+    if not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4 or exponent > 5:
+        return f"{value:.2e}"
+    return f"{value:.{max(0, min(decimals, 3 - exponent))}f}"
+
+
+def count_text(value: float) -> str:
+    """An amount with thousands separators."""
+    return f"{value:,.0f}" if math.isfinite(value) else MISSING
+
+
+def mean_count_text(value: float) -> str:
+    """A mean of amounts, such as L0: one decimal."""
+    return f"{value:,.1f}" if math.isfinite(value) else MISSING
+
+
+def percent_text(value: float) -> str:
+    """A fraction as a percentage; a small one is not rounded to nothing."""
+    if not math.isfinite(value):
+        return MISSING
+    percent = 100 * value
+    if percent == 0:
+        return "0%"
+    return f"{percent:.1f}%" if abs(percent) >= 0.1 else f"{percent:.2g}%"
+
+
+def column_texts(label: str, values: Sequence[float]) -> list[str]:
+    """The numbers of the headline table's column ``label`` as text."""
+    style = {headline.label: headline.style for headline in HEADLINES}.get(label, "count")
+    if label == "L0":
+        return [mean_count_text(value) for value in values]
+    if style == "percent":
+        return [percent_text(value) for value in values]
+    return score_texts(values) if style == "score" else [count_text(value) for value in values]

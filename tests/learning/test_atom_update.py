@@ -1,0 +1,291 @@
+"""The atom updates: the exact one against the reference, and what both promise about the error."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ksvd_sae.learning import reference
+from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums
+from ksvd_sae.learning.sparse_coding import Code, matching_pursuit
+from tests import tolerances
+from tests.strategies import (
+    DTYPES,
+    KINDS,
+    OVERSHOOTING,
+    Problem,
+    dtypes,
+    generator,
+    generic,
+    overshooting,
+    planted,
+    problems,
+    unit_atoms,
+)
+
+Update = Callable[[Tensor, Code, Tensor], AtomUpdate]
+
+
+def exact(atom_batch: int) -> Update:
+    return lambda x_BD, code, atoms_MD: update_atoms_exact(x_BD, code, atoms_MD, atom_batch=atom_batch)
+
+
+UPDATES: dict[str, Update] = {
+    "sums": update_atoms_sums,
+    "exact, one atom": exact(1),
+    "exact, 3 atoms": exact(3),
+    "exact, all atoms": exact(1000),
+}
+each_update = pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
+
+
+def error(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> float:
+    """Σ‖x − x̂‖² in float64, not by Code.reconstruct."""
+    x_hat_BD = torch.zeros_like(x_BD, dtype=torch.float64)
+    for slot in range(code.values_BK.shape[1]):
+        x_hat_BD += code.values_BK[:, slot, None].double() * atoms_MD.double()[code.support_BK[:, slot].long()]
+    return float((x_BD.double() - x_hat_BD).pow(2).sum())
+
+
+def energy(x_BD: Tensor) -> float:
+    return float(x_BD.double().pow(2).sum())
+
+
+def coded(problem: Problem) -> Code:
+    return matching_pursuit(problem.x_BD, problem.atoms_MD, problem.k)
+
+
+class TestAgainstReference:
+    @given(problem=problems("generic", "zero rows", "coherent"))
+    def test_one_atom_at_a_time_is_k_svd(self, problem: Problem) -> None:
+        """Rank-1 products atom·coefficient are unique, the factors only up to sign: both fix ⟨new, old⟩ ≥ 0."""
+        code = coded(problem)
+        got = update_atoms_exact(problem.x_BD, code, problem.atoms_MD, atom_batch=1)
+        n_atoms = len(problem.atoms_MD)
+        dense = code.to_dense(n_atoms).numpy()
+        atoms, codes = reference.update_atoms(problem.x_BD.numpy(), dense, problem.atoms_MD.numpy())
+        scale = np.sqrt(energy(problem.x_BD))
+        product_gap = got.code.to_dense(n_atoms).numpy() @ got.atoms_MD.numpy() - codes @ atoms
+        assert np.abs(product_gap).max() <= tolerances.EXACT_UPDATE_FLOAT64 * scale
+        wanted = float(((problem.x_BD.numpy() - codes @ atoms) ** 2).sum())
+        assert abs(got.error_after - wanted) <= tolerances.UPDATE_ERROR[torch.float64] * scale**2
+
+    def test_atoms_and_coefficients_at_a_realistic_shape(self) -> None:
+        """Every atom has many users, so its leading direction is well separated: factors can be compared too."""
+        problem = generic(400, 13, 29, 4, seed=2)
+        code = coded(problem)
+        got = update_atoms_exact(problem.x_BD, code, problem.atoms_MD, atom_batch=1)
+        atoms, codes = reference.update_atoms(problem.x_BD.numpy(), code.to_dense(29).numpy(), problem.atoms_MD.numpy())
+        assert np.abs(got.atoms_MD.numpy() - atoms).max() <= tolerances.EXACT_UPDATE_FLOAT64
+        assert (
+            np.abs(got.code.to_dense(29).numpy() - codes).max() <= tolerances.EXACT_UPDATE_FLOAT64 * np.abs(codes).max()
+        )
+
+    def test_the_generator_gives_the_order(self) -> None:
+        problem = generic(200, 9, 17, 4, seed=3)
+        code = coded(problem)
+        order = torch.randperm(17, generator=generator(5)).tolist()
+        assert code.usage(17).min() > 0, "the order below is that of the used atoms"
+        got = update_atoms_exact(problem.x_BD, code, problem.atoms_MD, atom_batch=1, generator=generator(5))
+        atoms, _ = reference.update_atoms(
+            problem.x_BD.numpy(), code.to_dense(17).numpy(), problem.atoms_MD.numpy(), order
+        )
+        assert np.abs(got.atoms_MD.numpy() - atoms).max() <= tolerances.EXACT_UPDATE_FLOAT64
+
+    def test_one_step_of_sums_on_one_atom_is_a_power_step(self) -> None:
+        """With a single atom the line search takes the whole least-squares step."""
+        problem = generic(50, 7, 1, 1, seed=4)
+        x, old = problem.x_BD.numpy(), problem.atoms_MD.numpy()
+        got = update_atoms_sums(problem.x_BD, coded(problem), problem.atoms_MD)
+        power_step = (x @ old[0]) @ x
+        gap = got.atoms_MD[0].numpy() - power_step / np.linalg.norm(power_step)
+        assert np.abs(gap).max() <= tolerances.FIXED_POINT[torch.float64]
+
+
+class TestPromises:
+    @each_update
+    @given(problem=problems(), dtype=dtypes)
+    def test_errors_are_the_true_ones(self, update: Update, problem: Problem, dtype: torch.dtype) -> None:
+        problem = problem.to(dtype)
+        code = coded(problem)
+        got = update(problem.x_BD, code, problem.atoms_MD)
+        limit = tolerances.UPDATE_ERROR[dtype] * energy(problem.x_BD)
+        assert abs(got.error_before - error(problem.x_BD, code, problem.atoms_MD)) <= limit
+        assert abs(got.error_after - error(problem.x_BD, got.code, got.atoms_MD)) <= limit
+
+    @each_update
+    @given(problem=problems(), dtype=dtypes)
+    def test_error_never_rises(self, update: Update, problem: Problem, dtype: torch.dtype) -> None:
+        problem = problem.to(dtype)
+        code = coded(problem)
+        got = update(problem.x_BD, code, problem.atoms_MD)
+        before = error(problem.x_BD, code, problem.atoms_MD)
+        after = error(problem.x_BD, got.code, got.atoms_MD)
+        assert after <= before + tolerances.RISE[dtype] * energy(problem.x_BD)
+
+    @each_update
+    @given(seed=st.integers(0, 2**31), kind=st.sampled_from(sorted(KINDS)), dtype=dtypes)
+    def test_error_never_rises_when_atoms_occur_together(
+        self, update: Update, seed: int, kind: str, dtype: torch.dtype
+    ) -> None:
+        """k / M large, random start: every atom shares its samples with every other."""
+        problem = KINDS[kind](overshooting(12, 9, seed)).to(dtype)
+        code = coded(problem)
+        got = update(problem.x_BD, code, problem.atoms_MD)
+        before = error(problem.x_BD, code, problem.atoms_MD)
+        after = error(problem.x_BD, got.code, got.atoms_MD)
+        assert after <= before + tolerances.RISE[dtype] * energy(problem.x_BD)
+
+    @each_update
+    @given(seed=st.integers(0, 2**31), dtype=dtypes)
+    def test_error_never_rises_whatever_the_code(self, update: Update, seed: int, dtype: torch.dtype) -> None:
+        """A code that no coder gave: random supports and values of very different sizes, as after divergence."""
+        problem = generic(40, 7, 11, 4, seed).to(dtype)
+        draw = generator(seed)
+        support_BK = torch.rand(40, 11, generator=draw).argsort(dim=1)[:, :4].int()
+        sizes_BK = 10 ** (4 * torch.rand(40, 4, generator=draw, dtype=torch.float64) - 2)
+        values_BK = torch.randn(40, 4, generator=draw, dtype=torch.float64) * sizes_BK
+        code = Code(values_BK.to(dtype), support_BK)
+        before = error(problem.x_BD, code, problem.atoms_MD)
+        got = update(problem.x_BD, code, problem.atoms_MD)
+        # Rounding is relative to what is summed: here the code is far larger than the samples.
+        summed = float((code.values_BK.double() ** 2).sum())
+        assert error(problem.x_BD, got.code, got.atoms_MD) <= before + tolerances.RISE[dtype] * summed
+
+    @each_update
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("case", OVERSHOOTING, ids=str)
+    def test_where_the_naive_parallel_update_blows_up(
+        self, case: tuple[int, int, int, int], dtype: torch.dtype, update: Update
+    ) -> None:
+        d_in, k, _, seed = case
+        problem = overshooting(d_in, k, seed).to(dtype)
+        code = coded(problem)
+        got = update(problem.x_BD, code, problem.atoms_MD)
+        before = error(problem.x_BD, code, problem.atoms_MD)
+        assert error(problem.x_BD, got.code, got.atoms_MD) < before
+
+    @pytest.mark.parametrize("case", OVERSHOOTING, ids=str)
+    def test_the_naive_parallel_update_blows_up(self, case: tuple[int, int, int, int]) -> None:
+        """Atoms and coefficients of a batch replaced together, without a look at the error: why ours looks."""
+        d_in, k, atom_batch, seed = case
+        problem = overshooting(d_in, k, seed)
+        code = coded(problem)
+        codes, atoms = code.to_dense(d_in).numpy().copy(), problem.atoms_MD.numpy().copy()
+        x = problem.x_BD.numpy()
+        before = ((x - codes @ atoms) ** 2).sum()
+        for start in range(0, d_in, atom_batch):
+            residual, old_codes, old_atoms = x - codes @ atoms, codes.copy(), atoms.copy()
+            for j in range(start, min(start + atom_batch, d_in)):
+                users = np.flatnonzero(old_codes[:, j])
+                own = residual[users] + np.outer(old_codes[users, j], old_atoms[j])
+                left, sizes, right = np.linalg.svd(own, full_matrices=False)
+                atoms[j], codes[users, j] = right[0], sizes[0] * left[:, 0]
+        assert ((x - codes @ atoms) ** 2).sum() > tolerances.BLOW_UP * before
+        ours = update_atoms_exact(problem.x_BD, code, problem.atoms_MD, atom_batch=atom_batch)
+        assert ours.redone_batches > 0
+        assert ours.error_after < before
+
+    @each_update
+    @given(problem=problems(), dtype=dtypes)
+    def test_unit_atoms_and_the_same_support(self, update: Update, problem: Problem, dtype: torch.dtype) -> None:
+        problem = problem.to(dtype)
+        code = coded(problem)
+        got = update(problem.x_BD, code, problem.atoms_MD)
+        assert got.atoms_MD.shape == problem.atoms_MD.shape
+        assert got.atoms_MD.dtype == got.code.values_BK.dtype == dtype
+        norms_M = torch.linalg.vector_norm(got.atoms_MD.double(), dim=1)
+        assert (norms_M - 1).abs().max() <= tolerances.UNIT_NORM[dtype]
+        assert torch.equal(got.code.support_BK, code.support_BK)
+        assert ((got.code.values_BK != 0) <= (code.values_BK != 0)).all()
+
+    @each_update
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_unused_atoms_keep_their_bits(self, update: Update, dtype: torch.dtype) -> None:
+        problem = generic(20, 16, 301, 2, seed=8).to(dtype)
+        code = coded(problem)
+        unused_M = code.usage(301) == 0
+        got = update(problem.x_BD, code, problem.atoms_MD)
+        assert torch.equal(got.usage_M, code.usage(301))
+        assert 200 < int(unused_M.sum()) < 301
+        assert torch.equal(got.atoms_MD[unused_M], problem.atoms_MD[unused_M])
+
+    @each_update
+    def test_inputs_are_left_alone(self, update: Update) -> None:
+        problem = generic(30, 7, 11, 4, seed=9)
+        code = coded(problem)
+        kept = [tensor.clone() for tensor in (problem.x_BD, problem.atoms_MD, code.values_BK, code.support_BK)]
+        update(problem.x_BD, code, problem.atoms_MD)
+        now = (problem.x_BD, problem.atoms_MD, code.values_BK, code.support_BK)
+        assert all(torch.equal(a, b) for a, b in zip(kept, now, strict=True))
+
+    @each_update
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_nothing_used(self, update: Update, dtype: torch.dtype) -> None:
+        atoms_MD = unit_atoms(5, 4, dtype=dtype)
+        code = Code(torch.zeros(3, 2, dtype=dtype), torch.zeros(3, 2, dtype=torch.int32))
+        got = update(torch.ones(3, 4, dtype=dtype), code, atoms_MD)
+        assert torch.equal(got.atoms_MD, atoms_MD)
+        assert got.usage_M.tolist() == [0] * 5
+        assert got.error_before == got.error_after == pytest.approx(12, rel=tolerances.UPDATE_ERROR[dtype])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_vanishing_direction_keeps_the_old_atom(self, dtype: torch.dtype) -> None:
+        """Samples that cancel: the least-squares step of the atom leads to the zero vector."""
+        atoms_MD = torch.eye(3, dtype=dtype)[:1]
+        code = Code(torch.tensor([[1.0], [1.0]], dtype=dtype), torch.zeros(2, 1, dtype=torch.int32))
+        got = update_atoms_sums(torch.tensor([[0.0, 1, 0], [0, -1, 0]], dtype=dtype), code, atoms_MD)
+        assert torch.equal(got.atoms_MD, atoms_MD)
+        assert got.error_after == pytest.approx(4, rel=tolerances.UPDATE_ERROR[dtype])
+
+    @each_update
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_a_vanishing_direction_among_others(self, update: Update, dtype: torch.dtype) -> None:
+        """The step takes atom 0 to the zero vector and atom 1 to atom 1 + atom 0, which only fit together."""
+        atoms_MD = torch.eye(3, dtype=dtype)[:2]
+        both, none = [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]
+        x_BD = torch.tensor([both] * 10 + [none, both], dtype=dtype)
+        values_BK = torch.tensor([[1.0, 1.0]] * 10 + [[1.0, 0.0], [0.0, 1.0]], dtype=dtype)
+        code = Code(values_BK, torch.tensor([[0, 1]] * 12, dtype=torch.int32))
+        before = error(x_BD, code, atoms_MD)
+        got = update(x_BD, code, atoms_MD)
+        assert error(x_BD, got.code, got.atoms_MD) <= before + tolerances.RISE[dtype] * energy(x_BD)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_an_atom_whose_samples_are_explained_without_it(self, dtype: torch.dtype) -> None:
+        """The residual of the atom is the zero matrix: any direction will do, NaN will not."""
+        atoms_MD = torch.eye(3, dtype=dtype)[:2]
+        code = Code(torch.tensor([[1.0, 1.0]], dtype=dtype), torch.tensor([[0, 1]], dtype=torch.int32))
+        x_BD = torch.tensor([[1.0, 0, 0]], dtype=dtype)
+        got = update_atoms_exact(x_BD, code, atoms_MD)
+        assert got.atoms_MD.isfinite().all()
+        assert torch.linalg.vector_norm(got.atoms_MD, dim=1).sub(1).abs().max() <= tolerances.UNIT_NORM[dtype]
+        assert error(x_BD, got.code, got.atoms_MD) <= tolerances.UPDATE_ERROR[dtype]
+
+
+class TestFixedPointAndOrder:
+    @each_update
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_exactly_sparse_samples_leave_the_atoms(self, update: Update, dtype: torch.dtype) -> None:
+        problem = planted(500, 16, 24, 3, dtype=dtype, seed=6)
+        got = update(problem.x_BD, problem.code, problem.atoms_MD)
+        assert (got.atoms_MD - problem.atoms_MD).abs().max() <= tolerances.FIXED_POINT[dtype]
+        assert got.error_after <= tolerances.FIXED_POINT[dtype] * energy(problem.x_BD)
+
+    @each_update
+    @given(seed=st.integers(0, 2**31), dtype=dtypes)
+    def test_order_of_the_samples(self, update: Update, seed: int, dtype: torch.dtype) -> None:
+        problem = planted(120, 9, 12, 3, noise=0.1, seed=seed, dtype=dtype)
+        start_MD = normalize(problem.atoms_MD + 0.2 * unit_atoms(12, 9, seed, dtype), dim=1)
+        order = torch.randperm(120, generator=generator(seed))
+        shuffled = Code(problem.code.values_BK[order], problem.code.support_BK[order])
+        plain = update(problem.x_BD, problem.code, start_MD)
+        moved = update(problem.x_BD[order], shuffled, start_MD)
+        assert (plain.atoms_MD - moved.atoms_MD).abs().max() <= tolerances.SAMPLE_ORDER[dtype]
+        gap_BK = plain.code.values_BK[order] - moved.code.values_BK
+        assert gap_BK.abs().max() <= tolerances.SAMPLE_ORDER[dtype] * plain.code.values_BK.abs().max()

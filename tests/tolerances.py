@@ -1,0 +1,65 @@
+"""Every tolerance of the tests, each with its reason.
+
+Unless a comment says otherwise, a tolerance on a vector or an error is a fraction of the norm of the
+sample (or batch) that it belongs to.
+"""
+
+import torch
+
+# --- Coders against the reference -----------------------------------------------------------------
+# Products that follow a step through the Gram matrix, against products taken from the residual: the
+# rounding of some 4k steps, each about eps = 1.2e-7 (float32) or 2.2e-16 (float64), times a margin of 100.
+CODE_ERROR = {torch.float32: 2e-4, torch.float64: 1e-10}
+# Coefficients solve a k × k system, so rounding is multiplied by its condition number: up to about 1e3 for
+# the random supports used here.
+COEFFICIENT = {torch.float32: 5e-3, torch.float64: 1e-8}
+# Two atoms at distance t of each other: the coefficients grow like 1/t, the error of the sample does not.
+# OMP leaves out an atom closer than 4·sqrt(eps) to the span of the others and gives up that much error.
+DEPENDENT_ATOM = {torch.float32: 1.5e-3, torch.float64: 1e-7}
+# One near tie in a thousand choices may fall the other way in float32.
+SUPPORT_AGREEMENT_FLOAT32 = 0.99
+
+# --- Invariants of a code ---------------------------------------------------------------------------
+# ⟨residual, atom⟩ for atoms in the support after least squares: rounding times the condition number.
+ORTHOGONAL = {torch.float32: 1e-4, torch.float64: 1e-10}
+# A quantity that must not rise may rise by the rounding of the sums that measure it.
+RISE = {torch.float32: 1e-5, torch.float64: 1e-12}
+# Another chunk size makes BLAS add in another order.
+CHUNKING = {torch.float32: 1e-4, torch.float64: 1e-12}
+# Permuting or flipping atoms makes BLAS add in another order; float64 only.
+EQUIVARIANCE = 1e-10
+
+# --- Atom updates ---------------------------------------------------------------------------------
+# Same, eigenvectors of a Gram matrix against an SVD of the matrix itself: half the digits of float64 at worst.
+EXACT_UPDATE_FLOAT64 = 1e-7
+# Norms of float32 rows are rounded once a component: sqrt(D)·eps, with a margin.
+UNIT_NORM = {torch.float32: 2e-6, torch.float64: 1e-12}
+# Σ‖residual‖² by an update, which keeps its residual up to date, against the same from scratch; as a fraction
+# of Σ‖x‖².
+UPDATE_ERROR = {torch.float32: 1e-5, torch.float64: 1e-12}
+# At a fixed point the residual is rounding, eps, and a step divides it by the coefficients (about 1).
+FIXED_POINT = {torch.float32: 1e-5, torch.float64: 1e-12}
+# Sums over samples in another order; an eigenvector amplifies the rounding by 1 / (its relative gap).
+SAMPLE_ORDER = {torch.float32: 1e-3, torch.float64: 1e-9}
+# The naive parallel update multiplies the error of these cases at least by this (100 to 8e5 measured).
+BLOW_UP = 50.0
+
+# --- DB-KSVD ----------------------------------------------------------------------------------------
+# FVU in the log, float32 samples, against float64 from scratch.
+LOGGED_FVU = 1e-5
+# Error of each sweep against the float64 reference: float32 atoms drift apart as sweeps go on.
+SWEEP_ERROR = 1e-3
+# An atom counts as found when its |cosine| with a planted one is at least this: 8 degrees, far above what a
+# random atom reaches in 64 dimensions (about 0.45 over 128 atoms).
+FOUND_COSINE = 0.99
+
+# --- PCA ------------------------------------------------------------------------------------------
+# float32 rows against scikit-learn's float64 SVD, 1 − |cosine|.
+PCA_COSINE = 1e-6
+PCA_ORTHONORMAL = 1e-6
+# Share of variance kept, float32 components.
+PCA_VARIANCE = 1e-6
+
+# --- The package ------------------------------------------------------------------------------------
+# `import ksvd_sae` must feel like nothing: it reads two small files.
+IMPORT_SECONDS = 0.5
