@@ -170,7 +170,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 
     Args:
         path: the YAML file. ``name`` defaults to the file's stem.
-        overrides: ``key.sub=value`` strings; values are YAML, so ``null``, ``1e-3`` and ``[1, 2]`` work.
+        overrides: ``key.sub=value`` strings; values are YAML, so ``null``, ``1e-3`` and ``[1, 2]`` work;
+            ``dictionaries.NAME=null`` leaves a dictionary out.
     Raises:
         ConfigError: missing file, bad YAML, unknown key (with the nearest valid one), wrong type or value.
     """
@@ -191,6 +192,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     raw.setdefault("name", path.stem)
     for override in overrides or []:
         _apply(raw, override)
+    if isinstance(raw.get("dictionaries"), dict):
+        # --set dictionaries.NAME=null leaves one out.
+        raw["dictionaries"] = {name: value for name, value in raw["dictionaries"].items() if value is not None}
     return parse_config(raw, str(path))
 
 

@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ksvd_sae.errors import DictionaryError, ShapeError
+from ksvd_sae.errors import DictionaryError, KsvdSaeError, ShapeError
+from ksvd_sae.learning.checks import check_atoms
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.learning.sparse_coding import CODERS, Code, Coder, check_atoms, encode
+from ksvd_sae.learning.sparse_coding import CODERS, Code, Coder, encode
 from ksvd_sae.provenance import atomic_path, write_json
 
 ATOMS_FILE = "atoms.safetensors"
@@ -126,17 +127,21 @@ class Dictionary:
                     cure="upgrade ksvd-sae",
                 )
             return cls(
-                atoms_MD=tensors["atoms"],
-                centre_D=tensors["centre"],
+                # Copies: a tensor mapped from a file is aligned as the file has it, and products of unaligned
+                # memory differ in the last bit.
+                atoms_MD=tensors["atoms"].clone(),
+                centre_D=tensors["centre"].clone(),
                 k=config["k"],
                 coder=config["coder"],
                 rtol=config["rtol"],
                 max_steps=config["max_steps"],
                 provenance=config["provenance"],
             )
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, KsvdSaeError):
+                raise
             raise DictionaryError(
-                f"loading dictionary {folder}: {error!r}",
+                f"loading dictionary {folder}: {type(error).__name__}: {error}",
                 cause="not a dictionary's folder, or a truncated file",
                 cure="give the folder that `ksvd-sae train` wrote, or train again",
             ) from error

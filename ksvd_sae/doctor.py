@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from urllib.error import URLError
 from urllib.request import Request, urlopen
@@ -34,7 +35,7 @@ def examine() -> Examination:
         missing = [p for p in packages if _installed(p) is None]
         state = "installed" if not missing else f"not installed: pip install 'ksvd-sae[{extra}]'"
         found.facts.append((f"extra {extra}", state))
-    found.problems += version_problems()
+    found.problems += version_problems() + torchvision_problems()
     return found
 
 
@@ -54,6 +55,21 @@ def version_problems() -> list[str]:
                 f"Mend: pip install '{requirement.name}{requirement.specifier}'"
             )
     return problems
+
+
+def torchvision_problems() -> list[str]:
+    """sae-bench depends on torchvision, and one that was built for another torch breaks `import transformers`."""
+    import torch
+
+    try:
+        import_module("torchvision")
+    # A mismatch shows as whatever its C++ registration throws.
+    except Exception as error:
+        return [
+            f"torchvision {_installed('torchvision')} does not fit torch {torch.__version__}: {error}. "
+            "Mend: pip install --force-reinstall torchvision, from the index that torch came from"
+        ]
+    return []
 
 
 def hub_status() -> str:

@@ -120,7 +120,7 @@ def write_manifest(folder: Path, stage: str, key: dict[str, Any], **facts: Any) 
     manifest = {
         "stage": stage,
         "hash": content_hash(key),
-        "key": key,
+        "key": json.loads(json.dumps(key, default=str)),
         "versions": versions(),
         "commit": commit(),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,6 +151,10 @@ def read_manifest(folder: Path, stage: str, key: dict[str, Any] | None = None) -
         raise ManifestError(
             f"reading {path}: not JSON ({error})", cause="the file was altered", cure=f"delete {folder} and run again"
         ) from error
+    if not isinstance(manifest, dict):
+        raise ManifestError(
+            f"reading {path}: not a manifest", cause="the file was altered", cure=f"delete {folder} and run again"
+        )
     if manifest.get("stage") != stage:
         raise ManifestError(
             f"reading {stage} from {folder}: the folder holds another stage's output",

@@ -52,6 +52,13 @@ SWEEP_ERROR = 1e-3
 # An atom counts as found when its |cosine| with a planted one is at least this: 8 degrees, far above what a
 # random atom reaches in 64 dimensions (about 0.45 over 128 atoms).
 FOUND_COSINE = 0.99
+# Share found of 128 atoms in 64 dimensions, k = 3: 1.0 for 13 of 20 seeds, 0.977 (three missing) for the worst.
+FOUND_SHARE = 0.96
+# FVU there: 0.0012 with all atoms, 0.0078 with three missing; noise alone is 0.0009.
+FOUND_FVU = 0.012
+# Share found of 30 atoms in 20 dimensions, k = 2, exact update, 5 passes over 2,000 samples: 0.9 or 1.0 for six
+# runs. A random dictionary, and the initial one, find none.
+FOUND_SHARE_SMALL = 0.86
 
 # --- PCA ------------------------------------------------------------------------------------------
 # float32 rows against scikit-learn's float64 SVD, 1 − |cosine|.
@@ -63,3 +70,22 @@ PCA_VARIANCE = 1e-6
 # --- The package ------------------------------------------------------------------------------------
 # `import ksvd_sae` must feel like nothing: it reads two small files.
 IMPORT_SECONDS = 0.5
+
+# --- SAEs, splicing and scores -----------------------------------------------------------------------
+# The SAE divides rows that have unit norm to rounding (UNIT_NORM) by their norms; a code has a few of them.
+SAE_CODE = 1e-5
+# bfloat16 keeps 8 bits: a number is off by up to 1/256, a sum of k of them by a few times that.
+BFLOAT16 = 1 / 32
+# Logits and losses of the tiny model: float32 sums in another order, through two layers.
+SPLICED_LOSS = 1e-4
+# Metrics summed in float64 from float32 reconstructions that batches of other sizes round differently.
+HELDOUT_METRIC = 1e-5
+# Codes of an orthonormal basis rebuild a float32 sample to rounding: squared, 1e-14, with room for the mean.
+PERFECT_FVU = 1e-9
+
+# --- Activations ------------------------------------------------------------------------------------
+# TransformerLens against transformers: nine blocks of float32 sums in another order, as a fraction of the
+# largest activation (7e-7 measured).
+HOOK_AGAINST_TRANSFORMERS = 1e-5
+# float64 sums in another order, as a fraction of the statistic.
+STREAMED_STATISTICS = 1e-10

@@ -152,7 +152,8 @@ def _collect(
             advance(_n_tokens(done))
             while _n_tokens(done) < wanted[part]:
                 limit = min(settings.shard_tokens, wanted[part] - _n_tokens(done))
-                entry = _collect_part(folder, part, len(done), stream, reader, settings.batch_contexts, limit, advance)
+                left = sum(wanted.values()) - sum(map(_n_tokens, collected.values()))
+                entry = _collect_part(config, folder, part, len(done), stream, reader, limit, left, advance)
                 if entry is None:
                     raise TextError(
                         f"harvest: the text ended before {wanted[part]:,} {part} tokens",
@@ -174,26 +175,29 @@ def _remember(texts: Iterator[str], drawn: list[str]) -> Iterator[str]:
 
 
 def _collect_part(
+    config: RunConfig,
     folder: Path,
     part: str,
     index: int,
     stream: Iterator[Tensor],
     reader: ActivationReader,
-    batch_contexts: int,
     wanted_tokens: int,
+    left_tokens: int,
     advance: Advance,
 ) -> dict[str, Any] | None:
     """Whole batches of contexts until ``wanted_tokens`` are there, as one raw part; None if the text is over."""
     rows: list[Tensor] = []
+    dtype = getattr(torch, config.harvest.dtype)
     n_tokens = n_contexts = 0
     while n_tokens < wanted_tokens:
-        batch = list(islice(stream, batch_contexts))
+        batch = list(islice(stream, config.harvest.batch_contexts))
         if not batch:
             return None
-        x_ND = reader.read(torch.stack(batch)).cpu()
+        x_ND = reader.read(torch.stack(batch)).cpu().to(dtype)
         if not rows:
-            size = wanted_tokens * x_ND.shape[1] * x_ND.element_size()
-            require_disk_space(folder / "raw", size, f"harvest: writing raw part {part}-{index:05d}")
+            # All that is still to come, raw and shuffled: better to stop now than after an hour.
+            size = 2 * left_tokens * x_ND.shape[1] * x_ND.element_size()
+            require_disk_space(folder / "raw", size, f"harvest: collecting {left_tokens:,} more tokens")
         rows.append(x_ND)
         n_tokens, n_contexts = n_tokens + len(x_ND), n_contexts + len(batch)
         advance(len(x_ND))
@@ -212,11 +216,11 @@ def _finish(
     """Outliers out, shuffle, statistics, shards, manifest; then the raw parts go."""
     raw = {part: [_open_raw(folder, entry) for entry in collected[part]] for part in PARTS}
     d_in = raw["train"][0].shape[1]
-    norms = {part: [torch.linalg.vector_norm(x_ND, dim=1) for x_ND in raw[part]] for part in PARTS}
+    norms = {part: [torch.linalg.vector_norm(x_ND.float(), dim=1) for x_ND in raw[part]] for part in PARTS}
     median_norm, limit = outlier_limit(torch.cat(norms["train"]), config.harvest.outlier_factor)
-    itemsize = 2 if config.harvest.dtype == "bfloat16" else 4
     n_total = sum(len(n) for n in chain(*norms.values()))
-    require_disk_space(folder, n_total * d_in * itemsize, "harvest: writing shuffled shards")
+    size = n_total * d_in * raw["train"][0].element_size()
+    require_disk_space(folder, size, "harvest: writing shuffled shards")
     running, parts = RunningStatistics(d_in), {}
     for part in PARTS:
         kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
@@ -266,13 +270,11 @@ def _write_shuffled(
     entries = []
     for index, start in enumerate(range(0, len(where), config.harvest.shard_tokens)):
         wanted = where[start : start + config.harvest.shard_tokens]
-        shard_ND = torch.empty(len(wanted), raw[0].shape[1])
+        shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
         for source in torch.unique(wanted[:, 0]).tolist():
             slots = (wanted[:, 0] == source).nonzero().flatten()
             shard_ND[slots] = raw[source][wanted[slots, 1]]
-        # Statistics are of what is stored, so that training and statistics agree to the bit.
-        stored_ND = shard_ND.to(getattr(torch, config.harvest.dtype))
         if running is not None:
-            running.add(stored_ND)
-        entries.append(write_shard(folder / part / shard_name(index), stored_ND))
+            running.add(shard_ND)
+        entries.append(write_shard(folder / part / shard_name(index), shard_ND))
     return {"n_samples": len(where), "shards": entries}

@@ -71,16 +71,12 @@ def update_atoms_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> AtomUpdate:
     t = slope / curvature if curvature > 0 else 0.0
     raw_MD = atoms_MD + t * step_MD
     norms_M = torch.linalg.vector_norm(raw_MD, dim=1)
-    # An atom whose new direction vanished (its samples cancel) keeps its old one.
-    good_M = norms_M > 1e-6
-    new_MD = torch.where(good_M[:, None], raw_MD / norms_M.clamp(min=1e-6)[:, None], atoms_MD)
-    scale_M = torch.where(good_M, norms_M, 1)
+    # An atom whose step leads to zero is best not used: it keeps its direction and loses its coefficients.
+    moved_M = used_M & (norms_M > 1e-6)
+    new_MD = torch.where(moved_M[:, None], raw_MD / norms_M.clamp(min=1e-6)[:, None], atoms_MD)
+    scale_M = torch.where(moved_M, norms_M, (~used_M).to(norms_M.dtype))
     new_code = Code(code.values_BK * scale_M[code.support_BK.long()], code.support_BK)
-    error_after = (
-        error_before - 2 * t * slope + t * t * curvature
-        if bool(good_M.all())
-        else _energy(x_BD - new_code.reconstruct(new_MD))
-    )
+    error_after = error_before - 2 * t * slope + t * t * curvature
     return AtomUpdate(new_MD, new_code, by_atom.usage_M, error_before, error_after)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import ActivationError, NotFittedError, ShapeError
 from ksvd_sae.learning.atom_update import update_atoms_exact, update_atoms_sums
-from ksvd_sae.learning.sparse_coding import Code, Coder, check_samples, encode
+from ksvd_sae.learning.checks import check_samples
+from ksvd_sae.learning.sparse_coding import Code, Coder, encode
 
 logger = logging.getLogger(__name__)
 
@@ -154,10 +155,18 @@ class DoubleBatchKSVD:
 
     def partial_fit(self, batch_BD: Tensor) -> "DoubleBatchKSVD":
         """One update from one batch. The first batch sets the centre and the initial atoms."""
-        if "centre_D" not in self.__dict__:
-            check_samples(batch_BD, "DoubleBatchKSVD.partial_fit")
-            self.centre_D = batch_BD.double().mean(dim=0).float().to(self.device) * float(self.centre)
-        self._learn(batch_BD, 0)
+        first = "centre_D" not in self.__dict__
+        if first:
+            source = _TensorSource(batch_BD)
+            if not len(batch_BD):
+                raise ShapeError("DoubleBatchKSVD.partial_fit: the first batch is empty")
+            self.centre_D = source.centre_D.float().to(self.device) * float(self.centre)
+        try:
+            self._learn(batch_BD, 0)
+        except (ShapeError, ActivationError):
+            if first:  # a refused first batch leaves nothing behind
+                self._reset()
+            raise
         return self
 
     def encode(self, x_BD: Tensor) -> Code:
@@ -216,6 +225,8 @@ class DoubleBatchKSVD:
                 limit=f"(B, {len(self.centre_D)})",
                 cause="activations of another model or hook",
             )
+        if not raw_BD.is_floating_point():
+            raise ShapeError("DoubleBatchKSVD: samples are not floating point", got=str(raw_BD.dtype))
         return raw_BD.to(self.device).float() - self.centre_D
 
     def _prepared(self, raw_BD: Tensor) -> Tensor:
@@ -223,7 +234,8 @@ class DoubleBatchKSVD:
         if self.k > x_BD.shape[1]:
             raise ShapeError("DoubleBatchKSVD: k is above d_in", got=f"k = {self.k}", limit=f"d_in = {x_BD.shape[1]}")
         check_samples(x_BD, "DoubleBatchKSVD")
-        if self._variance(x_BD) == 0:
+        # Rounding leaves a variance of about 1e-14 of the energy where all samples are the same.
+        if not self._variance(x_BD) > 1e-12 * float(x_BD.double().square().sum()):
             raise ActivationError(
                 "DoubleBatchKSVD: all samples of the batch are the same: there is nothing to learn",
                 cause="a hook that gives constants, or padding tokens",
@@ -268,10 +280,10 @@ class _TensorSource:
     def __init__(self, samples_ND: Tensor):
         if samples_ND.ndim != 2 or not samples_ND.is_floating_point():
             raise ShapeError(
-                "DoubleBatchKSVD.fit: samples must be a floating-point (N, D) tensor",
+                "DoubleBatchKSVD: samples must be a floating-point (N, D) tensor",
                 got=f"{samples_ND.dtype} {tuple(samples_ND.shape)}",
             )
-        check_samples(samples_ND, "DoubleBatchKSVD.fit")
+        check_samples(samples_ND, "DoubleBatchKSVD")
         self.samples_ND = samples_ND
         self.n_samples, self.d_in = samples_ND.shape
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.sparse_coding import check_samples
+from ksvd_sae.learning.checks import check_samples
 
 
 @torch.no_grad()
@@ -27,6 +27,12 @@ def principal_components(batches: Iterable[Tensor], k: int, centre_D: Tensor) ->
     scatter_DD = torch.zeros(d_in, d_in, dtype=torch.float64)
     n = 0
     for batch_BD in batches:
+        if batch_BD.ndim != 2 or batch_BD.shape[1] != d_in:
+            raise ShapeError(
+                "principal_components: a batch does not fit the centre",
+                got=str(tuple(batch_BD.shape)),
+                limit=f"(B, {d_in})",
+            )
         check_samples(batch_BD, "principal_components")
         centred_BD = batch_BD.double() - centre_D.to(batch_BD.device).double()
         scatter_DD += (centred_BD.T @ centred_BD).cpu()

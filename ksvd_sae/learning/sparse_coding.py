@@ -9,22 +9,29 @@ Samples are coded in chunks so that the products, the one array of size chunk ×
 ``memory_bytes`` whatever the number of samples.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ksvd_sae.errors import ActivationError, DictionaryError, ShapeError
+from ksvd_sae.errors import DictionaryError, ShapeError
+from ksvd_sae.learning.checks import checked_gram, checked_pair
 
 Coder = Literal["mp", "mp_refit", "omp", "projection"]
 CODERS: tuple[Coder, ...] = ("mp", "mp_refit", "omp", "projection")
 Backend = Literal["auto", "torch", "numba"]
-UNIT_NORM_TOLERANCE = 1e-4
 # The products of a chunk are read and written once a step: they should stay in the CPU's cache.
 _CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+# The refit gathers rows × k atoms: few rows keep them in cache.
+_REFIT_ROWS = 512
+# 1 − cos² of an atom with the span of the others, below which a Gram matrix in float32 says too little.
+_DEPENDENT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,27 @@ def encode(
     )
 
 
+def _at_any_scale(coder: Callable[..., Code]) -> Callable[..., Code]:
+    """Code tiny or huge samples at a scale where their squares neither vanish nor overflow.
+
+    Multiplying by a power of two is exact, so it changes no bit of the code but its exponent.
+    """
+
+    @wraps(coder)
+    def wrapper(x_BD: Tensor, *args: Any, **kwargs: Any) -> Code:
+        largest = float(x_BD.abs().max()) if x_BD.numel() and x_BD.is_floating_point() else 1.0
+        if not (0 < largest < 1e-12 or 1e12 < largest < float("inf")):
+            return coder(x_BD, *args, **kwargs)
+        # In two steps: the factor itself may lie outside float32.
+        exponent = math.frexp(largest)[1]
+        halves = (exponent // 2, exponent - exponent // 2)
+        code = coder(x_BD * 2.0 ** -halves[0] * 2.0 ** -halves[1], *args, **kwargs)
+        return Code(code.values_BK * 2.0 ** halves[0] * 2.0 ** halves[1], code.support_BK)
+
+    return wrapper
+
+
+@_at_any_scale
 @torch.no_grad()
 def matching_pursuit(
     x_BD: Tensor,
@@ -137,8 +165,8 @@ def matching_pursuit(
     Raises: ShapeError, DictionaryError, ActivationError (NaN or infinity in x).
     Numerics: float32 accumulation; ties go to the lowest index. Cost: O(B·M·(D + steps)) time.
     """
-    x_BD, atoms_MD = _checked(x_BD, atoms_MD, k, "matching_pursuit")
-    gram_MM = atoms_MD @ atoms_MD.T if gram_MM is None else gram_MM
+    x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, "matching_pursuit")
+    gram_MM = checked_gram(atoms_MD, gram_MM, "matching_pursuit")
     steps = 4 * k if max_steps is None else max_steps
     if steps < 1:
         raise ShapeError("matching_pursuit: max_steps must be at least 1", got=steps)
@@ -146,7 +174,7 @@ def matching_pursuit(
     if mp_backend(x_BD.device, backend, x_BD.dtype) == "numba":
         from ksvd_sae.learning.kernels import mp_numba
 
-        gram_MM = gram_MM.to(torch.float32).contiguous()
+        gram_MM = gram_MM.contiguous()
         for rows in _chunks(x_BD, atoms_MD, memory_bytes, arrays=1):
             x_CD, values_CK, support_CK = x_BD[rows], code.values_BK[rows], code.support_BK[rows]
             energy_C = (x_CD * x_CD).sum(dim=1)
@@ -207,6 +235,7 @@ def _pursue_chunk(
     values_out_CK[rows_C], support_out_CK[rows_C] = values_CK, support_CK.int()
 
 
+@_at_any_scale
 @torch.no_grad()
 def orthogonal_matching_pursuit(
     x_BD: Tensor,
@@ -227,8 +256,8 @@ def orthogonal_matching_pursuit(
         orthogonal to all atoms, or when the best atom depends on those it already has.
     Cost: O(B·M·(D + k²)) time, chunk·M·(k + 2) floats.
     """
-    x_BD, atoms_MD = _checked(x_BD, atoms_MD, k, "orthogonal_matching_pursuit")
-    gram_MM = atoms_MD @ atoms_MD.T if gram_MM is None else gram_MM
+    x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, "orthogonal_matching_pursuit")
+    gram_MM = checked_gram(atoms_MD, gram_MM, "orthogonal_matching_pursuit")
     code = _empty_code(x_BD, k)
     for rows in _chunks(x_BD, atoms_MD, memory_bytes, arrays=k + 3):
         code.values_BK[rows], code.support_BK[rows] = _omp_chunk(x_BD[rows], atoms_MD, gram_MM, k, rtol)
@@ -280,16 +309,20 @@ def _omp_chunk(x_CD: Tensor, atoms_MD: Tensor, gram_MM: Tensor, k: int, rtol: fl
 def refit_code(x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Tensor | None = None) -> Code:
     """Least-squares coefficients on the support of ``code``; the error can only fall.
 
-    Solved by Cholesky in float64. Atoms of one support that depend on each other (to 1e-10) get the
-    least-norm solution.
+    Solved by Cholesky in float64 from the entries of the Gram matrix. Where the atoms of a support nearly depend on
+    each other, float32 entries are not enough: there the atoms themselves are solved for, by least norm.
+
+    Raises: ShapeError if the code is not of these samples; else as ``matching_pursuit``.
     """
-    x_BD, atoms_MD = _checked(x_BD, atoms_MD, code.values_BK.shape[1], "refit_code")
-    gram_MM = atoms_MD @ atoms_MD.T if gram_MM is None else gram_MM
+    x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, code.values_BK.shape[1], "refit_code")
+    if len(code) != len(x_BD):
+        raise ShapeError("refit_code: the code is of other samples", got=f"{len(code)} rows", limit=f"{len(x_BD)}")
+    gram_MM = checked_gram(atoms_MD, gram_MM, "refit_code")
     k = code.values_BK.shape[1]
     values_BK = torch.zeros_like(code.values_BK)
     identity_KK = torch.eye(k, dtype=torch.float64, device=x_BD.device)
-    for start in range(0, len(code), 4096):
-        rows = slice(start, start + 4096)
+    for start in range(0, len(code), _REFIT_ROWS):
+        rows = slice(start, start + _REFIT_ROWS)
         support_CK, used_CK = code.support_BK[rows].long(), code.values_BK[rows] != 0
         both_CKK = used_CK[:, :, None] & used_CK[:, None, :]
         gram_CKK = torch.where(both_CKK, gram_MM[support_CK[:, :, None], support_CK[:, None, :]].double(), identity_KK)
@@ -297,10 +330,13 @@ def refit_code(x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Tensor | Non
         target_CK = torch.einsum("cd,ckd->ck", x_BD[rows], atoms_MD[support_CK]).double() * used_CK
         factor_CKK, failed_C = torch.linalg.cholesky_ex(gram_CKK)
         solved_CK = torch.cholesky_solve(target_CK[..., None], factor_CKK).squeeze(-1)
-        if bool(failed_C.any()):
-            singular_C = failed_C != 0
-            inverse_SKK = torch.linalg.pinv(gram_CKK[singular_C], rtol=1e-10, hermitian=True)
-            solved_CK[singular_C] = (inverse_SKK @ target_CK[singular_C][..., None]).squeeze(-1)
+        pivots_C = factor_CKK.diagonal(dim1=1, dim2=2).amin(dim=1).square()
+        dependent_C = (failed_C != 0) | ~(pivots_C > _DEPENDENT)
+        if bool(dependent_C.any()):
+            own_SKD = atoms_MD[support_CK[dependent_C]].double() * used_CK[dependent_C][..., None]
+            solved_CK[dependent_C] = (
+                torch.linalg.pinv(own_SKD.mT, rtol=1e-7) @ x_BD[rows][dependent_C].double()[..., None]
+            ).squeeze(-1)
         values_BK[rows] = (solved_CK * used_CK).to(values_BK.dtype)
     return Code(values_BK, code.support_BK)
 
@@ -311,61 +347,12 @@ def project(x_BD: Tensor, atoms_MD: Tensor) -> Code:
 
     Raises: DictionaryError if the atoms are not orthonormal to 1e-3.
     """
-    x_BD, atoms_MD = _checked(x_BD, atoms_MD, 1, "project")
+    x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, 1, "project")
     gap = (atoms_MD @ atoms_MD.T - torch.eye(len(atoms_MD), dtype=x_BD.dtype, device=x_BD.device)).abs().max()
     if float(gap) > 1e-3:
         raise DictionaryError("project: atoms are not orthonormal", got=f"largest product off by {float(gap):.2g}")
     support_BK = torch.arange(len(atoms_MD), dtype=torch.int32, device=x_BD.device).repeat(len(x_BD), 1)
     return Code(x_BD @ atoms_MD.T, support_BK)
-
-
-def check_atoms(atoms_MD: Tensor, where: str) -> None:
-    """Raise DictionaryError unless every row is finite and of unit norm (to 1e-4)."""
-    norms_M = torch.linalg.vector_norm(atoms_MD.float(), dim=1)
-    # Not (… ≤ tolerance) rather than (… > tolerance): NaN must fail too.
-    bad_M = ~((norms_M - 1).abs() <= UNIT_NORM_TOLERANCE)
-    if bool(bad_M.any()):
-        first = int(bad_M.int().argmax())
-        raise DictionaryError(
-            f"{where}: {int(bad_M.sum())} of {len(atoms_MD)} atoms are not of unit norm",
-            got=f"atom {first} has norm {float(norms_M[first]):.6g}",
-            limit=f"1 ± {UNIT_NORM_TOLERANCE}",
-            cure="atoms / atoms.norm(dim=1, keepdim=True); drop zero and non-finite atoms",
-        )
-
-
-def check_samples(x_BD: Tensor, where: str) -> None:
-    """Raise ActivationError if a sample holds NaN or infinity."""
-    if x_BD.numel() and not bool(torch.isfinite(x_BD).all()):
-        bad_B = ~torch.isfinite(x_BD).all(dim=1)
-        raise ActivationError(
-            f"{where}: {int(bad_B.sum())} of {len(x_BD)} samples hold NaN or infinity",
-            got=f"first at row {int(bad_B.int().argmax())}",
-            cause="float16 overflow in the model, or a corrupt file",
-            cure="harvest in bfloat16 or float32, or drop these rows",
-        )
-
-
-def _checked(x_BD: Tensor, atoms_MD: Tensor, k: int, where: str) -> tuple[Tensor, Tensor]:
-    if x_BD.ndim != 2 or atoms_MD.ndim != 2 or x_BD.shape[1] != atoms_MD.shape[1]:
-        raise ShapeError(
-            f"{where}: samples and atoms do not fit",
-            got=f"samples {tuple(x_BD.shape)}, atoms {tuple(atoms_MD.shape)}",
-            limit="(B, D) and (M, D) with the same D",
-            cause="a dictionary of another model or hook",
-        )
-    if not 1 <= k <= min(atoms_MD.shape):
-        raise ShapeError(
-            f"{where}: k must be between 1 and the smaller of d_in and the number of atoms",
-            got=f"k = {k}",
-            limit=f"1 to {min(atoms_MD.shape)} for atoms {tuple(atoms_MD.shape)}",
-        )
-    if not x_BD.is_floating_point():
-        raise ShapeError(f"{where}: samples are not floating point", got=str(x_BD.dtype))
-    check_samples(x_BD, where)
-    check_atoms(atoms_MD, where)
-    dtype = torch.float64 if x_BD.dtype == torch.float64 else torch.float32
-    return x_BD.to(dtype), atoms_MD.to(x_BD.device, dtype)
 
 
 def _empty_code(x_BD: Tensor, k: int) -> Code:

@@ -235,13 +235,15 @@ class TestPromises:
         assert got.error_before == got.error_after == pytest.approx(12, rel=tolerances.UPDATE_ERROR[dtype])
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_a_vanishing_direction_keeps_the_old_atom(self, dtype: torch.dtype) -> None:
-        """Samples that cancel: the least-squares step of the atom leads to the zero vector."""
+    def test_a_vanishing_direction_keeps_the_old_atom_and_drops_its_coefficients(self, dtype: torch.dtype) -> None:
+        """Samples that cancel: the least-squares step of the atom leads to the zero vector, error 4 to error 2."""
         atoms_MD = torch.eye(3, dtype=dtype)[:1]
         code = Code(torch.tensor([[1.0], [1.0]], dtype=dtype), torch.zeros(2, 1, dtype=torch.int32))
         got = update_atoms_sums(torch.tensor([[0.0, 1, 0], [0, -1, 0]], dtype=dtype), code, atoms_MD)
         assert torch.equal(got.atoms_MD, atoms_MD)
-        assert got.error_after == pytest.approx(4, rel=tolerances.UPDATE_ERROR[dtype])
+        assert not got.code.values_BK.any()
+        assert got.error_before == pytest.approx(4, rel=tolerances.UPDATE_ERROR[dtype])
+        assert got.error_after == pytest.approx(2, rel=tolerances.UPDATE_ERROR[dtype])
 
     @each_update
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

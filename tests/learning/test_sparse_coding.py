@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any, cast
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -64,13 +65,15 @@ def dense(code: Code, n_atoms: int) -> Array:
 
 def residual(problem: Problem, code: Code) -> Array:
     atoms = problem.atoms_MD.double().numpy()
-    return problem.x_BD.double().numpy() - dense(code, len(atoms)) @ atoms
+    rest: Array = problem.x_BD.double().numpy() - dense(code, len(atoms)) @ atoms
+    return rest
 
 
 def errors(problem: Problem, code: Code) -> Array:
     """‖residual‖ / ‖x‖ of each sample; 0 for a zero sample that is coded as zero."""
     norms = np.linalg.norm(problem.x_BD.double().numpy(), axis=1)
-    return np.linalg.norm(residual(problem, code), axis=1) / np.where(norms > 0, norms, 1)
+    relative: Array = np.linalg.norm(residual(problem, code), axis=1) / np.where(norms > 0, norms, 1)
+    return relative
 
 
 def reference_codes(problem: Problem, coder: str, rtol: float = 0.0) -> Array:
@@ -167,6 +170,14 @@ class TestAgainstReference:
         assert code.support_BK.tolist() == [[1], [0], [1]]
         assert code.values_BK.tolist() == [[2], [2], [-3]]
 
+    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp"])
+    def test_ties_of_atoms_that_are_far_apart(self, coder: str) -> None:
+        """The compiled loop looks for the largest product in blocks of atoms."""
+        atoms_MD = torch.eye(2)[[1] * 300]
+        atoms_MD[[5, 150, 290]] = torch.eye(2)[0]
+        code = run(coder, Problem(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), atoms_MD, 1))
+        assert code.support_BK.tolist() == [[5], [0]]
+
     @pytest.mark.parametrize("coder", GREEDY)
     def test_given_gram_changes_nothing(self, coder: str) -> None:
         problem = generic(17, 9, 21, 4).to(torch.float32)
@@ -206,6 +217,19 @@ class TestBackends:
         error_gap = np.abs(errors(problem, codes[0]) - errors(problem, codes[1]))
         assert (error_gap[same] <= tolerances.CODE_ERROR[torch.float32]).all()
 
+    @pytest.mark.parametrize("backend", ["torch", "numba"])
+    def test_number_of_threads_does_not_matter(self, backend: Literal["torch", "numba"]) -> None:
+        """The compiled loop runs a sample on each thread: none may write where another reads."""
+        pytest.importorskip("numba", reason="numba is optional")
+        problem = generic(509, 33, 129, 9, seed=1).to(torch.float32)
+        codes = []
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            codes.append(matching_pursuit(problem.x_BD, problem.atoms_MD, problem.k, backend=backend))
+        gap = np.abs(dense(codes[0], 129) - dense(codes[1], 129)).max(axis=1)
+        scale = np.linalg.norm(problem.x_BD.double().numpy(), axis=1)
+        assert (gap <= tolerances.CHUNKING[torch.float32] * scale).mean() >= tolerances.SUPPORT_AGREEMENT_FLOAT32
+
     def test_auto_says_what_it_takes(self) -> None:
         cpu = torch.device("cpu")
         assert mp_backend(cpu, dtype=torch.float64) == "torch"
@@ -227,7 +251,7 @@ class TestBackends:
             mp_backend(torch.device("cuda"), "numba")
 
     def test_unknown(self) -> None:
-        with pytest.raises(ShapeError, match="(?s)'jax'.*auto, torch, numba"):
+        with pytest.raises(ShapeError, match=r"(?s)'jax'.*auto, torch, numba"):
             matching_pursuit(X, ATOMS, 2, backend="jax")  # type: ignore[arg-type]
 
 
@@ -266,7 +290,7 @@ class TestInvariants:
     @given(problem=problems("generic", "zero rows", "coherent", "duplicates"))
     def test_error_never_rises_in_k(self, coder: str, problem: Problem) -> None:
         by_k = [errors(problem, run(coder, problem, k)) for k in range(1, problem.k + 1)]
-        for fewer, more in zip(by_k, by_k[1:], strict=False):
+        for fewer, more in pairwise(by_k):
             assert (more <= fewer + tolerances.RISE[torch.float64]).all()
 
     @given(problem=problems("generic", "zero rows", "coherent", "duplicates"), dtype=dtypes)

@@ -1,0 +1,380 @@
+"""DB-KSVD as a whole: what it finds, that it repeats itself, what it logs, what it refuses."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ksvd_sae.errors import ActivationError, ConfigError, NotFittedError, ShapeError
+from ksvd_sae.learning import reference
+from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
+from ksvd_sae.learning.sparse_coding import Code, matching_pursuit
+from tests import tolerances
+from tests.strategies import generator, planted
+
+Update = Literal["sums", "exact"]
+UPDATES: tuple[Update, ...] = ("sums", "exact")
+
+
+def estimator(n_atoms: int, k: int, **options: Any) -> DoubleBatchKSVD:
+    return DoubleBatchKSVD(n_atoms, k, device="cpu", **options)
+
+
+def started(ksvd: DoubleBatchKSVD, atoms_MD: Tensor) -> DoubleBatchKSVD:
+    """The estimator as if its first batch had given these atoms and a centre of 0."""
+    ksvd.centre_D, ksvd.atoms_MD = torch.zeros(atoms_MD.shape[1]), atoms_MD.clone()
+    return ksvd
+
+
+def normal(n_samples: int, d_in: int, seed: int = 0) -> Tensor:
+    return torch.randn(n_samples, d_in, generator=generator(seed))
+
+
+def found(learned_MD: Tensor, planted_MD: Tensor) -> float:
+    """Share of planted atoms whose partner in the best one-to-one matching is close, either sign."""
+    cosines = (learned_MD.double() @ planted_MD.double().T).abs().numpy()
+    rows, columns = linear_sum_assignment(-cosines)
+    return float((cosines[rows, columns] >= tolerances.FOUND_COSINE).mean())
+
+
+class TestPlanted:
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    def test_finds_the_atoms(self, seed: int) -> None:
+        """Small batches now and then leave a superfluous atom unused, and it is redrawn: so nearly all are found."""
+        problem = planted(20_000, 64, 128, 3, noise=0.01, seed=seed)
+        ksvd = estimator(128, 3, passes=8, batch_samples=512, seed=seed).fit(problem.x_BD)
+        assert found(ksvd.atoms_MD, problem.atoms_MD) >= tolerances.FOUND_SHARE
+        assert ksvd.log[-1].fvu < tolerances.FOUND_FVU
+
+    @pytest.mark.parametrize("atom_batch", [1, 8])
+    def test_exact_update_finds_the_atoms(self, atom_batch: int) -> None:
+        problem = planted(2_000, 20, 30, 2, noise=0.01, seed=2)
+        ksvd = estimator(30, 2, passes=5, batch_samples=128, update="exact", atom_batch=atom_batch, seed=2)
+        assert found(ksvd.fit(problem.x_BD).atoms_MD, problem.atoms_MD) >= tolerances.FOUND_SHARE_SMALL
+
+    def test_the_measure_itself(self) -> None:
+        """Flipped and permuted atoms are found; a dictionary that never learned anything finds none."""
+        problem = planted(1, 64, 128, 3)
+        order = torch.randperm(128, generator=generator(0))
+        assert found(-problem.atoms_MD[order], problem.atoms_MD) == 1.0
+        assert found(normalize(normal(128, 64, 1), dim=1), problem.atoms_MD) == 0.0
+
+
+class TestAgainstReference:
+    def test_error_of_every_sweep(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The whole loop with the exact update, from the same atoms, visiting them in the reference's order."""
+        monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
+        problem = planted(200, 8, 12, 2, noise=0.1, seed=1)
+        # Not from the data: a sample that is an atom leaves rounding as its residual, and picks by that.
+        start_MD = normalize(normal(12, 8, 1), dim=1)
+        sweeps = 6
+        _, expected = reference.ksvd(problem.x_BD.double().numpy(), start_MD.double().numpy(), 2, sweeps)
+        ksvd = started(estimator(12, 2, update="exact", atom_batch=1, centre=False), start_MD)
+        for _ in range(sweeps + 1):
+            ksvd.partial_fit(problem.x_BD)
+        assert [entry.dead for entry in ksvd.log] == [0] * (sweeps + 1), "redrawn atoms would part the two"
+        x = problem.x_BD.double().numpy()
+        variance_share = ((x - x.mean(axis=0)) ** 2).sum() / (x**2).sum()
+        got = [float(np.sqrt(entry.fvu * variance_share)) for entry in ksvd.log]
+        assert got == pytest.approx(expected, rel=tolerances.SWEEP_ERROR)
+        assert got[-1] < 0.8 * got[0], "the case must have something to learn"
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_learning_lowers_the_heldout_error(self, update: Update) -> None:
+        problem = planted(1_200, 16, 24, 3, noise=0.1, seed=3)
+        train_ND, heldout_ND = problem.x_BD[:1000], problem.x_BD[1000:]
+        few = estimator(24, 3, batch_samples=100, update=update, passes=1, seed=3).fit(train_ND)
+        many = estimator(24, 3, batch_samples=100, update=update, passes=6, seed=3).fit(train_ND)
+        errors = [float((ksvd.decode(ksvd.encode(heldout_ND)) - heldout_ND).norm()) for ksvd in (few, many)]
+        assert errors[1] < 0.8 * errors[0]
+
+
+class TestRepeats:
+    @pytest.mark.parametrize("init", ["data", "random"])
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_same_seed_same_bits_other_seed_other_atoms(self, update: Update, init: str) -> None:
+        x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
+        options: dict[str, Any] = {"passes": 2, "batch_samples": 150, "update": update, "init": init, "atom_batch": 4}
+        one, same, other = (estimator(20, 3, seed=seed, **options).fit(x_ND) for seed in (5, 5, 6))
+        assert torch.equal(one.atoms_MD, same.atoms_MD)
+        untimed = [[{**asdict(entry), "seconds": 0} for entry in ksvd.log] for ksvd in (one, same)]
+        assert untimed[0] == untimed[1]
+        assert not torch.equal(one.atoms_MD, other.atoms_MD)
+
+    @pytest.mark.parametrize("init", ["data", "random"])
+    def test_the_seed_draws_the_first_atoms(self, init: Literal["data", "random"]) -> None:
+        """One batch, so that the order of the samples plays no part."""
+        x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
+        one, other = (estimator(20, 3, seed=seed, init=init).fit(x_ND) for seed in (5, 6))
+        assert not torch.equal(one.atoms_MD, other.atoms_MD)
+
+    def test_fit_starts_afresh(self) -> None:
+        x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
+        ksvd = estimator(20, 3, batch_samples=100)
+        first_MD = ksvd.fit(x_ND).atoms_MD.clone()
+        assert torch.equal(ksvd.fit(x_ND).atoms_MD, first_MD)
+        assert (ksvd.samples_seen, len(ksvd.log)) == (300, 3)
+
+    @pytest.mark.parametrize("centre", [True, False])
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_partial_fit_on_one_batch_is_fit(self, update: Update, centre: bool) -> None:
+        x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD + 1.5
+        whole = estimator(20, 3, update=update, centre=centre).fit(x_ND)
+        part = estimator(20, 3, update=update, centre=centre).partial_fit(x_ND)
+        assert torch.equal(whole.atoms_MD, part.atoms_MD)
+        assert torch.equal(whole.centre_D, part.centre_D)
+        assert bool(whole.centre_D.any()) == centre
+
+    def test_partial_fit_over_batches_is_one_pass_of_fit(self) -> None:
+        x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
+        whole = estimator(20, 3, batch_samples=100, centre=False).fit(x_ND)
+        part = estimator(20, 3, centre=False)
+        for start in (0, 100, 200):
+            part.partial_fit(x_ND[start : start + 100])
+        assert torch.equal(whole.atoms_MD, part.atoms_MD)
+
+    def test_a_source_of_batches_is_as_good_as_a_tensor(self) -> None:
+        x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD + 1.5
+
+        class Source:
+            n_samples, d_in = x_ND.shape
+            centre_D = x_ND.double().mean(dim=0)
+
+            def __init__(self) -> None:
+                self.seeds: list[int | None] = []
+
+            def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterator[Tensor]:
+                self.seeds.append(seed)
+                order = torch.arange(300) if seed is None else torch.randperm(300, generator=generator(seed))
+                for start in range(0, 300, batch_samples):
+                    yield x_ND[order[start : start + batch_samples]]
+
+        source = Source()
+        streamed = estimator(20, 3, batch_samples=100, passes=3, seed=7).fit(source)
+        assert torch.equal(streamed.atoms_MD, estimator(20, 3, batch_samples=100, passes=3, seed=7).fit(x_ND).atoms_MD)
+        assert len(set(source.seeds)) == 3, "every pass in another order"
+
+
+class TestLog:
+    def test_a_line_a_batch(self, tmp_path: Path) -> None:
+        path = tmp_path / "logs" / "train.jsonl"
+        seen: list[BatchLog] = []
+        x_ND = planted(1_000, 12, 20, 3, noise=0.1).x_BD
+        ksvd = estimator(20, 3, passes=2, batch_samples=300, log_path=path, on_batch=seen.append).fit(x_ND)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [BatchLog(**line) for line in lines] == ksvd.log == seen
+        assert all(entry.seconds > 0 for entry in seen)
+        # 1,000 samples in batches of at most 300 are four of 250, not three of 300 and one of 100.
+        counted = [(entry.pass_index, entry.batch, entry.samples_seen) for entry in seen]
+        assert counted == [(batch // 4, batch, 250 * (batch + 1)) for batch in range(8)]
+        assert ksvd.samples_seen == 2_000
+        ksvd.fit(x_ND)
+        assert len(path.read_text().splitlines()) == 8, "a new fit starts a new log"
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_values(self, update: Update) -> None:
+        """Error before and after the update, L0, dead: each computed again from the atoms."""
+        x_BD = planted(400, 12, 20, 3, noise=0.1).x_BD + 0.5
+        start_MD = normalize(normal(20, 12, 1), dim=1)
+        ksvd = started(estimator(20, 3, update=update, atom_batch=1, rtol=0.4), start_MD)
+        ksvd.centre_D = x_BD.double().mean(dim=0).float()
+        ksvd.partial_fit(x_BD)
+        centred_BD = x_BD - ksvd.centre_D
+        code = matching_pursuit(centred_BD, start_MD, 3, rtol=0.4)
+        variance = float(centred_BD.double().pow(2).sum())
+
+        def fvu(code: Code, atoms_MD: Tensor) -> float:
+            return float((centred_BD - code.to_dense(20) @ atoms_MD).double().pow(2).sum()) / variance
+
+        (entry,) = ksvd.log
+        assert entry.fvu == pytest.approx(fvu(code, start_MD), abs=tolerances.LOGGED_FVU)
+        assert entry.l0 == pytest.approx(float((code.values_BK != 0).sum(dim=1).double().mean()))
+        assert 1 < entry.l0 < 3, "rtol must stop some samples for the mean to mean something"
+        assert (entry.dead, entry.redrawn) == (0, 0)
+        # After the update the coefficients have changed too: no fit of coefficients to the same supports does
+        # better, and the error has not risen.
+        best = 0.0
+        for x_D, values_K, support_K in zip(centred_BD, code.values_BK, code.support_BK, strict=True):
+            used_KD = ksvd.atoms_MD[support_K[values_K != 0].long()].double().numpy()
+            fitted = np.linalg.lstsq(used_KD.T, x_D.double().numpy(), rcond=None)[0]
+            best += float(((x_D.double().numpy() - fitted @ used_KD) ** 2).sum()) / variance
+        assert best - tolerances.LOGGED_FVU <= entry.fvu_after_update < entry.fvu
+
+    def test_fvu_of_an_uncentred_batch_is_about_its_mean(self) -> None:
+        """Σ‖x − x̄‖² below the line, also where nothing is subtracted before coding."""
+        x_BD = normal(200, 6) + 3
+        start_MD = torch.eye(6)
+        ksvd = started(estimator(6, 2, centre=False), start_MD).partial_fit(x_BD)
+        rest = x_BD.pow(2).sort(dim=1).values[:, :4].double().sum()  # one-hot atoms: the two largest go
+        variance = (x_BD - x_BD.mean(dim=0)).double().pow(2).sum()
+        assert ksvd.log[0].fvu == pytest.approx(float(rest / variance), abs=tolerances.LOGGED_FVU)
+
+
+class TestDeadAtoms:
+    """Samples in the first four of eight dimensions; the last two of six atoms are orthogonal to them all."""
+
+    ATOMS = torch.eye(8)[[0, 1, 2, 3, 6, 7]]
+
+    @staticmethod
+    def samples(n: int) -> Tensor:
+        return torch.cat([normal(n, 4), torch.zeros(n, 4)], dim=1)
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_counted_and_redrawn_from_the_data(self, update: Update) -> None:
+        x_BD = self.samples(50)
+        ksvd = started(estimator(6, 2, update=update), self.ATOMS).partial_fit(x_BD)
+        assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
+        cosines = normalize(x_BD, dim=1) @ ksvd.atoms_MD[4:].T
+        assert cosines.max(dim=0).values == pytest.approx([1.0, 1.0], abs=tolerances.UNIT_NORM[torch.float32])
+        assert not torch.equal(ksvd.atoms_MD[4], ksvd.atoms_MD[5])
+        ksvd.partial_fit(x_BD)
+        assert ksvd.log[1].dead == 0
+
+    def test_redrawn_at_random(self) -> None:
+        ksvd = started(estimator(6, 2, init="random"), self.ATOMS).partial_fit(self.samples(50))
+        assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
+        assert ksvd.atoms_MD[4:, 4:].abs().min() > 0, "not from the data: those are zero there"
+        norms = ksvd.atoms_MD[4:].norm(dim=1)
+        assert norms == pytest.approx([1.0, 1.0], abs=tolerances.UNIT_NORM[torch.float32])
+
+    @pytest.mark.parametrize("update", UPDATES)
+    def test_a_batch_smaller_than_the_dictionary_redraws_nothing(self, update: Update) -> None:
+        ksvd = started(estimator(6, 2, update=update), self.ATOMS).partial_fit(self.samples(5))
+        assert ksvd.log[0].dead >= 2
+        assert ksvd.log[0].redrawn == 0
+        assert torch.equal(ksvd.atoms_MD[4:], self.ATOMS[4:])
+
+
+class TestEncodeAndDecode:
+    def test_round_trip_is_in_raw_units(self) -> None:
+        """Samples that are exactly sparse around a centre far from 0."""
+        problem = planted(300, 8, 8, 1)
+        centre_D = 100 * torch.arange(8).float()
+        ksvd = started(estimator(8, 1), problem.atoms_MD)
+        ksvd.centre_D = centre_D
+        x_BD = problem.x_BD + centre_D
+        gap_BD = ksvd.decode(ksvd.encode(x_BD)) - x_BD
+        assert gap_BD.abs().max() <= tolerances.CODE_ERROR[torch.float32] * x_BD.norm(dim=1).max()
+
+    def test_coder_is_the_one_asked_for(self) -> None:
+        x_BD = normal(50, 8)
+        atoms_MD = normalize(normal(12, 8, 1), dim=1)
+        errors = {}
+        for coder in ("mp", "mp_refit", "omp"):
+            ksvd = started(estimator(12, 4, coder=coder), atoms_MD)
+            errors[coder] = float((ksvd.decode(ksvd.encode(x_BD)) - x_BD).norm())
+        assert errors["mp"] > errors["mp_refit"] > errors["omp"]
+
+    def test_every_coder_learns_the_same(self) -> None:
+        """The coder is for later: training codes by plain MP."""
+        x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
+        one, other = (estimator(20, 3, coder=coder).fit(x_ND) for coder in ("mp", "omp"))
+        assert torch.equal(one.atoms_MD, other.atoms_MD)
+
+
+def spoilt(value: float) -> Tensor:
+    x_ND = normal(100, 8)
+    x_ND[17, 3] = value
+    return x_ND
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("method", ["fit", "partial_fit", "encode"])
+    def test_not_finite(self, method: str, value: float) -> None:
+        ksvd = estimator(10, 3)
+        if method == "encode":
+            ksvd.fit(normal(100, 8))
+        with pytest.raises(ActivationError, match=r"(?s)1 of 100 samples.*row 17.*cause.*cure"):
+            getattr(ksvd, method)(spoilt(value))
+
+    @pytest.mark.parametrize("centre", [True, False])
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    def test_constant(self, method: str, centre: bool) -> None:
+        x_ND = normal(1, 8).repeat(1000, 1)
+        with pytest.raises(ActivationError, match=r"(?s)all samples .* are the same.*cause.*cure"):
+            getattr(estimator(10, 3, centre=centre), method)(x_ND)
+
+    def test_fewer_samples_than_atoms(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)fewer samples than atoms.*9 samples, n_atoms = 10.*cure"):
+            estimator(10, 3).fit(normal(9, 8))
+        with pytest.raises(ShapeError, match=r"(?s)9 samples, n_atoms = 10.*cure"):
+            estimator(10, 3).partial_fit(normal(9, 8))
+        estimator(10, 3, init="random").partial_fit(normal(9, 8))  # needs no samples to start from
+
+    def test_first_batch_smaller_than_the_dictionary(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)first batch.*8 samples, n_atoms = 10.*larger batches"):
+            estimator(10, 3, batch_samples=8).fit(normal(100, 8))
+
+    def test_k_above_d_in(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)k = 9.*d_in = 8"):
+            estimator(10, 9).fit(normal(100, 8))
+
+    @pytest.mark.parametrize("shape", [(100, 7), (100,), (100, 8, 1)], ids=str)
+    @pytest.mark.parametrize("method", ["partial_fit", "encode"])
+    def test_other_width_than_fitted(self, method: str, shape: tuple[int, ...]) -> None:
+        ksvd = estimator(10, 3).fit(normal(100, 8))
+        with pytest.raises(ShapeError, match=r"(?s)got: \(100,.*limit: \(B, 8\).*cause"):
+            getattr(ksvd, method)(torch.ones(shape))
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    @pytest.mark.parametrize("samples", [torch.ones(100), torch.ones(100, 8, 1)], ids=["1-D", "3-D"])
+    def test_not_a_matrix(self, method: str, samples: Tensor) -> None:
+        with pytest.raises(ShapeError, match=r"\(100,"):
+            getattr(estimator(10, 3), method)(samples)
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    def test_integers(self, method: str) -> None:
+        with pytest.raises(ShapeError, match="int64"):
+            getattr(estimator(10, 3), method)(torch.arange(800).view(100, 8))
+
+    def test_before_fit(self) -> None:
+        ksvd = estimator(10, 3)
+        with pytest.raises(NotFittedError, match=r"(?s)not fitted.*call fit or partial_fit"):
+            ksvd.encode(normal(5, 8))
+        with pytest.raises(NotFittedError, match=r"(?s)not fitted.*call fit or partial_fit"):
+            ksvd.decode(Code(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)))
+
+    @pytest.mark.parametrize(
+        "bad",
+        [torch.empty(0, 8), spoilt(float("nan")), torch.ones(100, 8), normal(9, 8), normal(100, 2)],
+        ids=["empty", "NaN", "constant", "fewer samples than atoms", "k above d_in"],
+    )
+    def test_a_refused_first_batch_leaves_no_trace(self, bad: Tensor) -> None:
+        """A caller may skip the batch and go on: the centre must come from the first batch that was accepted."""
+        good_BD = normal(100, 8, 3) + 2
+        ksvd = estimator(10, 3)
+        with pytest.raises((ActivationError, ShapeError)):
+            ksvd.partial_fit(bad)
+        assert ksvd.samples_seen == 0
+        ksvd.partial_fit(good_BD)
+        assert torch.equal(ksvd.atoms_MD, estimator(10, 3).partial_fit(good_BD).atoms_MD)
+
+    @pytest.mark.parametrize(
+        ("n_atoms", "k", "options", "words"),
+        [
+            (10, 11, {}, "k = 11, n_atoms = 10"),
+            (10, 0, {}, "k = 0"),
+            (10, 3, {"passes": 0}, "passes"),
+            (10, 3, {"batch_samples": 0}, "batch_samples"),
+            (10, 3, {"atom_batch": 0}, "atom_batch"),
+            (10, 3, {"update": "svd"}, "update='svd'"),
+            (10, 3, {"init": "zeros"}, "init='zeros'"),
+        ],
+    )
+    def test_options(self, n_atoms: int, k: int, options: dict[str, Any], words: str) -> None:
+        with pytest.raises(ShapeError, match=words):
+            estimator(n_atoms, k, **options)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+    def test_a_device_that_is_not_there(self) -> None:
+        with pytest.raises(ConfigError, match=r"(?s)'cuda'.*no GPU.*cause.*cure"):
+            DoubleBatchKSVD(10, 3, device="cuda")

@@ -1,0 +1,191 @@
+"""The dictionary on disk and off: bit for bit there and back, and an error that says what is wrong with a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ksvd_sae import dictionary as module
+from ksvd_sae.dictionary import ATOMS_FILE, CONFIG_FILE, FORMAT, Dictionary
+from ksvd_sae.errors import DictionaryError, ShapeError
+from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
+from tests import tolerances
+from tests.strategies import Problem, generic, planted, problems, unit_atoms
+
+PROVENANCE = {"model": "some/model", "hook": "blocks.3.hook_resid_post", "seed": 3, "note": None, "scores": [0.1, 2]}
+
+
+def example(coder: Coder = "mp") -> Dictionary:
+    atoms_MD = torch.eye(6)[:4] if coder == "projection" else unit_atoms(9, 6, dtype=torch.float32)
+    return Dictionary(
+        atoms_MD, 10 * torch.arange(6).float() + 0.1, 4, coder=coder, rtol=0.1, max_steps=7, provenance=PROVENANCE
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    example().save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**config, **changes}))
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("coder", CODERS)
+    def test_bit_for_bit(self, tmp_path: Path, coder: Coder) -> None:
+        saved = example(coder)
+        saved.save(tmp_path / "new" / "folder")
+        loaded = Dictionary.load(tmp_path / "new" / "folder")
+        assert torch.equal(loaded.atoms_MD, saved.atoms_MD)
+        assert torch.equal(loaded.centre_D, saved.centre_D)
+        assert loaded.atoms_MD.dtype == loaded.centre_D.dtype == torch.float32
+        assert (loaded.k, loaded.coder, loaded.rtol, loaded.max_steps) == (4, coder, 0.1, 7)
+        assert loaded.provenance == PROVENANCE
+        x_BD = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) + saved.centre_D
+        # Not bit for bit: a loaded tensor may lie at another alignment, and BLAS adds in another order there.
+        gap_BD = saved.decode(saved.encode(x_BD)) - loaded.decode(loaded.encode(x_BD))
+        assert gap_BD.abs().max() <= tolerances.CHUNKING[torch.float32] * x_BD.norm(dim=1).max()
+
+    def test_atoms_that_are_a_view(self, tmp_path: Path) -> None:
+        atoms_MD = unit_atoms(6, 9, dtype=torch.float32).T.contiguous().T
+        assert not atoms_MD.is_contiguous()
+        Dictionary(atoms_MD, torch.zeros(9), 2).save(tmp_path)
+        assert torch.equal(Dictionary.load(tmp_path).atoms_MD, atoms_MD)
+
+    def test_no_pickle_and_two_files_only(self, folder: Path) -> None:
+        assert sorted(path.name for path in folder.iterdir()) == [ATOMS_FILE, CONFIG_FILE]
+
+    def test_a_failed_save_leaves_the_old_dictionary(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full_disk(*_: object) -> None:
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(module, "save_file", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            Dictionary(unit_atoms(3, 2, dtype=torch.float32), torch.zeros(2), 1).save(folder)
+        assert torch.equal(Dictionary.load(folder).atoms_MD, example().atoms_MD)
+        assert sorted(path.name for path in folder.iterdir()) == [ATOMS_FILE, CONFIG_FILE]
+
+    def test_from_a_fitted_estimator(self) -> None:
+        x_ND = planted(200, 8, 12, 2, noise=0.1).x_BD + 3
+        ksvd = DoubleBatchKSVD(12, 2, coder="mp_refit", rtol=0.2, max_steps=5, device="cpu").fit(x_ND)
+        taken = Dictionary.from_estimator(ksvd, {"seed": 0})
+        assert (taken.coder, taken.rtol, taken.max_steps, taken.provenance) == ("mp_refit", 0.2, 5, {"seed": 0})
+        assert torch.equal(taken.decode(taken.encode(x_ND)), ksvd.decode(ksvd.encode(x_ND)))
+        kept_MD = taken.atoms_MD.clone()
+        ksvd.partial_fit(x_ND)
+        assert torch.equal(taken.atoms_MD, kept_MD), "learning on must not change a dictionary that was taken out"
+
+
+class TestLoadErrors:
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+    def test_truncated_atoms(self, folder: Path, share: float) -> None:
+        whole = (folder / ATOMS_FILE).read_bytes()
+        (folder / ATOMS_FILE).write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(DictionaryError, match=r"(?s)saved.*truncated.*cure"):
+            Dictionary.load(folder)
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])
+    def test_truncated_config(self, folder: Path, share: float) -> None:
+        whole = (folder / CONFIG_FILE).read_text()
+        (folder / CONFIG_FILE).write_text(whole[: int(share * len(whole))])
+        with pytest.raises(DictionaryError, match=r"(?s)saved.*truncated.*cure"):
+            Dictionary.load(folder)
+
+    @pytest.mark.parametrize("name", [ATOMS_FILE, CONFIG_FILE])
+    def test_missing_file(self, folder: Path, name: str) -> None:
+        (folder / name).unlink()
+        with pytest.raises(DictionaryError, match=rf"(?s){name}.*not a dictionary's folder.*cure"):
+            Dictionary.load(folder)
+
+    def test_missing_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(DictionaryError, match=r"(?s)nowhere.*not a dictionary's folder.*cure"):
+            Dictionary.load(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("text", ["[]", "null", '"text"', '{"format": "one"}', '{"format": 1}'])
+    def test_config_of_another_form(self, folder: Path, text: str) -> None:
+        (folder / CONFIG_FILE).write_text(text)
+        with pytest.raises(DictionaryError, match=r"(?s)saved.*cure"):
+            Dictionary.load(folder)
+
+    def test_config_that_is_no_text(self, folder: Path) -> None:
+        (folder / CONFIG_FILE).write_bytes(b"\xff\xfe\x00\x80")
+        with pytest.raises(DictionaryError, match=r"(?s)saved.*cure"):
+            Dictionary.load(folder)
+
+    def test_newer_format(self, folder: Path) -> None:
+        rewrite(folder, format=FORMAT + 1)
+        with pytest.raises(DictionaryError, match=rf"(?s)newer.*format {FORMAT + 1}.*format {FORMAT}.*upgrade"):
+            Dictionary.load(folder)
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "words"),
+        [
+            ({"k": 7}, ShapeError, "k out of range"),
+            ({"k": 0}, ShapeError, "k out of range"),
+            ({"coder": "lars"}, DictionaryError, "unknown coder"),
+        ],
+    )
+    def test_values_that_do_not_fit(
+        self, folder: Path, changes: dict[str, Any], error: type[Exception], words: str
+    ) -> None:
+        rewrite(folder, **changes)
+        with pytest.raises(error, match=words):
+            Dictionary.load(folder)
+
+    @pytest.mark.parametrize(
+        ("tensors", "error", "words"),
+        [
+            ({"atoms": torch.eye(6), "centre": torch.zeros(5)}, ShapeError, r"(?s)\(6, 6\).*\(5,\).*\(M, D\)"),
+            ({"atoms": torch.eye(6)[0], "centre": torch.zeros(6)}, ShapeError, r"(?s)\(6,\).*\(M, D\)"),
+            ({"atoms": 2 * torch.eye(6), "centre": torch.zeros(6)}, DictionaryError, r"(?s)6 of 6 atoms.*norm 2.*cure"),
+            ({"atoms": torch.eye(6) / 0, "centre": torch.zeros(6)}, DictionaryError, "6 of 6 atoms"),
+            ({"atoms": torch.eye(6)}, DictionaryError, "(?s)centre.*cure"),
+        ],
+        ids=["centre of another width", "1-D atoms", "not unit", "not finite", "no centre"],
+    )
+    def test_tensors_that_are_no_dictionary(
+        self, folder: Path, tensors: dict[str, Tensor], error: type[Exception], words: str
+    ) -> None:
+        save_file(tensors, folder / ATOMS_FILE)
+        with pytest.raises(error, match=words):
+            Dictionary.load(folder)
+
+
+class TestCoding:
+    @given(problem=problems())
+    def test_centre_is_subtracted_and_added(self, problem: Problem) -> None:
+        centre_D = torch.arange(problem.x_BD.shape[1], dtype=torch.float64)
+        dictionary = Dictionary(problem.atoms_MD, centre_D, problem.k)
+        code = dictionary.encode(problem.x_BD + centre_D)
+        wanted = encode(problem.x_BD + centre_D - centre_D, problem.atoms_MD, problem.k)
+        assert torch.equal(code.values_BK, wanted.values_BK)
+        gap_BD = dictionary.decode(code) - (wanted.reconstruct(problem.atoms_MD) + centre_D)
+        assert gap_BD.abs().max() <= tolerances.CODE_ERROR[torch.float64]
+
+    @pytest.mark.parametrize("coder", CODERS)
+    def test_coder_and_its_options_are_used(self, coder: Coder) -> None:
+        dictionary = example(coder)
+        x_BD = generic(20, 6, 9, 4).x_BD.float()
+        code = dictionary.encode(x_BD + dictionary.centre_D)
+        wanted = encode(
+            x_BD + dictionary.centre_D - dictionary.centre_D, dictionary.atoms_MD, 4, coder=coder, rtol=0.1, max_steps=7
+        )
+        assert torch.equal(code.values_BK, wanted.values_BK)
+        assert torch.equal(code.support_BK, wanted.support_BK)
+
+    @pytest.mark.parametrize("shape", [(3, 5), (6,), (3, 6, 1)], ids=str)
+    def test_samples_of_another_width(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)limit: \(B, 6\).*cause"):
+            example().encode(torch.ones(shape))
+
+    def test_sizes(self) -> None:
+        assert (example().n_atoms, example().d_in) == (9, 6)

@@ -1,0 +1,148 @@
+"""Random models in a local Hub cache, under the names of real ones: loading by name then needs no network.
+
+``transformers`` and ``tokenizers`` are imported inside the functions: they read the Hub cache's place at their import.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PYTHIA = "EleutherAI/pythia-160m-deduped"
+GEMMA_2 = "google/gemma-2-2b"
+REVISION = "0" * 40
+END_OF_TEXT = "<|endoftext|>"
+VOCABULARY_SIZE = 512
+# Blocks beyond the YAML's blocks.8, so that stopping at the hook's layer leaves something out.
+N_LAYERS, D_MODEL, N_HEADS, N_CONTEXT = 10, 32, 4, 512
+
+
+def documents(n: int, seed: int = 0, words: int = 120) -> list[str]:
+    """``n`` documents of about ``words`` made-up words; words follow each other in a few fixed ways."""
+    draw = random.Random(seed)
+    syllables = ["ba", "co", "di", "fu", "ga", "hel", "in", "jo", "ka", "lum", "mo", "ne", "or", "pi", "qua", "rest"]
+    lexicon = ["".join(draw.choices(syllables, k=1 + i % 4)) for i in range(150)]
+    follows = {word: draw.choices(lexicon, k=4) for word in lexicon}
+    texts = []
+    for _ in range(n):
+        word, text = draw.choice(lexicon), []
+        for _ in range(draw.randint(words // 2, 3 * words // 2)):
+            text.append(word)
+            word = draw.choice(follows[word])
+        texts.append(" ".join(text).capitalize() + ".")
+    return texts
+
+
+def write_text_folder(folder: Path, n: int, seed: int = 0) -> Path:
+    """``n`` documents as .txt files."""
+    folder.mkdir(parents=True)
+    for i, text in enumerate(documents(n, seed)):
+        (folder / f"{i:05d}.txt").write_text(text)
+    return folder
+
+
+def byte_pair_tokenizer(vocabulary_size: int = VOCABULARY_SIZE) -> Any:
+    """A byte-level BPE, trained on made-up text, with <|endoftext|> in every role, as Pythia's has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents(200), trainer)
+    roles = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
+
+
+def neox_model(seed: int = 0) -> Any:
+    """A GPTNeoXForCausalLM of some 200,000 random weights, float32."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(seed)
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=D_MODEL,
+        intermediate_size=4 * D_MODEL,
+        num_hidden_layers=N_LAYERS,
+        num_attention_heads=N_HEADS,
+        max_position_embeddings=N_CONTEXT,
+        # Large enough for the blocks to change what they add to, and for the loss to notice.
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPTNeoXForCausalLM(config).eval()
+
+
+def pythia_160m(home: Path) -> Path:
+    """A tiny GPT-NeoX under the name EleutherAI/pythia-160m-deduped in the HF_HOME ``home``; returns its snapshot."""
+    snapshot = _snapshot(home, PYTHIA)
+    neox_model().save_pretrained(snapshot)
+    byte_pair_tokenizer().save_pretrained(snapshot)
+    return snapshot
+
+
+def gemma_2_2b(home: Path) -> Path:
+    """Full-size random bfloat16 weights under the name google/gemma-2-2b in the HF_HOME ``home``.
+
+    TransformerLens takes the model's sizes from its name, so they are the real ones. A shard a block: at no time is
+    more than one in memory.
+    """
+    from safetensors.torch import save_file
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    snapshot = _snapshot(home, GEMMA_2)
+    config = Gemma2Config(dtype="bfloat16", architectures=["Gemma2ForCausalLM"])
+    with torch.device("meta"):
+        shapes = {
+            # The output matrix is the embedding's: a checkpoint has it once.
+            name: weight.shape
+            for name, weight in Gemma2ForCausalLM(config).named_parameters()
+            if name != "lm_head.weight"
+        }
+    by_shard: dict[str, list[str]] = {}
+    for name in shapes:
+        parts = name.split(".")
+        shard = f"model-block-{int(parts[2]):02d}.safetensors" if parts[1] == "layers" else "model-rest.safetensors"
+        by_shard.setdefault(shard, []).append(name)
+    generator = torch.Generator().manual_seed(0)
+    n_bytes = 0
+    for shard, names in by_shard.items():
+        tensors = {}
+        for name in names:
+            weight = torch.empty(shapes[name], dtype=torch.bfloat16)
+            # Gemma's norms multiply by 1 + weight.
+            if "norm" in name:
+                weight.zero_()
+            else:
+                nn.init.normal_(weight, std=0.02, generator=generator)
+            tensors[name] = weight
+            n_bytes += weight.nbytes
+        save_file(tensors, snapshot / shard, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": n_bytes},
+        "weight_map": {name: shard for shard, names in by_shard.items() for name in names},
+    }
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(snapshot)
+    byte_pair_tokenizer().save_pretrained(snapshot)
+    return snapshot
+
+
+def _snapshot(home: Path, name: str) -> Path:
+    """Folder of the one revision of a model in the Hub's cache layout."""
+    model = home / "hub" / f"models--{name.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(REVISION)
+    snapshot = model / "snapshots" / REVISION
+    snapshot.mkdir(parents=True)
+    return snapshot

@@ -1,0 +1,108 @@
+"""A language model of a few thousand weights and SAEs to splice into it: built here, nothing is downloaded.
+
+The model is random, which is enough to check that codes, losses and files are what they should be.
+"""
+
+from pathlib import Path
+
+import torch
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import normalize
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import PreTrainedTokenizerFast
+
+from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.learning.sparse_coding import Coder
+from ksvd_sae.sae import DBKSVDSAE, sae_from_dictionary
+from tests.strategies import generator, unit_atoms
+
+MODEL_NAME = "tiny"
+HOOK = "blocks.0.hook_resid_post"
+D_MODEL = 16
+CONTEXT_TOKENS = 12
+COLOURS = ("red", "green", "blue", "black", "white")
+METALS = ("iron", "gold", "tin", "lead", "zinc")
+TREES = ("oak", "elm", "ash", "fir", "yew")
+WORDS = (*COLOURS, *METALS, *TREES, "one", "two", "six", "ten")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token; <bos> before every text, as Gemma's tokenizer does."""
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        # TransformerLens would otherwise load the tokenizer again, by its name.
+        add_bos_token=True,
+        name_or_path=MODEL_NAME,
+    )
+
+
+def tiny_model(model_class: type[HookedTransformer] = HookedTransformer) -> HookedTransformer:
+    """Two layers, 16 dimensions, the same weights at every call."""
+    tokenizer = tiny_tokenizer()
+    cfg = HookedTransformerConfig(
+        n_layers=2,
+        d_model=D_MODEL,
+        n_heads=2,
+        d_head=8,
+        d_mlp=32,
+        n_ctx=64,
+        d_vocab=len(tokenizer),
+        act_fn="gelu",
+        seed=0,
+        device="cpu",
+        model_name=MODEL_NAME,
+    )
+    model = model_class(cfg, tokenizer=tokenizer)
+    with torch.no_grad():
+        # As in trained models, the stream is far from zero and has a mean: else splicing zeros would cost nothing.
+        model.embed.W_E.mul_(5).add_(1)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_dictionary(coder: Coder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0) -> Dictionary:
+    """Random unit atoms of the model's width (orthonormal ones for 'projection') and a centre that is not zero."""
+    centre_D = torch.randn(D_MODEL, generator=generator(seed + 1))
+    if coder == "projection":
+        atoms_MD = torch.linalg.qr(unit_atoms(D_MODEL, D_MODEL, seed)).Q.T[:k].float().contiguous()
+    else:
+        atoms_MD = unit_atoms(n_atoms, D_MODEL, seed, torch.float32)
+    return Dictionary(atoms_MD, centre_D, k, coder)
+
+
+def tiny_db_ksvd_sae(coder: Coder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0) -> DBKSVDSAE:
+    dictionary = tiny_dictionary(coder, n_atoms, k, seed)
+    return sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK, context_size=CONTEXT_TOKENS)
+
+
+def identity_sae() -> DBKSVDSAE:
+    """A code that is the activation itself: one unit atom a dimension, all of them used."""
+    dictionary = Dictionary(torch.eye(D_MODEL), torch.zeros(D_MODEL), D_MODEL, "projection")
+    return sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK, context_size=CONTEXT_TOKENS)
+
+
+def tiny_topk_sae(n_latents: int = 24, k: int = 4, seed: int = 0) -> TopKSAE:
+    """SAELens' own architecture with random tied weights."""
+    metadata = SAEMetadata(model_name=MODEL_NAME, hook_name=HOOK, context_size=CONTEXT_TOKENS, prepend_bos=True)
+    sae = TopKSAE(TopKSAEConfig(d_in=D_MODEL, d_sae=n_latents, k=k, metadata=metadata))
+    with torch.no_grad():
+        sae.W_dec.copy_(normalize(torch.randn(n_latents, D_MODEL, generator=generator(seed)), dim=1))
+        sae.W_enc.copy_(sae.W_dec.T)
+    return sae
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(line + "\n" for line in lines))
