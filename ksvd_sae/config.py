@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ksvd_sae.errors import ConfigError
 
@@ -87,7 +87,7 @@ class TopKSAEConfig(_Learned):
 
     kind: Literal["topk_sae"] = "topk_sae"
     passes: int = Field(10, ge=1)
-    batch_samples: int = Field(4096, ge=1)
+    batch_samples: int = Field(1024, ge=1)
     lr: float = Field(1e-3, gt=0)
     lr_decay_fraction: float = Field(0.2, ge=0, le=1)
     aux_loss_coefficient: float = Field(1 / 32, ge=0)
@@ -107,6 +107,9 @@ class RandomConfig(_Learned):
     coder: Literal["mp", "mp_refit", "omp"] = "mp"
 
 
+# Names become file names.
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+DictionaryName = Annotated[str, StringConstraints(pattern=_NAME)]
 DictionaryConfig = Annotated[DBKSVDConfig | TopKSAEConfig | PCAConfig | RandomConfig, Field(discriminator="kind")]
 
 
@@ -142,13 +145,13 @@ class EvaluationConfig(_Strict):
 class RunConfig(_Strict):
     """One experiment. Its name is its folder under results/."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=_NAME)
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
     text: TextConfig
     harvest: HarvestConfig
-    dictionaries: dict[str, DictionaryConfig] = Field(min_length=1)
+    dictionaries: dict[DictionaryName, DictionaryConfig] = Field(min_length=1)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
     @model_validator(mode="after")

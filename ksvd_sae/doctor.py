@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -29,7 +31,7 @@ def examine() -> Examination:
     found.facts += list(versions().items())
     found.facts.append(("device", _device()))
     found.facts.append(("hub", hub_status()))
-    free = shutil.disk_usage(_existing(str(cache_dir()))).free / 2**30
+    free = shutil.disk_usage(_existing(cache_dir())).free / 2**30
     found.facts.append(("cache", f"{cache_dir()} ({free:.1f} GiB free)"))
     for extra, packages in _EXTRAS.items():
         missing = [p for p in packages if _installed(p) is None]
@@ -81,7 +83,7 @@ def hub_status() -> str:
         with urlopen(Request(f"{endpoint}/api/models?limit=1"), timeout=_HUB_TIMEOUT_S) as answer:
             json.loads(answer.read())
             return f"{endpoint}: reachable"
-    except (URLError, OSError, ValueError) as error:
+    except (URLError, HTTPException, OSError, ValueError) as error:
         return f"{endpoint}: not reachable ({error}); `make demo` needs no Hub"
 
 
@@ -100,7 +102,7 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _existing(path: str) -> str:
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return path
+def _existing(path: Path) -> Path:
+    """The nearest folder that is there."""
+    path = path.absolute()
+    return path if path.exists() else _existing(path.parent)

@@ -239,7 +239,10 @@ class Run:
             return load_sae(trained.folder, self.device)
         dictionary = Dictionary.load(trained.folder)
         coder = getattr(trained.config, "coder", dictionary.coder)
-        return self._wrap(replace(dictionary, coder=coder))
+        sae = self._wrap(replace(dictionary, coder=coder))
+        # Evals give activations with the heads flattened.
+        sae.turn_off_forward_pass_hook_z_reshaping()
+        return sae
 
     # ------------------------------------------------------------ evaluate
 

@@ -162,6 +162,11 @@ def read_manifest(folder: Path, stage: str, key: dict[str, Any] | None = None) -
             limit=stage,
             cure="give the folder that the stage wrote",
         )
+    if manifest.get("hash") != content_hash(manifest.get("key")):
+        raise ManifestError(
+            f"reading {stage} from {folder}: its manifest was altered: key and hash do not belong together",
+            cure="move the folder away and run again",
+        )
     if key is not None and manifest.get("hash") != content_hash(key):
         raise ManifestError(
             f"reading {stage} from {folder}: its manifest is from another config",

@@ -63,8 +63,8 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
 
     def __init__(self, cfg: DBKSVDSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self._gram_of: tuple[int, int, torch.device, torch.dtype] | None = None
-        self._unit: tuple[Tensor, Tensor, Tensor] | None = None
+        self._prepared_of: Tensor | None = None
+        self._prepared: tuple[Tensor, Tensor, Tensor] | None = None
 
     @override
     def initialize_weights(self) -> None:
@@ -103,15 +103,17 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     def _unit_atoms(self) -> tuple[Tensor, Tensor, Tensor]:
         """Atoms in float32 scaled to unit norm, the norms, and the Gram matrix; made again when W_dec changes.
 
-        In float32 the norms are 1 to rounding; W_dec in bfloat16 is off by up to 1/256.
+        In float32 the norms are 1 to rounding; W_dec in bfloat16 is off by up to 1/256. W_dec is compared with the
+        copy that was prepared: SAELens writes through ``.data``, which no version counter sees.
         """
-        key = (self.W_dec.data_ptr(), self.W_dec._version, self.W_dec.device, self.W_dec.dtype)
-        if self._unit is None or self._gram_of != key:
-            rows_MD = self.W_dec.detach().float()
-            norms_M = torch.linalg.vector_norm(rows_MD, dim=1)
-            atoms_MD = rows_MD / norms_M[:, None]
-            self._unit, self._gram_of = (atoms_MD, norms_M, atoms_MD @ atoms_MD.T), key
-        return self._unit
+        rows_MD = self.W_dec.detach()
+        seen_MD = self._prepared_of
+        same = seen_MD is not None and seen_MD.device == rows_MD.device and seen_MD.dtype == rows_MD.dtype
+        if self._prepared is None or seen_MD is None or not same or not torch.equal(seen_MD, rows_MD):
+            norms_M = torch.linalg.vector_norm(rows_MD.float(), dim=1)
+            atoms_MD = rows_MD.float() / norms_M[:, None]
+            self._prepared, self._prepared_of = (atoms_MD, norms_M, atoms_MD @ atoms_MD.T), rows_MD.clone()
+        return self._prepared
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -145,6 +147,8 @@ def sae_from_dictionary(
         d_sae=dictionary.n_atoms,
         dtype=dtype,
         device=device,
+        # hook_z has heads; the harvest flattens them, and so must HookedSAETransformer.
+        reshape_activations="hook_z" if hook_name.endswith("hook_z") else "none",
         k=dictionary.k,
         coder=dictionary.coder,
         rtol=dictionary.rtol,

@@ -1,6 +1,7 @@
 """The stages of a run from a harvest on: what is finished is reused, what does not fit is refused, nothing is lost."""
 
 import json
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ksvd_sae.errors import KsvdSaeError, ManifestError
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
 from ksvd_sae.pipeline import Run, TrainedDictionary
 from ksvd_sae.provenance import MANIFEST, content_hash, write_json
+from tests.tiny_saes import one_thread
 from tests.tiny_shards import raw_activations, write_harvest
 from tests.tolerances import UNIT_NORM
 
@@ -47,6 +49,12 @@ def config_with(**changes: Any) -> RunConfig:
 
 def only(*names: str, **more: dict[str, Any]) -> RunConfig:
     return config_with(dictionaries={**{name: RAW["dictionaries"][name] for name in names}, **more})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture

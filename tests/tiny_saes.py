@@ -3,7 +3,8 @@
 The model is random, which is enough to check that codes, losses and files are what they should be.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
@@ -26,6 +27,17 @@ COLOURS = ("red", "green", "blue", "black", "white")
 METALS = ("iron", "gold", "tin", "lead", "zinc")
 TREES = ("oak", "elm", "ash", "fir", "yew")
 WORDS = (*COLOURS, *METALS, *TREES, "one", "two", "six", "ten")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Arrays are tiny here: two threads wait for each other for longer than one computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -101,8 +113,3 @@ def tiny_topk_sae(n_latents: int = 24, k: int = 4, seed: int = 0) -> TopKSAE:
         sae.W_dec.copy_(normalize(torch.randn(n_latents, D_MODEL, generator=generator(seed)), dim=1))
         sae.W_enc.copy_(sae.W_dec.T)
     return sae
-
-
-def write_lines(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(line + "\n" for line in lines))

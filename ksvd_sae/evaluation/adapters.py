@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sae_bench.evals.core import main as core
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
 
@@ -20,12 +21,29 @@ def working_directory(folder: Path) -> Iterator[None]:
     carry the data's name rather than a path of this machine. And SAEBench stores the git commit of the working
     directory as its own version: outside any checkout it stores 'Unknown', which is true.
     """
-    before = Path.cwd()
+    before, ceiling = Path.cwd(), os.environ.get("GIT_CEILING_DIRECTORIES")
     os.chdir(folder)
+    # Where the cache lies inside a checkout, git would find that one.
+    os.environ["GIT_CEILING_DIRECTORIES"] = str(folder.resolve().parent)
     try:
         yield
     finally:
         os.chdir(before)
+        if ceiling is None:
+            del os.environ["GIT_CEILING_DIRECTORIES"]
+        else:
+            os.environ["GIT_CEILING_DIRECTORIES"] = ceiling
+
+
+@contextmanager
+def nan_stays_nan() -> Iterator[None]:
+    """Keep core from writing −1 for NaN: −1 is a loss recovered that can happen, null is not."""
+    original = core.replace_nans_with_negative_one
+    core.replace_nans_with_negative_one = lambda value: value
+    try:
+        yield
+    finally:
+        core.replace_nans_with_negative_one = original
 
 
 @contextmanager
@@ -48,23 +66,23 @@ def labelled_text_datasets(classes: dict[str, list[str]]) -> Iterator[None]:
             dataset_name, classes[dataset_name], train_set_size, test_set_size, random_seed
         )
 
+    before = dict(known)
     known.update(classes)
     dataset_utils.get_multi_label_train_test_data = read
     try:
         yield
     finally:
         dataset_utils.get_multi_label_train_test_data = original
-        for name in classes:
-            del known[name]
+        known.clear()
+        known.update(before)
 
 
 @contextmanager
-def collected_errors(logger_name: str) -> Iterator[list[str]]:
-    """The error messages that a logger gets.
+def collected_errors(logger_name: str, messages: list[str]) -> Iterator[None]:
+    """Append the error messages that a logger gets to ``messages``.
 
     SAEBench's core eval catches every exception and logs it: a failure would only be a missing file.
     """
-    messages: list[str] = []
 
     class _Keep(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -73,6 +91,6 @@ def collected_errors(logger_name: str) -> Iterator[list[str]]:
     logger, handler = logging.getLogger(logger_name), _Keep(logging.ERROR)
     logger.addHandler(handler)
     try:
-        yield messages
+        yield
     finally:
         logger.removeHandler(handler)

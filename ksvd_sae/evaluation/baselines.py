@@ -50,7 +50,8 @@ def train_topk_sae(
     statistics = shards.statistics
     centre_D, scale = statistics.centre_D.float().to(device), 1 / statistics.scale
     total = config.passes * shards.n_samples
-    steps = total // config.batch_samples
+    batch_samples = min(config.batch_samples, shards.n_samples)
+    steps = total // batch_samples
     sae = TopKTrainingSAE(
         TopKTrainingSAEConfig(
             d_in=shards.d_in,
@@ -61,20 +62,20 @@ def train_topk_sae(
         )
     )
     trainer_config = SAETrainerConfig(
-        total_training_samples=steps * config.batch_samples,
-        train_batch_size_samples=config.batch_samples,
+        total_training_samples=steps * batch_samples,
+        train_batch_size_samples=batch_samples,
         lr=config.lr,
         lr_end=config.lr / 100,
         lr_decay_steps=round(config.lr_decay_fraction * steps),
         lr_warm_up_steps=round(0.02 * steps),
-        dead_feature_window=max(1, shards.n_samples // config.batch_samples),
+        dead_feature_window=max(1, shards.n_samples // batch_samples),
         device=str(device),
         logger=LoggingConfig(log_to_wandb=False),
     )
     with progress("train topk_sae", total, "samples") as advance:
 
         def scaled() -> Iterator[Tensor]:
-            for batch_BD in _endless(shards, config.batch_samples, seed):
+            for batch_BD in _endless(shards, batch_samples, seed):
                 advance(len(batch_BD))
                 yield (batch_BD.to(device) - centre_D) * scale
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.errors import ActivationError, ShapeError
 
 _BATCH_BYTES = 64 << 20
 
@@ -37,7 +37,7 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
     Args:
         sae: anything with ``encode``, ``decode``, ``W_dec`` (d_sae, d_in).
         batches: (B, d_in) tensors.
-    Raises: ShapeError (d_in does not match, no tokens).
+    Raises: ShapeError (d_in does not match, no tokens), ActivationError (no variance).
     """
     d_sae, d_in = sae.W_dec.shape
     device, dtype = sae.W_dec.device, sae.W_dec.dtype
@@ -67,6 +67,12 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
     if n == 0:
         raise ShapeError("heldout_metrics: no tokens")
     variance = float((squares_D - sum_D.square() / n).sum())
+    if not variance > 1e-12 * float(squares_D.sum()):
+        raise ActivationError(
+            "heldout_metrics: the activations are all the same: no variance to explain",
+            got=f"{n} tokens",
+            cure="hold out more tokens; check the hook",
+        )
     density_F = fired_F.double() / n
     scores = {
         "fvu": error / variance,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def evaluate_heldout(panel: list[Panelist], shards: ActivationShards, harvest_ha
             logger.info("heldout of %s", panelist.name)
             found = heldout_metrics(panelist.load(), shards.batches(_HELDOUT_BATCH))
             density = [round(d, 6) for d in found.density_F.tolist()]
-            write_json(path, {"scores": found.scores, "n_tokens": found.n_tokens, "density": density})
+            scores = {name: value if math.isfinite(value) else None for name, value in found.scores.items()}
+            write_json(path, {"scores": scores, "n_tokens": found.n_tokens, "density": density})
         files[panelist.name] = path
         metrics[panelist.name] = json.loads(path.read_text())["scores"]
     return EvalResults("heldout", "", shards.n_samples, files, metrics)

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,10 +62,12 @@ def run_core(
     """
     from sae_bench.evals.core import main as core
 
-    from ksvd_sae.evaluation.adapters import collected_errors, working_directory
+    from ksvd_sae.evaluation.adapters import collected_errors, nan_stays_nan, working_directory
 
-    def evaluate(saes: list[tuple[str, Any]]) -> list[str]:
-        with working_directory(setting.data_folder), collected_errors(core.__name__) as errors:
+    output = output.resolve()
+
+    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+        with working_directory(setting.data_folder), nan_stays_nan(), collected_errors(core.__name__, reasons):
             core.multiple_evals(
                 selected_saes=saes,
                 n_eval_reconstruction_batches=config.reconstruction_batches,
@@ -79,7 +82,6 @@ def run_core(
                 dtype=setting.dtype,
                 device=setting.device,
             )
-        return errors
 
     return _run("core", panel, {"config": config.model_dump(), "dataset": dataset}, setting, output, evaluate)
 
@@ -114,14 +116,15 @@ def run_sparse_probing(
     )
     # SAEBench reuses LLM activations by the data set's name alone: the folder carries the rest.
     shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
-    artifacts = setting.artifacts / f"sparse_probing-{content_hash({**shared, 'data': setting.data_hash})}"
+    artifacts = setting.artifacts.resolve() / f"sparse_probing-{content_hash({**shared, 'data': setting.data_hash})}"
+    output = output.resolve()
 
-    def evaluate(saes: list[tuple[str, Any]]) -> list[str]:
+    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+        _drop_half_written(artifacts)
         with working_directory(setting.data_folder), labelled_text_datasets(classes):
             probing.run_eval(
                 eval_config, saes, setting.device, str(output), artifacts_path=str(artifacts), save_activations=True
             )
-        return []
 
     return _run("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
 
@@ -132,9 +135,9 @@ def _run(
     key: dict[str, Any],
     setting: EvalSetting,
     output: Path,
-    evaluate: Callable[[list[tuple[str, Any]]], list[str]],
+    evaluate: Callable[[list[tuple[str, Any]], list[str]], None],
 ) -> dict[str, Path]:
-    """Evaluate the panelists that have no result yet, one by one, keeping what is done."""
+    """Evaluate the panelists that have no result yet; one that fails takes no other with it."""
     output.mkdir(parents=True, exist_ok=True)
     key = {
         **key,
@@ -145,20 +148,32 @@ def _run(
         "sae_bench": versions().get("sae-bench"),
     }
     stems = {p.name: f"{p.name}-{content_hash({**key, 'dictionary': p.content})}" for p in panel}
-    files = {name: output / f"{stem}_custom_sae_eval_results.json" for name, stem in stems.items()}
+    files = {name: _result_file(output, stem) for name, stem in stems.items()}
     missing = [p for p in panel if not _is_result(files[p.name])]
     for name in sorted({p.name for p in panel} - {p.name for p in missing}):
         logger.info("%s of %s: reusing %s", eval_name, name, files[name].name)
     reasons: list[str] = []
-    if missing:
+    waiting: list[tuple[str, Any]] = []
+    for panelist in missing:
+        try:
+            waiting.append((stems[panelist.name], panelist.load()))
+        except Exception as error:
+            reasons.append(f"loading {panelist.name}: {type(error).__name__}: {error}")
+    if waiting:
         logger.info("%s of %s", eval_name, ", ".join(p.name for p in missing))
+    while waiting:
         try:
             with _chatter():
-                reasons = evaluate([(stems[p.name], p.load()) for p in missing])
-        # Whatever an eval throws is reported with what it was doing; results written so far stay.
+                evaluate(waiting, reasons)
+            break
+        # Whatever an eval throws is reported with what it was doing. SAEs are scored in order, so the first one
+        # without a result is the one that failed: the rest are tried again without it.
         except Exception as error:
-            reasons.append(f"{type(error).__name__}: {error}")
             logger.debug("%s failed", eval_name, exc_info=True)
+            undone = [(stem, sae) for stem, sae in waiting if not _result_file(output, stem).exists()]
+            failed = undone[0][0] if undone else "after the last score"
+            reasons.append(f"{failed}: {type(error).__name__}: {error}")
+            waiting = undone[1:]
     lost = [p.name for p in panel if not files[p.name].exists()]
     if lost or reasons:
         raise EvaluationError(
@@ -183,12 +198,28 @@ def _chatter() -> Iterator[None]:
         yield
 
 
+def _result_file(output: Path, stem: str) -> Path:
+    return output / f"{stem}_custom_sae_eval_results.json"
+
+
 def _is_result(path: Path) -> bool:
+    """Whether the file is a whole result; one that is not is removed, or SAEBench would skip it as done."""
     try:
-        return "eval_result_metrics" in json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        path.unlink(missing_ok=True)
-        return False
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and isinstance(found.get("eval_result_metrics"), dict):
+            return True
+    except (OSError, ValueError):
+        pass
+    path.unlink(missing_ok=True)
+    return False
+
+
+def _drop_half_written(artifacts: Path) -> None:
+    """Remove activation files that an interrupted run left unfinished: SAEBench would stumble over them."""
+    for path in artifacts.rglob("*.pt") if artifacts.exists() else ():
+        if not zipfile.is_zipfile(path):
+            logger.warning("sparse_probing: %s was left half written; making it again", path)
+            path.unlink()
 
 
 def _make_json_valid(path: Path) -> None:

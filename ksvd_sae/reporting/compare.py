@@ -29,10 +29,10 @@ def write_comparison(
         logs: dictionary -> JSONL training log.
     Returns: path of report.html.
     """
-    for name in _OUTPUTS:
-        shutil.rmtree(folder / name, ignore_errors=True)
     frame = tables.typed_frame(pd.DataFrame(manifest["rows"], columns=list(tables.COLUMNS)))
     tables.check_table(frame)
+    for name in _OUTPUTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     controls = frozenset(n for n, c in config.dictionaries.items() if isinstance(c, PCAConfig | RandomConfig))
     notes = comparison_notes(config)
     _copy_results(folder, manifest, evaluations)
