@@ -93,6 +93,10 @@ class Run:
             sources["model"] = GGUF_SHA256
         if self.config.text.source == "bbc-news":
             sources["text"] = bbc_news.corpus_hash()
+        if self.config.text.source == "folder":
+            from ksvd_sae.activations.text import text_folder_hash
+
+            sources["text"] = text_folder_hash(Path(str(self.config.text.dataset)).expanduser())
         return harvest_key(self.config, sources)
 
     @property
@@ -251,6 +255,9 @@ class Run:
 
         Raises: EvaluationError if a score is missing (finished ones are kept), ManifestError if a stage before is.
         """
+        if is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
+            logger.info("evaluate: reusing %s", self._evaluation_folder)
+            return self.evaluated()
         from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, tidy_rows
         from ksvd_sae.evaluation.saebench import EvalSetting, Panelist
 

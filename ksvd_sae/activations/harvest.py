@@ -148,7 +148,8 @@ def _collect(
             stream = contexts(_remember(texts, drawn), reader.model.tokenizer, settings.context_tokens)
             done = collected[part]
             skip = sum(entry["n_contexts"] for entry in done)
-            skipped = sum(1 for _ in islice(stream, skip))
+            for _ in islice(stream, skip):
+                pass
             advance(_n_tokens(done))
             while _n_tokens(done) < wanted[part]:
                 limit = min(settings.shard_tokens, wanted[part] - _n_tokens(done))
@@ -157,7 +158,7 @@ def _collect(
                 if entry is None:
                     raise TextError(
                         f"harvest: the text ended before {wanted[part]:,} {part} tokens",
-                        got=f"{_n_tokens(done):,} tokens from {skipped + len(drawn)} documents",
+                        got=f"{_n_tokens(done):,} tokens from {len(drawn)} documents",
                         cause="too short a text, or a filter that leaves nothing",
                         cure=f"ask for fewer tokens (harvest.{part}_tokens) or give more text; "
                         f"a batch is {batch_tokens:,} tokens",

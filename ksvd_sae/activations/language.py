@@ -81,6 +81,8 @@ class ActivationReader:
         self.model, self.hook = model, hook
         layer = hook_layer(hook)
         # Hooks outside the blocks (embed, final norm) need the whole model or none of it: let it run through.
+        # (contexts, heads, to, from): its shape alone does not tell heads from tokens.
+        self._over_pairs = hook.endswith(("hook_pattern", "hook_attn_scores"))
         self._stop_at_layer = None if layer is None else layer + 1
         special = sorted({i for i in _special_ids(model.tokenizer) if i is not None})
         self._special = torch.tensor(special, device=model.cfg.device)
@@ -90,7 +92,7 @@ class ActivationReader:
         """(n, d_in) float32 activations of the tokens that are not special, in reading order.
 
         Heads, if the hook has them, are flattened into d_in.
-        Raises: ActivationError on NaN or infinity.
+        Raises: HookError if the hook does not give one row a token, ActivationError on NaN or infinity.
         """
         tokens_BL = tokens_BL.to(self.model.cfg.device)
         kept: list[Tensor] = []
@@ -101,6 +103,14 @@ class ActivationReader:
         self.model.run_with_hooks(
             tokens_BL, return_type=None, stop_at_layer=self._stop_at_layer, fwd_hooks=[(self.hook, keep)]
         )
+        if not kept or kept[0].ndim < 3 or kept[0].shape[:2] != tokens_BL.shape or self._over_pairs:
+            raise HookError(
+                f"hook {self.hook!r} does not give one row a token",
+                got="it did not fire" if not kept else f"shape {tuple(kept[0].shape)}",
+                limit=f"(contexts, tokens, ...) = ({tokens_BL.shape[0]}, {tokens_BL.shape[1]}, ...)",
+                cause="a hook over pairs of positions, after the pass, or one that the model's config switches off",
+                cure="use a hook of the residual stream, an MLP or attention output, e.g. blocks.0.hook_resid_post",
+            )
         x_BLD = kept[0].flatten(2).float()
         ordinary_BL = ~torch.isin(tokens_BL, self._special)
         x_ND = x_BLD[ordinary_BL]

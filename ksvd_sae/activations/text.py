@@ -1,5 +1,7 @@
 """Documents in, contexts of tokens out."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from ksvd_sae.config import TextConfig
 from ksvd_sae.errors import HubError, TextError
+from ksvd_sae.provenance import file_sha256
 
 logger = logging.getLogger(__name__)
 _TOKENISER_BATCH = 64
@@ -30,37 +33,56 @@ def documents(config: TextConfig, seed: int) -> Iterator[str]:
 
         return iter([article.text for article in harvest_articles(seed)])
     if config.source == "folder":
-        return _folder_documents(Path(str(config.dataset)).expanduser(), config.column)
+        return _read_files(_text_files(Path(str(config.dataset)).expanduser()), config.column)
     return _hub_documents(config)
 
 
-def _folder_documents(folder: Path, column: str) -> Iterator[str]:
-    files = (
-        sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")) if folder.is_dir() else []
-    )
+def _text_files(folder: Path) -> list[Path]:
+    files = [p for p in folder.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")] if folder.is_dir() else []
     if not files:
         raise TextError(
             f"text folder {folder}: no .txt, .jsonl or .parquet file there",
             cause="a wrong path" if not folder.is_dir() else "an empty folder",
             cure="set text.dataset to a folder with text files",
         )
-    return _read_files(files, column)
+    return sorted(files)
 
 
 def _read_files(files: list[Path], column: str) -> Iterator[str]:
-    import pandas
-
+    """Texts of the files in turn; rows whose text is null or missing are no documents."""
     for path in files:
         if path.suffix == ".txt":
             yield path.read_text(errors="replace")
             continue
         try:
-            frame = pandas.read_parquet(path) if path.suffix == ".parquet" else pandas.read_json(path, lines=True)
-        except ValueError as error:
+            rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        except (ValueError, OSError) as error:
             raise TextError(f"text file {path}: {error}", cause="a truncated or misnamed file") from error
-        if column not in frame:
-            raise TextError(f"text file {path}: no column {column!r}", got=", ".join(map(str, frame.columns)))
-        yield from (str(text) for text in frame[column])
+        if rows and not any(column in row for row in rows):
+            raise TextError(f"text file {path}: no column {column!r}", got=", ".join(map(str, rows[0])))
+        yield from (str(row[column]) for row in rows if row.get(column) is not None)
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line is not a JSON object")
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    import pyarrow.parquet
+
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+def text_folder_hash(folder: Path) -> str:
+    """Hash of the names and contents of a folder's text files, for manifests."""
+    digest = hashlib.sha256()
+    for path in _text_files(folder):
+        digest.update(f"{path.relative_to(folder)}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def _hub_documents(config: TextConfig) -> Iterator[str]:
@@ -72,7 +94,7 @@ def _hub_documents(config: TextConfig) -> Iterator[str]:
         raise TextError(
             f"data set {config.dataset!r}: no column {config.column!r}", got=", ".join(first), cure="set text.column"
         )
-    return (str(row[config.column]) for row in rows)
+    return (str(row[config.column]) for row in rows if row.get(config.column) is not None)
 
 
 def load_hub_dataset(name: str, split: str, *, streaming: bool) -> Iterable[dict[str, Any]]:

@@ -69,6 +69,8 @@ def use_offline_hub(home: Path) -> None:
                 limit=settings["HF_HUB_CACHE"],
                 cure="call prepare_gemma() before importing transformers, datasets, sae_lens or transformer_lens",
             )
+    for older in ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE"):
+        os.environ.pop(older, None)  # transformers obeys these before HF_HUB_CACHE
     os.environ.update(settings)
 
 

@@ -1,0 +1,460 @@
+"""The harvest: the same bits however often it was stopped, shuffled, apart from the held-out part, and whole.
+
+Most tests read with a stand-in for the model whose activations say which document, word, position and context they
+are of; the last one reads with a real model.
+"""
+
+import json
+import random
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ksvd_sae.activations import harvest as harvesting
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
+from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.activations.text import contexts
+from ksvd_sae.config import RunConfig, parse_config
+from ksvd_sae.errors import ActivationError, DiskSpaceError, ManifestError, TextError
+from ksvd_sae.provenance import MANIFEST
+from tests import tiny_models, tolerances
+
+BOS = 0
+WORDS = 1000  # a token is document · WORDS + word, words from 1
+# Columns of the stand-in's activations; the first is large and the same everywhere, so that no norm stands out.
+DOCUMENT, WORD, POSITION, CONTEXT = 1, 2, 3, 4
+D_IN = 5
+CONTEXT_TOKENS, BATCH_CONTEXTS, SHARD_TOKENS, HELDOUT_TOKENS, TRAIN_TOKENS = 9, 4, 64, 100, 600
+LOUD = 999  # the word of outliers
+
+
+class StoppedError(Exception):
+    """Raised in the middle of a harvest, as a power cut would."""
+
+
+@dataclass
+class Reader:
+    """Stands in for ActivationReader: activations are a fixed function of the context; counts its calls."""
+
+    stop_at: int | None = None
+    calls: int = 0
+    model: Any = field(default_factory=lambda: SimpleNamespace(tokenizer=NumberTokenizer()))
+
+    def __call__(self) -> ActivationReader:
+        return cast(ActivationReader, self)
+
+    def read(self, tokens_BL: Tensor) -> Tensor:
+        if self.calls == self.stop_at:
+            raise StoppedError
+        self.calls += 1
+        x_BLD = torch.empty(*tokens_BL.shape, D_IN)
+        x_BLD[..., 0] = 10_000
+        x_BLD[..., DOCUMENT] = tokens_BL // WORDS
+        x_BLD[..., WORD] = tokens_BL % WORDS
+        x_BLD[..., POSITION] = torch.arange(tokens_BL.shape[1])
+        x_BLD[..., CONTEXT] = (tokens_BL * torch.arange(1, tokens_BL.shape[1] + 1)).sum(dim=1, keepdim=True) % 7919
+        x_BLD[tokens_BL % WORDS == LOUD] *= 100
+        return x_BLD[tokens_BL != BOS]
+
+
+class NumberTokenizer:
+    """Tokens are numbers written out."""
+
+    bos_token_id = BOS
+
+    def __call__(self, batch: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(word) for word in text.split()] for text in batch]}
+
+
+def numbered_texts(n: int, seed: int = 0) -> list[str]:
+    """Documents of 5 to 15 words that know where they are from."""
+    draw = random.Random(seed)
+    return [" ".join(str(d * WORDS + w) for w in range(1, draw.randint(6, 16))) for d in range(1, n + 1)]
+
+
+TEXTS = numbered_texts(200)
+
+
+def run_config(*, model: dict[str, Any] | None = None, seed: int = 0, **settings: Any) -> RunConfig:
+    sizes = {
+        "train_tokens": TRAIN_TOKENS,
+        "heldout_tokens": HELDOUT_TOKENS,
+        "context_tokens": CONTEXT_TOKENS,
+        "batch_contexts": BATCH_CONTEXTS,
+        "shard_tokens": SHARD_TOKENS,
+    }
+    return parse_config(
+        {
+            "name": "test",
+            "seed": seed,
+            "model": model or {"name": "stand-in", "hook": "blocks.0.hook_resid_post"},
+            "text": {"source": "folder", "dataset": "none"},
+            "harvest": {**sizes, **settings},
+            "dictionaries": {"pca": {"kind": "pca", "k": 1}},
+        }
+    )
+
+
+def run(
+    folder: Path, reader: Callable[[], ActivationReader], texts: list[str] | None = None, **settings: Any
+) -> ActivationShards:
+    config = run_config(**settings)
+
+    def documents() -> Iterator[str]:
+        return iter(TEXTS if texts is None else texts)
+
+    return run_harvest(config, folder, harvest_key(config, {}), reader, documents)
+
+
+def no_reader() -> ActivationReader:
+    raise AssertionError("the model was loaded")
+
+
+def no_texts() -> Iterator[str]:
+    raise AssertionError("the text was opened")
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All files; of the manifest what does not depend on the clock."""
+    found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    manifest = json.loads(found[MANIFEST])
+    found[MANIFEST] = {name: value for name, value in manifest.items() if name not in ("written", "seconds")}
+    return found
+
+
+def raw_entries(folder: Path) -> dict[str, dict[str, Any]]:
+    """The parts that were finished before a stop."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "raw").glob("*.json"))}
+
+
+def finished_batches(folder: Path) -> int:
+    return sum(entry["n_contexts"] for entry in raw_entries(folder).values()) // BATCH_CONTEXTS
+
+
+def heldout_shards(shards: ActivationShards) -> ActivationShards:
+    return ActivationShards.open(shards.folder, "heldout")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[ActivationShards, int]:
+    """A harvest in one go, and how many batches it took."""
+    reader = Reader()
+    return run(tmp_path_factory.mktemp("uninterrupted"), reader), reader.calls
+
+
+# ---------------------------------------------------------------- content
+
+
+def test_counts(uninterrupted: tuple[ActivationShards, int]) -> None:
+    shards, calls = uninterrupted
+    # Whole batches, so at most one batch more than was asked for in each part of a shard's size.
+    n_parts = -(-TRAIN_TOKENS // SHARD_TOKENS)
+    assert TRAIN_TOKENS <= shards.n_samples < TRAIN_TOKENS + n_parts * BATCH_CONTEXTS * (CONTEXT_TOKENS - 1)
+    assert heldout_shards(shards).n_samples >= HELDOUT_TOKENS
+    n_read = shards.n_samples + heldout_shards(shards).n_samples
+    assert n_read <= calls * BATCH_CONTEXTS * (CONTEXT_TOKENS - 1)
+    assert shards.d_in == D_IN
+    sizes = [entry["n_samples"] for entry in shards.manifest["parts"]["train"]["shards"]]
+    assert sizes[:-1] == [SHARD_TOKENS] * (len(sizes) - 1)
+    assert not (shards.folder / "raw").exists()
+
+
+def test_every_token_of_the_contexts_is_there_once(uninterrupted: tuple[ActivationShards, int]) -> None:
+    """The documents after the held-out ones, packed again: the same tokens, none lost, none twice."""
+    shards, _ = uninterrupted
+    n_heldout = len((shards.folder / HELDOUT_DOCUMENTS).read_text().splitlines())
+    packed = contexts(iter(TEXTS[n_heldout:]), NumberTokenizer(), CONTEXT_TOKENS)
+    tokens = [token for context in packed for token in context.tolist() if token != BOS]
+    x_ND = shards.tensor()
+    found = sorted((x_ND[:, DOCUMENT] * WORDS + x_ND[:, WORD]).int().tolist())
+    assert found == tokens[: len(found)]
+
+
+def test_heldout_documents_are_not_trained_on(uninterrupted: tuple[ActivationShards, int]) -> None:
+    shards, _ = uninterrupted
+    listed = [json.loads(line)["text"] for line in (shards.folder / HELDOUT_DOCUMENTS).read_text().splitlines()]
+    assert listed == TEXTS[: len(listed)]
+    trained = set(shards.tensor()[:, DOCUMENT].int().tolist())
+    heldout = set(heldout_shards(shards).tensor()[:, DOCUMENT].int().tolist())
+    assert heldout
+    assert heldout <= set(range(1, len(listed) + 1))
+    assert trained
+    assert min(trained) > len(listed)
+
+
+def test_shuffling_is_over_the_whole_harvest(uninterrupted: tuple[ActivationShards, int]) -> None:
+    shards, _ = uninterrupted
+    shard_of_context: dict[int, set[int]] = {}
+    for index in range(len(shards.manifest["parts"]["train"]["shards"])):
+        for context in shards.read_shard(index)[:, CONTEXT].int().tolist():
+            shard_of_context.setdefault(context, set()).add(index)
+    assert len(shard_of_context) > 50
+    assert all(len(found) > 1 for found in shard_of_context.values())
+    first_documents = shards.read_shard(0)[:, DOCUMENT]
+    assert float(first_documents.max() - first_documents.min()) > 40
+
+
+def test_seeds_shuffle_differently(tmp_path: Path, uninterrupted: tuple[ActivationShards, int]) -> None:
+    first, second = uninterrupted[0].tensor(), run(tmp_path, Reader(), seed=1).tensor()
+    assert not torch.equal(first, second)
+    assert sorted(first.tolist()) == sorted(second.tolist())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_statistics_are_of_what_is_stored(tmp_path: Path, dtype: str) -> None:
+    shards = run(tmp_path, Reader(), dtype=dtype)
+    assert str(shards.read_shard(0).dtype) == f"torch.{dtype}"
+    x, found = shards.tensor().double().numpy(), shards.statistics
+    close = {"rtol": tolerances.STREAMED_STATISTICS, "atol": tolerances.STREAMED_STATISTICS}
+    np.testing.assert_allclose(found.centre_D, x.mean(axis=0), **close)
+    np.testing.assert_allclose(found.variance_D, x.var(axis=0), **close)
+    np.testing.assert_allclose(found.mean_norm, np.linalg.norm(x, axis=1).mean(), **close)
+    assert found.n_samples == len(x) == shards.n_samples
+
+
+# ---------------------------------------------------------------- outliers
+
+
+def loud_texts() -> list[str]:
+    """Every tenth document ends in an outlier."""
+    return [f"{t} {(d + 1) * WORDS + LOUD}" if d % 10 == 3 else t for d, t in enumerate(TEXTS)]
+
+
+def test_outliers_are_counted_and_left_out(tmp_path: Path) -> None:
+    kept = run(tmp_path / "4", Reader(), loud_texts(), outlier_factor=4.0)
+    everything = run(tmp_path / "null", Reader(), loud_texts(), outlier_factor=None)
+    for part in ("train", "heldout"):
+        all_ND, kept_ND = (ActivationShards.open(s.folder, part).tensor() for s in (everything, kept))
+        is_loud_N = all_ND.norm(dim=1) > 100_000
+        assert int(is_loud_N.sum()) > 0
+        assert kept.manifest["parts"][part]["outliers"] == int(is_loud_N.sum())
+        assert everything.manifest["parts"][part]["outliers"] == 0
+        assert sorted(kept_ND.tolist()) == sorted(all_ND[~is_loud_N].tolist())
+    assert kept.manifest["statistics"]["outlier_limit"] == 4 * kept.statistics.median_norm
+    assert everything.manifest["statistics"]["outlier_limit"] is None
+    assert kept.statistics.mean_norm < 12_000 < everything.statistics.mean_norm
+
+
+# ---------------------------------------------------------------- stops
+
+
+# 0: before the first batch; 3: in the held-out part; 5 to 8: at its end and the training part's start.
+@pytest.mark.parametrize("stop_at", [0, 1, 3, 4, 5, 6, 8, 13, 20])
+def test_a_stopped_harvest_goes_on_to_the_same_bits(
+    tmp_path: Path, uninterrupted: tuple[ActivationShards, int], stop_at: int
+) -> None:
+    whole, calls = uninterrupted
+    assert stop_at < calls
+    with pytest.raises(StoppedError):
+        run(tmp_path, Reader(stop_at))
+    done = finished_batches(tmp_path)
+    # What is lost is less than a part: here at most two batches.
+    assert stop_at - 2 <= done <= stop_at
+    resumed = Reader()
+    run(tmp_path, resumed)
+    assert resumed.calls == calls - done
+    assert content(tmp_path) == content(whole.folder)
+
+
+def test_a_harvest_stopped_again_and_again(tmp_path: Path, uninterrupted: tuple[ActivationShards, int]) -> None:
+    whole, calls = uninterrupted
+    total = 0
+    for _ in range(calls):
+        reader = Reader(stop_at=3)
+        try:
+            run(tmp_path, reader)
+        except StoppedError:
+            total += reader.calls
+            continue
+        break
+    total += reader.calls
+    assert calls < total < 2 * calls
+    assert content(tmp_path) == content(whole.folder)
+
+
+@pytest.mark.parametrize("where", ["write_statistics", "write_manifest", "_write_shuffled"])
+def test_stopped_while_finishing_the_model_is_not_loaded_again(
+    tmp_path: Path, uninterrupted: tuple[ActivationShards, int], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harvesting, where, stop)
+        with pytest.raises(StoppedError):
+            run(tmp_path, Reader())
+    run(tmp_path, no_reader)
+    assert content(tmp_path) == content(uninterrupted[0].folder)
+
+
+def test_a_damaged_raw_part_is_collected_again(
+    tmp_path: Path, uninterrupted: tuple[ActivationShards, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(StoppedError):
+        run(tmp_path, Reader(stop_at=18))
+    damaged = tmp_path / "raw" / "train-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    entries = raw_entries(tmp_path)
+    good = [e for name, e in entries.items() if name < "train" or name == "train-00000"]
+    assert len(good) < len(entries) - 1
+    resumed = Reader()
+    run(tmp_path, resumed)
+    assert "train-00001" in caplog.text
+    assert resumed.calls == uninterrupted[1] - sum(e["n_contexts"] for e in good) // BATCH_CONTEXTS
+    assert content(tmp_path) == content(uninterrupted[0].folder)
+
+
+def test_a_finished_harvest_is_reused(tmp_path: Path) -> None:
+    config = run_config()
+    run(tmp_path, Reader())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run_harvest(config, tmp_path, harvest_key(config, {}), no_reader, no_texts)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_text_too_short_goes_on_once_there_is_more(tmp_path: Path, uninterrupted: tuple[ActivationShards, int]) -> None:
+    first = Reader()
+    with pytest.raises(TextError) as caught:
+        run(tmp_path, first, TEXTS[:90])
+    assert "ended before 600 train tokens" in str(caught.value)
+    done = finished_batches(tmp_path)
+    assert 0 < done <= first.calls
+    # Asked again, nothing that is there is read again.
+    second = Reader()
+    with pytest.raises(TextError):
+        run(tmp_path, second, TEXTS[:90])
+    assert second.calls == first.calls - done
+    last = Reader()
+    run(tmp_path, last)
+    assert last.calls == uninterrupted[1] - done
+    assert content(tmp_path) == content(uninterrupted[0].folder)
+
+
+def test_text_too_short_says_the_same_when_asked_again(tmp_path: Path) -> None:
+    messages = []
+    for _ in range(2):
+        with pytest.raises(TextError) as caught:
+            run(tmp_path, Reader(), TEXTS[:90])
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_fewer_tokens_are_another_harvest(tmp_path: Path) -> None:
+    """They are another content, so another folder, and what was collected before stays where it is."""
+    folders = [harvest_folder(tmp_path, harvest_key(run_config(train_tokens=n), {})) for n in (600, 300)]
+    assert folders[0] != folders[1]
+    with pytest.raises(TextError):
+        run(folders[0], Reader(), TEXTS[:110])
+    collected = raw_entries(folders[0])
+    run(folders[1], Reader(), TEXTS[:110], train_tokens=300)
+    assert raw_entries(folders[0]) == collected != {}
+
+
+@pytest.mark.parametrize("texts", [[], ["", " "], ["1001 1002"]], ids=["none", "empty", "less than one context"])
+def test_no_text(tmp_path: Path, texts: list[str]) -> None:
+    reader = Reader()
+    with pytest.raises(TextError, match="heldout"):
+        run(tmp_path, reader, texts)
+    assert reader.calls == 0
+
+
+def test_text_that_is_all_used_up_by_the_heldout_part(tmp_path: Path) -> None:
+    """The tokenizer takes 64 documents at once; with 60 there is nothing left to train on."""
+    with pytest.raises(TextError, match="train"):
+        run(tmp_path, Reader(), TEXTS[:60])
+
+
+def test_broken_activations_stop_the_harvest_and_keep_what_was_whole(tmp_path: Path) -> None:
+    class Broken(Reader):
+        def read(self, tokens_BL: Tensor) -> Tensor:
+            if self.calls == 9:
+                raise ActivationError("NaN")
+            return super().read(tokens_BL)
+
+    with pytest.raises(ActivationError):
+        run(tmp_path, Broken())
+    assert finished_batches(tmp_path) >= 7
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a harvest will need must be free at its start: one batch is read, nothing is written."""
+    reader = Reader()
+    needed = TRAIN_TOKENS * D_IN * 4
+    monkeypatch.setattr("ksvd_sae.provenance.shutil.disk_usage", lambda _: Usage(10**6, 0, needed))
+    with pytest.raises(DiskSpaceError, match="harvest: collecting"):
+        run(tmp_path, reader)
+    assert reader.calls == 1
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_disk_that_is_full_when_finishing(
+    tmp_path: Path, uninterrupted: tuple[ActivationShards, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something else has filled it meanwhile."""
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "ksvd_sae.provenance.shutil.disk_usage",
+            lambda folder: Usage(10**6, 0, 10**6 if folder.name == "raw" else 100),
+        )
+        with pytest.raises(DiskSpaceError, match="shuffled shards"):
+            run(tmp_path, Reader())
+    assert not (tmp_path / "train").exists()
+    run(tmp_path, no_reader)
+    assert content(tmp_path) == content(uninterrupted[0].folder)
+
+
+def test_unfinished_folder_of_another_config(tmp_path: Path) -> None:
+    with pytest.raises(StoppedError):
+        run(tmp_path, Reader(stop_at=10))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ManifestError, match="another config"):
+        run(tmp_path, no_reader, seed=1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_finished_folder_of_another_config(tmp_path: Path) -> None:
+    run(tmp_path, Reader())
+    with pytest.raises(ManifestError, match="train_tokens: found 600, wanted 601"):
+        run(tmp_path, no_reader, train_tokens=601)
+
+
+# ---------------------------------------------------------------- a real model
+
+
+def test_with_a_real_model(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    hook = "blocks.8.hook_resid_post"
+    texts = tiny_models.documents(100)
+    shards = run(
+        tmp_path,
+        lambda: ActivationReader(model, hook),
+        texts,
+        model={"name": "tiny", "hook": hook},
+        context_tokens=32,
+        outlier_factor=None,
+    )
+    heldout = (shards.folder / HELDOUT_DOCUMENTS).read_text().splitlines()
+    tokens_BL = torch.stack(list(contexts(iter(texts[len(heldout) :]), tokenizer, 32)))
+    cache = model.run_with_cache(tokens_BL, names_filter=hook)[1]
+    true_ND = cache[hook][tokens_BL != BOS][: shards.n_samples].detach().double()
+    found_ND = shards.tensor().double()
+    assert found_ND.shape == true_ND.shape == (shards.n_samples, tiny_models.D_MODEL)
+    bound = tolerances.HOOK_AGAINST_TRANSFORMERS * float(true_ND.abs().max())
+    # Shuffled, so by the nearest row. Batches of another size add in another order.
+    distances_NN = torch.cdist(found_ND, true_ND)
+    assert float(distances_NN.amin(dim=0).max()) <= bound
+    assert float(distances_NN.amin(dim=1).max()) <= bound
