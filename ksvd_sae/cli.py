@@ -42,8 +42,6 @@ def _stage(config: Path, overrides: list[str] | None, results: Path, verbose: bo
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
         loaded = load_config(config, overrides)
-        # Read once by the Hub libraries at their import, which comes below: no question on stdin, no bars in logs.
-        os.environ.setdefault("HF_DATASETS_TRUST_REMOTE_CODE", "1")
         from ksvd_sae.pipeline import Run
 
         run = Run(loaded, results)
