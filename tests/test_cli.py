@@ -26,7 +26,7 @@ from ksvd_sae.pipeline import Run
 COMMANDS = ("harvest", "train", "evaluate", "compare", "run", "doctor")
 CONFIG: dict[str, Any] = {
     "model": {"name": "gpt2", "hook": "blocks.8.hook_resid_post"},
-    "text": {"source": "folder", "dataset": "texts"},
+    "text": {"source": "hub", "dataset": "owner/texts"},
     "harvest": {"train_tokens": 1000, "heldout_tokens": 100},
     "dictionaries": {"db-ksvd": {"kind": "db_ksvd", "n_atoms": 32, "k": 4}},
 }

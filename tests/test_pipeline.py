@@ -30,7 +30,7 @@ RAW: dict[str, Any] = {
     "name": "tiny-run",
     "device": "cpu",
     "model": {"name": "some/model", "hook": "blocks.0.hook_resid_post"},
-    "text": {"source": "folder", "dataset": "some-texts"},
+    "text": {"source": "hub", "dataset": "owner/some-texts"},
     "harvest": {"train_tokens": 2000, "heldout_tokens": 500, "context_tokens": 12},
     "dictionaries": {
         "db-ksvd": {"kind": "db_ksvd", "n_atoms": 24, "k": 3, "batch_samples": 500, "passes": 2},
