@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.config import TopKSAEConfig
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.errors import ManifestError, ShapeError
 from ksvd_sae.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -119,6 +118,5 @@ def _to_raw_units(folder: Path, centre_D: Tensor, scale: float) -> None:
 def load_sae(folder: Path, device: torch.device) -> SAE[Any]:
     """A SAELens SAE from disk (safetensors and JSON: nothing is unpickled)."""
     if not (folder / "cfg.json").exists():
-        raise ShapeError(f"loading SAE {folder}: no cfg.json there", cure="run `ksvd-sae train` first")
-    json.loads((folder / "cfg.json").read_text())
+        raise ManifestError(f"loading SAE {folder}: no cfg.json there", cure="run `ksvd-sae train` first")
     return SAE.load_from_disk(folder, device=str(device))

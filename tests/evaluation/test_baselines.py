@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.config import TopKSAEConfig
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.errors import ManifestError, ShapeError
 from ksvd_sae.evaluation.baselines import load_sae, train_topk_sae
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from tests.tiny_shards import raw_activations, write_harvest
@@ -134,5 +134,5 @@ def test_nothing_is_pickled(trained: Path) -> None:
 
 
 def test_no_sae_there(tmp_path: Path) -> None:
-    with pytest.raises(ShapeError, match=r"no cfg\.json"):
+    with pytest.raises(ManifestError, match=r"no cfg\.json"):
         load_sae(tmp_path, torch.device("cpu"))
