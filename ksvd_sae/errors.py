@@ -6,7 +6,8 @@
     ├── ConfigError            a YAML file or a --set value
     ├── ShapeError             sizes that do not fit each other (also a ValueError)
     ├── DictionaryError        atoms that are no dictionary: not unit norm, NaN (also a ValueError)
-    ├── NotFittedError         encode before fit (also a ValueError)
+    ├── WeightingError         second moments that give no invertible map (also a ValueError)
+    ├── NotFittedError         encode before fit (also a ValueError, and an AttributeError as in scikit-learn)
     ├── TextError              text that is missing, empty or too short
     ├── HookError              a hook name that the model lacks
     ├── ActivationError        NaN, infinite or constant activations
@@ -58,7 +59,10 @@ class ShapeError(KsvdSaeError, ValueError): ...
 class DictionaryError(KsvdSaeError, ValueError): ...
 
 
-class NotFittedError(KsvdSaeError, ValueError): ...
+class WeightingError(KsvdSaeError, ValueError): ...
+
+
+class NotFittedError(KsvdSaeError, ValueError, AttributeError): ...
 
 
 class TextError(KsvdSaeError): ...

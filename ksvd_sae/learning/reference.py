@@ -10,10 +10,17 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def matching_pursuit(sample: Array, atoms: Array, k: int, max_steps: int | None = None, rtol: float = 0.0) -> Array:
+def matching_pursuit(
+    sample: Array,
+    atoms: Array,
+    k: int,
+    max_steps: int | None = None,
+    rtol: float = 0.0,
+    nonnegative: bool = False,
+) -> Array:
     """One sample's code, dense (M,): largest product first, stop before a (k+1)-th distinct atom.
 
-    Mallat & Zhang 1993. ``sample`` (D,), ``atoms`` (M, D) unit rows.
+    Mallat & Zhang 1993. ``sample`` (D,), ``atoms`` (M, D) unit rows. nonnegative: only positive products count.
     """
     code = np.zeros(len(atoms))
     residual = sample.astype(np.float64).copy()
@@ -22,8 +29,8 @@ def matching_pursuit(sample: Array, atoms: Array, k: int, max_steps: int | None 
         if np.linalg.norm(residual) <= rtol * np.linalg.norm(sample):
             break
         products = np.array([residual @ atom for atom in atoms])
-        best = int(np.argmax(np.abs(products)))
-        if products[best] == 0 or (best not in picked and len(picked) == k):
+        best = int(np.argmax(products if nonnegative else np.abs(products)))
+        if products[best] == 0 or (nonnegative and products[best] < 0) or (best not in picked and len(picked) == k):
             break
         picked.add(best)
         code[best] += products[best]
@@ -49,6 +56,51 @@ def orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float
     if picked:
         code[picked] = coefficients
     return code
+
+
+def nonnegative_orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float = 0.0) -> Array:
+    """One sample's code ≥ 0, dense (M,): Lawson & Hanson 1974 with at most k atoms (Nguyen et al. 2019).
+
+    The largest positive product enters; least squares on all that are in; whoever would turn negative leaves, the first
+    to reach zero first.
+    """
+    code = np.zeros(len(atoms))
+    for _ in range(3 * k):
+        residual = sample - code @ atoms
+        inside = list(np.flatnonzero(code))
+        if np.linalg.norm(residual) <= rtol * np.linalg.norm(sample) or len(inside) == k:
+            break
+        sizes = np.array([-np.inf if j in inside else residual @ atom for j, atom in enumerate(atoms)])
+        best = int(np.argmax(sizes))
+        if sizes[best] <= 1e-12 * np.linalg.norm(sample):
+            break
+        inside.append(best)
+        while inside:
+            solved = np.linalg.lstsq(atoms[inside].T, sample, rcond=None)[0]
+            if (solved > 0).all():
+                code[:] = 0
+                code[inside] = solved
+                break
+            old = code[inside]
+            steps = np.array([o / (o - s) if s <= 0 else np.inf for o, s in zip(old, solved, strict=True)])
+            first = int(np.argmin(steps))
+            code[inside] = old + steps[first] * (solved - old)
+            code[inside[first]] = 0
+            del inside[first]
+    return code
+
+
+def nonnegative_least_squares(sample: Array, atoms: Array) -> Array:
+    """Coefficients ≥ 0 of all ``atoms`` by trying every subset: for a handful of atoms only."""
+    best, best_error = np.zeros(len(atoms)), float(np.linalg.norm(sample))
+    for bits in range(1, 2 ** len(atoms)):
+        subset = [j for j in range(len(atoms)) if bits >> j & 1]
+        solved = np.linalg.lstsq(atoms[subset].T, sample, rcond=None)[0]
+        error = float(np.linalg.norm(sample - solved @ atoms[subset]))
+        if (solved >= 0).all() and error < best_error:
+            best, best_error = np.zeros(len(atoms)), error
+            best[subset] = solved
+    return best
 
 
 def update_atoms(samples: Array, codes: Array, atoms: Array, order: list[int] | None = None) -> tuple[Array, Array]:

@@ -15,14 +15,14 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 
 from ksvd_sae.errors import ActivationError, DictionaryError, KsvdSaeError, ShapeError
-from ksvd_sae.learning import reference, sparse_coding
+from ksvd_sae.learning import backends, reference
+from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.sparse_coding import (
     CODERS,
     Code,
     Coder,
     encode,
     matching_pursuit,
-    mp_backend,
     orthogonal_matching_pursuit,
     project,
     refit_code,
@@ -40,18 +40,22 @@ from tests.strategies import (
 )
 
 Array = NDArray[np.float64]
-# "mp" takes the backend of the machine: numba in float32 on a CPU; "mp_torch" is the version that runs anywhere.
-GREEDY = ("mp", "mp_torch", "mp_refit", "omp")
+# "mp" takes the backend of the machine: numba in float32 on a CPU; "mp_torch" is the version that runs anywhere;
+# "+" is non-negative.
+SIGNED = ("mp", "mp_torch", "mp_refit", "mp_refit_torch", "omp", "omp_torch")
+GREEDY = (*SIGNED, *(f"{coder}+" for coder in SIGNED))
 
 
 def run(coder: str, problem: Problem, k: int | None = None, **options: Any) -> Code:
+    """A coder by its name in the tests: '+' for non-negative, '_torch' for the version that runs anywhere."""
     k = problem.k if k is None else k
-    if coder == "mp_torch":
-        return matching_pursuit(problem.x_BD, problem.atoms_MD, k, backend="torch", **options)
+    name = coder.rstrip("+")
+    options |= {"nonnegative": coder.endswith("+"), "backend": "torch" if name.endswith("_torch") else "auto"}
+    name = name.removesuffix("_torch")
     if "memory_bytes" in options:  # not an option of encode
-        pursue = cast(Callable[..., Code], orthogonal_matching_pursuit if coder == "omp" else matching_pursuit)
+        pursue = cast(Callable[..., Code], orthogonal_matching_pursuit if name == "omp" else matching_pursuit)
         return pursue(problem.x_BD, problem.atoms_MD, k, **options)
-    return encode(problem.x_BD, problem.atoms_MD, k, coder=cast(Coder, coder), **options)
+    return encode(problem.x_BD, problem.atoms_MD, k, coder=cast(Coder, name), **options)
 
 
 def dense(code: Code, n_atoms: int) -> Array:
@@ -77,15 +81,24 @@ def errors(problem: Problem, code: Code) -> Array:
 
 
 def reference_codes(problem: Problem, coder: str, rtol: float = 0.0) -> Array:
-    """(B, M) by the slow float64 coders; refit is numpy's least squares on their support."""
+    """(B, M) by the slow float64 coders; refit is least squares on their support."""
     x, atoms = problem.x_BD.double().numpy(), problem.atoms_MD.double().numpy()
-    slow = reference.orthogonal_matching_pursuit if coder == "omp" else reference.matching_pursuit
+    signed = not coder.endswith("+")
     codes = np.zeros((len(x), len(atoms)))
     for row, sample in enumerate(x):
-        codes[row] = slow(sample, atoms, problem.k, rtol=rtol)
+        if coder.startswith("omp"):
+            slow = (
+                reference.orthogonal_matching_pursuit if signed else reference.nonnegative_orthogonal_matching_pursuit
+            )
+            codes[row] = slow(sample, atoms, problem.k, rtol=rtol)
+            continue
+        codes[row] = reference.matching_pursuit(sample, atoms, problem.k, rtol=rtol, nonnegative=not signed)
         used = np.flatnonzero(codes[row])
-        if coder == "mp_refit" and len(used):
-            codes[row, used] = np.linalg.lstsq(atoms[used].T, sample, rcond=None)[0]
+        if "refit" in coder and len(used):
+            solve = reference.nonnegative_least_squares
+            codes[row, used] = (
+                np.linalg.lstsq(atoms[used].T, sample, rcond=None)[0] if signed else solve(sample, atoms[used])
+            )
     return codes
 
 
@@ -95,7 +108,11 @@ def assert_agrees(problem: Problem, code: Code, expected: Array, dtype: torch.dt
     scale = np.linalg.norm(x, axis=1, keepdims=True)
     got, wanted = residual(problem, code), x - expected @ atoms
     error_gap = np.abs(np.linalg.norm(got, axis=1) - np.linalg.norm(wanted, axis=1))
-    assert (error_gap <= tolerances.CODE_ERROR[dtype] * scale[:, 0]).all()
+    # The coders follow ‖r‖² by subtraction and stop where it vanishes in rounding.
+    solved = np.linalg.norm(wanted, axis=1) <= tolerances.SOLVED[dtype] * scale[:, 0]
+    assert (error_gap <= np.where(solved, tolerances.SOLVED[dtype], tolerances.CODE_ERROR[dtype]) * scale[:, 0]).all()
+    got, wanted, expected, scale = got[~solved], wanted[~solved], expected[~solved], scale[~solved]
+    code = Code(code.values_BK[torch.from_numpy(~solved)], code.support_BK[torch.from_numpy(~solved)])
     if not unique:
         return
     assert (np.abs(got @ atoms.T - wanted @ atoms.T) <= tolerances.CODE_ERROR[dtype] * scale).all()
@@ -135,7 +152,7 @@ class TestAgainstReference:
         assert_agrees(subset, Code(code.values_BK[rows], code.support_BK[rows]), expected[same], torch.float32)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp"])
+    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "omp_torch", "mp+", "mp_torch+", "omp+", "omp_torch+"])
     @pytest.mark.parametrize("rtol", [0.9, 0.5, 0.2])
     def test_rtol_stops_at_the_same_step(self, rtol: float, coder: str, dtype: torch.dtype) -> None:
         problem = generic(41, 9, 21, 7, seed=5).to(dtype)
@@ -232,27 +249,92 @@ class TestBackends:
 
     def test_auto_says_what_it_takes(self) -> None:
         cpu = torch.device("cpu")
-        assert mp_backend(cpu, dtype=torch.float64) == "torch"
-        assert mp_backend(torch.device("cuda")) == "torch"
-        assert mp_backend(cpu, "torch") == "torch"
-        assert mp_backend(cpu) == ("numba" if find_spec("numba") else "torch")
+        assert coder_backend(cpu, dtype=torch.float64) == "torch"
+        assert coder_backend(torch.device("cuda"), dtype=torch.float64) == "torch"
+        assert coder_backend(cpu, "torch") == "torch"
+        assert coder_backend(cpu) == ("numba" if find_spec("numba") else "torch")
 
     def test_without_numba(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sparse_coding, "find_spec", lambda name: None)
-        assert mp_backend(torch.device("cpu")) == "torch"
+        monkeypatch.setattr(backends, "find_spec", lambda name: None)
+        assert coder_backend(torch.device("cpu")) == "torch"
         with pytest.raises(ShapeError, match="numba is not installed"):
-            mp_backend(torch.device("cpu"), "numba")
+            coder_backend(torch.device("cpu"), "numba")
 
     def test_forced_where_it_cannot_run(self) -> None:
         pytest.importorskip("numba", reason="numba is optional")
         with pytest.raises(ShapeError, match=r"(?s)float32, not torch\.float64.*cure"):
             matching_pursuit(X.double(), ATOMS.double(), 2, backend="numba")
         with pytest.raises(ShapeError, match="not on cuda"):
-            mp_backend(torch.device("cuda"), "numba")
+            coder_backend(torch.device("cuda"), "numba")
 
     def test_unknown(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)'jax'.*auto, torch, numba"):
             matching_pursuit(X, ATOMS, 2, backend="jax")  # type: ignore[arg-type]
+
+
+class TestNonNegative:
+    @pytest.mark.parametrize("coder", [coder for coder in GREEDY if coder.endswith("+")])
+    @given(problem=problems("generic", "zero rows", "coherent"), dtype=dtypes)
+    def test_no_coefficient_is_negative(self, coder: str, problem: Problem, dtype: torch.dtype) -> None:
+        assert bool((run(coder, problem.to(dtype)).values_BK >= 0).all())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_signed_mp_is_non_negative_mp_over_both_signs(self, dtype: torch.dtype) -> None:
+        """With one step an atom (max_steps = k), D and [D; −D] give the same reconstructions."""
+        problem = generic(53, 17, 31, 6, seed=8).to(dtype)
+        both = Problem(problem.x_BD, torch.cat([problem.atoms_MD, -problem.atoms_MD]), problem.k)
+        signed = residual(problem, run("mp", problem, max_steps=problem.k))
+        split = residual(both, run("mp+", both, max_steps=problem.k))
+        scale = np.linalg.norm(problem.x_BD.double().numpy(), axis=1)
+        same = np.linalg.norm(signed - split, axis=1) <= tolerances.CODE_ERROR[dtype] * scale
+        assert same.mean() >= tolerances.SUPPORT_AGREEMENT_FLOAT32
+
+    def test_a_picked_atom_leaves_again(self) -> None:
+        """The sum of two atoms is the closest single atom's neighbour: once both are in, the first is not needed."""
+        atoms_MD = torch.nn.functional.normalize(torch.tensor([[1.0, 1.0, 0.1], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+        problem = Problem(torch.tensor([[1.0, 1.0, 0.0]]), atoms_MD, 3)
+        for coder in ("omp+", "omp_torch+"):
+            code = dense(run(coder, problem), 3)
+            assert np.abs(code - np.array([[0.0, 1.0, 1.0]])).max() <= tolerances.COEFFICIENT[torch.float32]
+
+    def test_refit_is_nonnegative_least_squares(self) -> None:
+        problem = generic(61, 9, 21, 5, seed=2)
+        code = run("mp+", problem)
+        again = refit_code(problem.x_BD, code, problem.atoms_MD, nonnegative=True)
+        assert_agrees(problem, again, reference_codes(problem, "mp_refit+"), torch.float64)
+        assert bool((errors(problem, again) <= errors(problem, code) + tolerances.RISE[torch.float64]).all())
+
+    def test_projection_has_signs(self) -> None:
+        with pytest.raises(ShapeError, match="a projection has signs"):
+            encode(X, torch.eye(X.shape[1])[:2], 2, coder="projection", nonnegative=True)
+
+
+class TestPrecision:
+    def test_bfloat16_products_cost_little(self) -> None:
+        problem = generic(301, 64, 128, 8, seed=4).to(torch.float32)
+        full = errors(problem, run("mp", problem))
+        low = errors(problem, run("mp", problem, precision="bfloat16"))
+        assert np.sqrt((low**2).mean()) <= (1 + tolerances.BFLOAT16) * np.sqrt((full**2).mean()) + tolerances.BFLOAT16
+
+    def test_refit_is_from_the_samples_themselves(self) -> None:
+        """Rounded products may choose other atoms, but the coefficients are least squares all the same."""
+        problem = generic(101, 64, 128, 8, seed=4).to(torch.float32)
+        code = run("mp_refit", problem, precision="bfloat16")
+        again = refit_code(problem.x_BD, code, problem.atoms_MD)
+        gap = np.abs(errors(problem, code) - errors(problem, again))
+        assert gap.max() <= tolerances.CODE_ERROR[torch.float32]
+
+    @pytest.mark.parametrize(
+        ("precision", "dtype", "words"),
+        [
+            ("tf32", torch.float32, "mode of CUDA"),
+            ("bfloat16", torch.float64, "ask for float64"),
+            ("int4", torch.float32, "no precision 'int4'"),
+        ],
+    )
+    def test_refused(self, precision: Any, dtype: torch.dtype, words: str) -> None:
+        with pytest.raises(ShapeError, match=f"(?s){words}.*cure"):
+            matching_pursuit(X.to(dtype), ATOMS.to(dtype), 2, precision=precision)
 
 
 class TestAgainstScikitLearn:
@@ -353,21 +435,28 @@ class TestInvariants:
     @pytest.mark.parametrize("coder", GREEDY)
     @given(problem=problems("generic", "zero rows", "coherent"), seed=st.integers(0, 2**31))
     def test_permuting_and_flipping_atoms(self, coder: str, problem: Problem, seed: int) -> None:
+        """Flipping only for signed codes."""
         n_atoms = len(problem.atoms_MD)
         assume(problem.x_BD.shape[1] > 1)  # in one dimension all atoms tie
         draw = torch.Generator().manual_seed(seed)
         order = torch.randperm(n_atoms, generator=draw)
         signs_M = torch.randint(0, 2, (n_atoms,), generator=draw).double() * 2 - 1
+        if coder.endswith("+"):
+            signs_M = torch.ones_like(signs_M)
         moved_MD = signs_M[:, None] * problem.atoms_MD[order]
         plain = dense(run(coder, problem), n_atoms)
         moved = dense(run(coder, Problem(problem.x_BD, moved_MD, problem.k)), n_atoms)
         scale = np.linalg.norm(problem.x_BD.numpy(), axis=1, keepdims=True)
         gap = np.abs(moved - plain[:, order.numpy()] * signs_M.numpy())
-        limit = tolerances.EQUIVARIANCE if coder in ("mp", "mp_torch") else tolerances.COEFFICIENT[torch.float64]
+        limit = (
+            tolerances.EQUIVARIANCE
+            if coder.rstrip("+") in ("mp", "mp_torch")
+            else tolerances.COEFFICIENT[torch.float64]
+        )
         assert (gap <= limit * scale).all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp"])
+    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "omp_torch", "omp_torch+"])
     @pytest.mark.parametrize("memory_bytes", [1, 5_000, 50_000])
     def test_chunk_size_does_not_matter(self, memory_bytes: int, coder: str, dtype: torch.dtype) -> None:
         problem = generic(67, 11, 29, 5, seed=9).to(dtype)
@@ -471,7 +560,7 @@ class TestBadInput:
         x_BD, atoms_MD, k, error, words = BAD_INPUTS[case]
         with pytest.raises(error) as caught:
             run(coder, Problem(x_BD, atoms_MD, k))
-        operation = "orthogonal_matching_pursuit" if coder == "omp" else "matching_pursuit"
+        operation = "orthogonal_matching_pursuit" if coder.startswith("omp") else "matching_pursuit"
         message = str(caught.value)
         assert message.startswith(f"{operation}: ")
         assert [word for word in words if word not in message] == []

@@ -1,0 +1,121 @@
+"""Where a coder runs and in what precision it takes its products.
+
+=========  ==========================  =====================================================================
+backend    where                       how
+=========  ==========================  =====================================================================
+``numba``  CPU, float32                one thread a sample, its products in cache for all its steps
+``triton`` CUDA, float32               one program a sample, its products in registers for all its steps
+``torch``  anywhere, float32, float64  a chunk of samples step by step; slow on the CPU, fallback elsewhere
+=========  ==========================  =====================================================================
+
+``auto`` takes the first that can run. Which one ran belongs into manifests and tables: ``coder_backend`` tells.
+"""
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ksvd_sae.errors import ShapeError
+
+Backend = Literal["auto", "torch", "numba", "triton"]
+Method = Literal["mp", "omp", "nonnegative_omp"]
+Precision = Literal["float32", "tf32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
+# The products of a chunk are written by one pass and read by another: they should stay in the CPU's cache.
+_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+
+
+def coder_backend(
+    device: torch.device,
+    backend: Backend = "auto",
+    dtype: torch.dtype = torch.float32,
+    *,
+    n_atoms: int = 1,
+    k: int = 1,
+    method: Method = "mp",
+) -> Literal["torch", "numba", "triton"]:
+    """The backend that a pursuit runs on there.
+
+    Args: n_atoms, k: of the dictionary; method: what is to run. The Triton kernels have limits of size, and no
+        non-negative OMP.
+    Raises: ShapeError for a backend that is forced where it cannot run, with the reason.
+    """
+    if backend not in ("auto", "torch", "numba", "triton"):
+        raise ShapeError(f"coding: no backend of the name {backend!r}", limit="auto, torch, numba, triton")
+    if backend == "torch":
+        return "torch"
+    why_not = {
+        "numba": _why_not_numba(device, dtype),
+        "triton": _why_not_triton(device, dtype, n_atoms, k, method),
+    }
+    if backend == "numba" or backend == "triton":
+        if why_not[backend]:
+            reason = why_not[backend]
+            raise ShapeError(f"coding: backend {backend!r} cannot run: {reason}", cure="use backend 'auto'")
+        return backend
+    # On the CPU Triton only interprets.
+    if device.type == "cuda" and not why_not["triton"]:
+        return "triton"
+    return "torch" if why_not["numba"] else "numba"
+
+
+def _why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    return None if dtype == torch.float32 else f"it computes in float32, not {dtype}"
+
+
+def _why_not_triton(device: torch.device, dtype: torch.dtype, n_atoms: int, k: int, method: Method) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if dtype != torch.float32:
+        return f"it computes in float32, not {dtype}"
+    if method == "nonnegative_omp":
+        return "it has no non-negative OMP: there picked atoms may leave again"
+    from ksvd_sae.learning.kernels import pursuit_triton
+
+    return pursuit_triton.why_not(device, n_atoms, k, orthogonal=method == "omp")
+
+
+def check_precision(precision: Precision, x_BD: Tensor) -> None:
+    """Raise ShapeError for a precision that does not exist there."""
+    reason = None
+    if precision not in PRECISIONS:
+        reason = f"there is no precision {precision!r}"
+    elif precision == "tf32" and x_BD.device.type != "cuda":
+        reason = f"tf32 is a mode of CUDA devices, not of {x_BD.device.type}"
+    elif precision != "float32" and x_BD.dtype == torch.float64:
+        reason = "float64 samples ask for float64 products"
+    if reason:
+        raise ShapeError(f"coding: {reason}", limit=", ".join(PRECISIONS), cure="use precision 'float32'")
+
+
+def products(x_CD: Tensor, atoms_MD: Tensor, precision: Precision = "float32") -> Tensor:
+    """x·atomsᵀ, (C, M), in the samples' dtype.
+
+    precision 'bfloat16' rounds samples and atoms to 8 bits (and on the CPU the products too); 'tf32' to 11 bits.
+    """
+    if precision == "bfloat16":
+        low_CD, low_MD = x_CD.bfloat16(), atoms_MD.bfloat16()
+        if x_CD.device.type == "cuda":
+            return torch.mm(low_CD, low_MD.T, out_dtype=torch.float32)
+        return (low_CD @ low_MD.T).float()
+    if precision == "tf32":
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = True
+        try:
+            return x_CD @ atoms_MD.T
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+    return x_CD @ atoms_MD.T
+
+
+def chunks(x_BD: Tensor, n_atoms: int, memory_bytes: int | None, arrays: int) -> list[slice]:
+    """Row ranges such that ``arrays`` arrays of chunk × M fit into ``memory_bytes``."""
+    budget = memory_bytes or _CHUNK_BYTES.get(x_BD.device.type, 64 << 20)
+    size = max(1, budget // (arrays * n_atoms * x_BD.element_size()))
+    return [slice(start, start + size) for start in range(0, len(x_BD), size)]
