@@ -60,11 +60,30 @@ class HarvestConfig(_Strict):
         4.0, gt=1.0, description="leave out tokens with a norm above this multiple of the median; null keeps all"
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
+    gradient_tokens: int = Field(
+        0, ge=0, description="tokens to collect the moments of the loss's gradient from; 0 collects none"
+    )
+    gradient_batch_contexts: int = Field(4, ge=1)
+
+
+class WeightingConfig(_Strict):
+    """The metric that a dictionary is learned in; see ksvd_sae/learning/weighting.py. A bare name is short for kind."""
+
+    kind: Literal["none", "std", "fisher_diag", "fisher"] = "none"
+    power: float = Field(0.5, gt=0, le=2, description="of 'std': 1 makes all dimensions equally loud")
+    ridge: float | None = Field(None, ge=0, description="fraction of the mean moment; null takes the kind's default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
 
 class _Learned(_Strict):
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
+    seed: int | None = Field(None, description="of the training alone; null takes the run's")
+    weighting: WeightingConfig = Field(default_factory=lambda: WeightingConfig())
 
 
 class DBKSVDConfig(_Learned):
@@ -76,21 +95,73 @@ class DBKSVDConfig(_Learned):
     update: Literal["sums", "exact"] = "sums"
     atom_batch: int = Field(128, ge=1, description="atoms updated in parallel by the exact update")
     init: Literal["data", "random"] = "data"
+    redraw: Literal["residual", "data", "random", "none"] = Field(
+        "residual", description="what replaces unused and repeated atoms; the paper: random"
+    )
+    duplicate_cosine: float | None = Field(0.99, gt=0, description="atoms this parallel repeat each other; paper: null")
     centre: bool = True
+    groups: Literal["paper"] | list[int] | None = Field(
+        None, description="Matryoshka groups: 'paper' for 2^8, 2^8, 2^9, …, or sizes that add up to n_atoms"
+    )
+    nonnegative: bool = False
     rtol: float = Field(0.0, ge=0.0)
     max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
-    coder: Literal["mp", "mp_refit", "omp"] = Field("mp", description="how the dictionary codes when evaluated")
+    coder: Literal["mp", "mp_refit", "omp", "matryoshka"] = Field(
+        "mp", description="how the dictionary codes when evaluated"
+    )
 
 
-class TopKSAEConfig(_Learned):
-    """A TopK SAE trained by SAELens on the same shards."""
+class SAEConfig(_Learned):
+    """An SAE trained by SAELens on the same shards: what all kinds share."""
 
-    kind: Literal["topk_sae"] = "topk_sae"
     passes: int = Field(10, ge=1)
     batch_samples: int = Field(1024, ge=1)
     lr: float = Field(1e-3, gt=0)
     lr_decay_fraction: float = Field(0.2, ge=0, le=1)
+    snapshots: list[Annotated[int, Field(gt=0)]] = Field(
+        default_factory=list, description="samples seen at which to save the SAE as it is then, in snapshot-<samples>"
+    )
+
+
+class TopKSAEConfig(SAEConfig):
+    """A TopK SAE."""
+
+    kind: Literal["topk_sae"] = "topk_sae"
     aux_loss_coefficient: float = Field(1 / 32, ge=0)
+
+
+class BatchTopKSAEConfig(SAEConfig):
+    """A BatchTopK SAE: k latents a sample on average over a batch; at inference one threshold (JumpReLU)."""
+
+    kind: Literal["batchtopk_sae"] = "batchtopk_sae"
+    aux_loss_coefficient: float = Field(1 / 32, ge=0)
+
+
+class MatryoshkaBatchTopKSAEConfig(SAEConfig):
+    """A BatchTopK SAE whose first latents, up to the end of each group, must do by themselves as well."""
+
+    kind: Literal["matryoshka_batchtopk_sae"] = "matryoshka_batchtopk_sae"
+    aux_loss_coefficient: float = Field(1 / 32, ge=0)
+    groups: Literal["paper"] | list[Annotated[int, Field(gt=0)]] = Field(
+        "paper", description="as a DB-KSVD dictionary's: 'paper' for 2^8, 2^8, 2^9, …, or sizes that add up to n_atoms"
+    )
+
+
+class JumpReLUSAEConfig(SAEConfig):
+    """A JumpReLU SAE: a learned threshold for each latent. k is a target of the loss, not a limit."""
+
+    kind: Literal["jumprelu_sae"] = "jumprelu_sae"
+    sparsity_loss: Literal["quadratic", "step", "tanh"] = Field(
+        "quadratic", description="quadratic aims at L0 = k (Gemma Scope 2); step and tanh know only l0_coefficient"
+    )
+    l0_coefficient: float = Field(1.0, gt=0)
+    l0_warm_up_fraction: float = Field(0.1, ge=0, le=1, description="of the steps, in which l0_coefficient grows from 0")
+    initial_threshold: float = Field(0.01, ge=0, description="of activations scaled to variance 1, like bandwidth")
+    bandwidth: float = Field(0.05, gt=0)
+    threshold_gradient_to_all: bool = Field(
+        False, description="whether the sparsity loss moves the encoder too (Anthropic) or thresholds alone (DeepMind)"
+    )
+    pre_act_loss_coefficient: float | None = Field(None, gt=0, description="against dead latents; null leaves it out")
 
 
 class PCAConfig(_Strict):
@@ -100,17 +171,28 @@ class PCAConfig(_Strict):
     k: int = Field(gt=0)
 
 
-class RandomConfig(_Learned):
+class RandomConfig(_Strict):
     """Control: random unit atoms, coded by the same coder as DB-KSVD."""
 
     kind: Literal["random"] = "random"
+    n_atoms: int = Field(gt=0)
+    k: int = Field(gt=0)
     coder: Literal["mp", "mp_refit", "omp"] = "mp"
 
 
 # Names become file names.
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 DictionaryName = Annotated[str, StringConstraints(pattern=_NAME)]
-DictionaryConfig = Annotated[DBKSVDConfig | TopKSAEConfig | PCAConfig | RandomConfig, Field(discriminator="kind")]
+DictionaryConfig = Annotated[
+    DBKSVDConfig
+    | TopKSAEConfig
+    | BatchTopKSAEConfig
+    | MatryoshkaBatchTopKSAEConfig
+    | JumpReLUSAEConfig
+    | PCAConfig
+    | RandomConfig,
+    Field(discriminator="kind"),
+]
 
 
 class CoreConfig(_Strict):
@@ -160,6 +242,12 @@ class RunConfig(_Strict):
             n_atoms = getattr(dictionary, "n_atoms", None)
             if n_atoms is not None and dictionary.k > n_atoms:
                 raise ValueError(f"dictionaries.{name}: k = {dictionary.k} is above n_atoms = {n_atoms}")
+            weighting = getattr(dictionary, "weighting", None)
+            if weighting is not None and weighting.kind.startswith("fisher") and not self.harvest.gradient_tokens:
+                raise ValueError(
+                    f"dictionaries.{name}: weighting {weighting.kind!r} needs gradients; set harvest.gradient_tokens "
+                    "(ten times d_in is plenty), or use weighting 'std'"
+                )
             if n_atoms is not None and n_atoms > self.harvest.train_tokens:
                 raise ValueError(
                     f"dictionaries.{name}: n_atoms = {n_atoms} is above harvest.train_tokens = "
@@ -231,6 +319,9 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
 _DICTIONARY_MODELS: dict[str, type[BaseModel]] = {
     "db_ksvd": DBKSVDConfig,
     "topk_sae": TopKSAEConfig,
+    "batchtopk_sae": BatchTopKSAEConfig,
+    "matryoshka_batchtopk_sae": MatryoshkaBatchTopKSAEConfig,
+    "jumprelu_sae": JumpReLUSAEConfig,
     "pca": PCAConfig,
     "random": RandomConfig,
 }

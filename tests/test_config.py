@@ -69,6 +69,7 @@ class TestRead:
         assert isinstance(run, RunConfig)
         assert (run.name, run.seed, run.device) == ("small", 3, "auto")
         assert (run.model.source, run.harvest.train_tokens, run.harvest.outlier_factor) == ("hub", 4096, 4.0)
+        assert (run.harvest.gradient_tokens, run.harvest.gradient_batch_contexts) == (0, 4)
         kinds = [type(dictionary) for dictionary in run.dictionaries.values()]
         assert kinds == [DBKSVDConfig, TopKSAEConfig, PCAConfig, RandomConfig]
         assert run.evaluation.core is not None
@@ -147,6 +148,8 @@ class TestWrongValue:
             ("harvest.train_tokens", "many", ["harvest.train_tokens: ", "integer", "'many'"]),
             ("harvest.train_tokens", 0, ["harvest.train_tokens: ", "greater than 0", "got: 0"]),
             ("harvest.train_tokens", 10.5, ["harvest.train_tokens: ", "integer", "10.5"]),
+            ("harvest.gradient_tokens", -1, ["harvest.gradient_tokens: ", "greater than or equal to 0", "got: -1"]),
+            ("harvest.gradient_batch_contexts", 0, ["harvest.gradient_batch_contexts: ", "greater than or equal to 1"]),
             ("harvest.outlier_factor", 0.5, ["harvest.outlier_factor: ", "greater than 1"]),
             ("harvest", 3, ["harvest: ", "got: 3"]),
             ("model.dtype", "float8", ["model.dtype: ", "'float32'", "'float8'"]),

@@ -83,6 +83,42 @@ def neox_model(seed: int = 0) -> Any:
     return GPTNeoXForCausalLM(config).eval()
 
 
+def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A HookedTransformer built as Gemma-2 is, of some 40,000 random weights: RMS norms before and after, soft caps of
+    scores and logits, gated MLPs, rotary positions, grouped keys, every other layer local."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=3,
+        d_model=24,
+        d_head=8,
+        n_heads=4,
+        n_key_value_heads=2,
+        d_mlp=48,
+        n_ctx=64,
+        d_vocab=VOCABULARY_SIZE,
+        act_fn="gelu_pytorch_tanh",
+        normalization_type="RMS",
+        final_rms=True,
+        use_normalization_before_and_after=True,
+        gated_mlp=True,
+        positional_embedding_type="rotary",
+        rotary_dim=8,
+        use_local_attn=True,
+        window_size=8,
+        attn_types=["global", "local", "global"],
+        # Small enough to bend these scores and logits.
+        attn_scores_soft_cap=2.0,
+        output_logits_soft_cap=3.0,
+        # Large enough for the blocks to change what they add to, and for the loss to notice.
+        initializer_range=0.3,
+        dtype=dtype,
+        seed=seed,
+        device="cpu",
+    )
+    return HookedTransformer(config, tokenizer=tokenizer).eval()
+
+
 def pythia_160m(home: Path) -> Path:
     """A tiny GPT-NeoX under the name EleutherAI/pythia-160m-deduped in the HF_HOME ``home``; returns its snapshot."""
     snapshot = _snapshot(home, PYTHIA)

@@ -3,7 +3,8 @@
 Two steps, both resumable. Collecting runs the model and writes the activations as they come into
 ``raw/`` parts, one part after another; a harvest that was stopped goes on at the next part. Finishing
 drops outlier tokens, shuffles over the whole harvest and writes the shards that training reads; then
-``raw/`` is deleted. The held-out part comes from other documents than the training part.
+``raw/`` is deleted. The held-out part comes from other documents than the training part. Gradient moments, if
+asked for, are collected from the training part's text once the shards are there (``gradients.py``).
 """
 
 import json
@@ -11,6 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ksvd_sae.activations.gradients import GRADIENT_SETTINGS, run_gradients
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import (
     ACTIVATIONS_KEY,
@@ -50,14 +53,16 @@ _KEY_FILE = "key.json"
 
 
 def harvest_key(config: RunConfig, source_hashes: dict[str, str]) -> dict[str, Any]:
-    """Everything that a harvest's content follows from.
+    """Everything that a harvest's activations follow from.
 
     Args: source_hashes: hashes of model and text where they are known (offline sources).
     """
     return {
         "model": config.model.model_dump(mode="json"),
         "text": config.text.model_dump(mode="json"),
-        "harvest": config.harvest.model_dump(mode="json"),
+        # Gradients have a key of their own: asking for them, or for more, must not collect the activations again, and
+        # harvests from before they could be asked for keep their names.
+        "harvest": config.harvest.model_dump(mode="json", exclude=GRADIENT_SETTINGS),
         "seed": config.seed,
         "sources": source_hashes,
     }
@@ -81,8 +86,36 @@ def run_harvest(
         key: see ``harvest_key``; a folder that another key made is refused.
         reader: called once, and only if there is something left to collect.
         texts: the documents, in the same order at every call.
-    Raises: TextError (the text ends too early), ActivationError, DiskSpaceError, ManifestError.
+    Raises: TextError (the text ends too early), ActivationError, HookError, DiskSpaceError, ManifestError.
     """
+    if not config.harvest.gradient_tokens:
+        return _run_activations(config, folder, key, reader, texts)
+    # Only here does the model stay in memory while the shards are written: it is needed again after that.
+    reader = cache(reader)
+    shards = _run_activations(config, folder, key, reader, texts)
+    run_gradients(config.harvest, shards, reader, lambda: _training_texts(folder, texts()))
+    return shards
+
+
+def _training_texts(folder: Path, texts: Iterator[str]) -> Iterator[str]:
+    """The documents after the held-out ones of a finished harvest."""
+    path = folder / HELDOUT_DOCUMENTS
+    if not path.exists():
+        raise ManifestError(
+            f"harvest: {path} is missing, so the training text's start is not known",
+            cure=f"delete {folder} and run `ksvd-sae harvest` again",
+        )
+    with path.open() as lines:
+        return islice(texts, sum(1 for _ in lines), None)
+
+
+def _run_activations(
+    config: RunConfig,
+    folder: Path,
+    key: dict[str, Any],
+    reader: Callable[[], ActivationReader],
+    texts: Callable[[], Iterator[str]],
+) -> ActivationShards:
     if is_finished(folder, STAGE, key):
         logger.info("harvest: reusing %s", folder)
         return ActivationShards.open(folder, key=key)

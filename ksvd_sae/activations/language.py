@@ -103,16 +103,9 @@ class ActivationReader:
         self.model.run_with_hooks(
             tokens_BL, return_type=None, stop_at_layer=self._stop_at_layer, fwd_hooks=[(self.hook, keep)]
         )
-        if not kept or kept[0].ndim < 3 or kept[0].shape[:2] != tokens_BL.shape or self._over_pairs:
-            raise HookError(
-                f"hook {self.hook!r} does not give one row a token",
-                got="it did not fire" if not kept else f"shape {tuple(kept[0].shape)}",
-                limit=f"(contexts, tokens, ...) = ({tokens_BL.shape[0]}, {tokens_BL.shape[1]}, ...)",
-                cause="a hook over pairs of positions, after the pass, or one that the model's config switches off",
-                cure="use a hook of the residual stream, an MLP or attention output, e.g. blocks.0.hook_resid_post",
-            )
+        self.check_rows(kept, tokens_BL)
         x_BLD = kept[0].flatten(2).float()
-        ordinary_BL = ~torch.isin(tokens_BL, self._special)
+        ordinary_BL = self.ordinary(tokens_BL)
         x_ND = x_BLD[ordinary_BL]
         finite_N = torch.isfinite(x_ND).all(dim=1)
         if not bool(finite_N.all()):
@@ -124,6 +117,21 @@ class ActivationReader:
                 cure="set model.dtype to bfloat16 or float32",
             )
         return x_ND
+
+    def ordinary(self, tokens_BL: Tensor) -> Tensor:
+        """True where a token is kept: not BOS, EOS, padding or another special one."""
+        return ~torch.isin(tokens_BL, self._special)
+
+    def check_rows(self, fired: list[Tensor], tokens_BL: Tensor) -> None:
+        """Raise HookError if what the hook gave in a pass is not one row a token."""
+        if not fired or fired[0].ndim < 3 or fired[0].shape[:2] != tokens_BL.shape or self._over_pairs:
+            raise HookError(
+                f"hook {self.hook!r} does not give one row a token",
+                got="it did not fire" if not fired else f"shape {tuple(fired[0].shape)}",
+                limit=f"(contexts, tokens, ...) = ({tokens_BL.shape[0]}, {tokens_BL.shape[1]}, ...)",
+                cause="a hook over pairs of positions, after the pass, or one that the model's config switches off",
+                cure="use a hook of the residual stream, an MLP or attention output, e.g. blocks.0.hook_resid_post",
+            )
 
 
 def _special_ids(tokenizer: Any) -> list[int | None]:

@@ -188,6 +188,15 @@ def test_each_stage_alone(place: Workplace, tmp_path: Path) -> None:
     assert files(place.results) == kept
 
 
+def test_gradients_beside_the_finished_harvest(place: Workplace) -> None:
+    shards = files(harvest_of(place), "shard-*")
+    done = succeeded(place.ksvd_sae("harvest", changes={"harvest.gradient_tokens": "500"}))
+    assert "harvest: reusing" in done.stderr
+    (path,) = harvest_of(place).glob(f"gradients-*/{MANIFEST}")
+    assert strict_json(path)["n_tokens"] >= 500
+    assert files(harvest_of(place), "shard-*") == shards
+
+
 def test_a_stage_before_its_input(place: Workplace, tmp_path: Path) -> None:
     """On an empty cache; test_each_stage_alone has the others."""
     done = place.ksvd_sae("train", cache=tmp_path)

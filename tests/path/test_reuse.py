@@ -45,7 +45,13 @@ def test_another_harvest_has_another_folder(text: Path, change: dict[str, str]) 
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": "other"}, {"dictionaries.pca.k": "5"}, {"evaluation.core": "null"}],
+    [
+        {"name": "other"},
+        {"dictionaries.pca.k": "5"},
+        {"evaluation.core": "null"},
+        {"harvest.gradient_tokens": "100"},
+        {"harvest.gradient_batch_contexts": "2"},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_what_a_harvest_does_not_depend_on(text: Path, change: dict[str, str]) -> None:
