@@ -23,7 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ksvd_sae.learning.sparse_coding import Code
+from ksvd_sae.learning.code import Code
+
+# Nonzeros summed in one go: enough to keep the second stage small, few enough for all of a GPU to be busy.
+_PIECE = 256
+# Of the non-negative rank-1 update: each ends no worse than it began, and training goes on from there.
+_ALTERNATIONS = 5
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class AtomUpdate:
         atoms_MD: the new atoms, unit rows; unused atoms are unchanged.
         code: the code that fits the new atoms (scaled or re-estimated coefficients, same support).
         usage_M: how many samples of the batch use each atom (int64).
+        energy_M: Σ of each atom's squared coefficients in the code given.
+        residual_BD: x − code·atoms as given, before the update.
         error_before, error_after: Σ‖residual‖² with (old atoms, old code) and (new atoms, new code).
         redone_batches: atom batches that had to be done one atom at a time ('exact' only).
     """
@@ -41,9 +48,87 @@ class AtomUpdate:
     atoms_MD: Tensor
     code: Code
     usage_M: Tensor
+    energy_M: Tensor
+    residual_BD: Tensor
     error_before: float
     error_after: float
     redone_batches: int = 0
+
+
+@dataclass(frozen=True)
+class UpdateSums:
+    """All that the update needs to know of the samples, but for the curvature: each a sum over samples.
+
+    So the sums of two parts of a batch add up to the sums of the batch, wherever the parts lie.
+
+    Attributes:
+        gradient_MD: XᵀE.
+        energy_M: Σ of squared coefficients (float64).
+        usage_M: samples that use the atom (int64).
+        error: Σ‖E‖².
+    """
+
+    gradient_MD: Tensor
+    energy_M: Tensor
+    usage_M: Tensor
+    error: float
+
+    def __add__(self, other: "UpdateSums") -> "UpdateSums":
+        return UpdateSums(
+            self.gradient_MD + other.gradient_MD,
+            self.energy_M + other.energy_M,
+            self.usage_M + other.usage_M,
+            self.error + other.error,
+        )
+
+    def steps(self) -> Tensor:
+        """Δ (M, D), the least-squares step of each atom alone; 0 for unused atoms."""
+        used_M1 = (self.energy_M > 0)[:, None]
+        tiny = torch.finfo(self.gradient_MD.dtype).tiny
+        energy_M1 = self.energy_M.to(self.gradient_MD.dtype).clamp(min=tiny)[:, None]
+        return torch.where(used_M1, self.gradient_MD / energy_M1, 0)
+
+
+def update_sums(code: Code, residual_BD: Tensor, n_atoms: int) -> UpdateSums:
+    """The sums of one batch, or of a part of one, from its residual under the atoms that coded it."""
+    by_atom = _group_by_atom(code, n_atoms)
+    return UpdateSums(
+        gradient_MD=by_atom.weighted_sums(residual_BD),
+        energy_M=by_atom.energies(),
+        usage_M=by_atom.usage_M,
+        error=_energy(residual_BD),
+    )
+
+
+def step_curvature(code: Code, step_MD: Tensor) -> float:
+    """‖X·Δ‖², what the line search must know of a step: a second sum over samples, after the steps are known."""
+    return _energy(code.reconstruct(step_MD))
+
+
+@dataclass(frozen=True)
+class MovedAtoms:
+    """atoms_MD: after the line search, unit rows.  scale_M: what their coefficients are multiplied by.
+    error: Σ‖residual‖² then."""
+
+    atoms_MD: Tensor
+    scale_M: Tensor
+    error: float
+
+
+def move_atoms(atoms_MD: Tensor, sums: UpdateSums, step_MD: Tensor, curvature: float) -> MovedAtoms:
+    """New atoms from the sums alone: the same wherever the sums are the same."""
+    # Exact line search: error(t) = error − 2t·⟨gradient, step⟩ + t²·curvature.
+    gradient_M = torch.linalg.vector_norm(sums.gradient_MD, dim=1).double()
+    slope = float((gradient_M * torch.linalg.vector_norm(step_MD, dim=1).double()).sum())
+    t = slope / curvature if curvature > 0 else 0.0
+    raw_MD = atoms_MD + t * step_MD
+    norms_M = torch.linalg.vector_norm(raw_MD, dim=1)
+    # An atom whose step leads to zero is best not used: it keeps its direction and loses its coefficients.
+    used_M = sums.energy_M > 0
+    moved_M = used_M & (norms_M > 1e-6)
+    new_MD = torch.where(moved_M[:, None], raw_MD / norms_M.clamp(min=1e-6)[:, None], atoms_MD)
+    scale_M = torch.where(moved_M, norms_M, (~used_M).to(norms_M.dtype))
+    return MovedAtoms(new_MD, scale_M, sums.error - 2 * t * slope + t * t * curvature)
 
 
 @torch.no_grad()
@@ -55,34 +140,32 @@ def update_atoms_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> AtomUpdate:
         code: its code under ``atoms_MD``.
         atoms_MD: unit rows.
     Returns: AtomUpdate; error_after ≤ error_before up to float32 rounding.
-    Cost: 3·B·K·D multiply-adds, each gathering rows of D floats; B·D + M·D floats.
+    Cost: 3·B·K·D multiply-adds, each gathering rows of D floats; 2·B·D + M·D floats.
     """
-    n_atoms = len(atoms_MD)
-    by_atom = _group_by_atom(code, n_atoms)
     residual_BD = x_BD - code.reconstruct(atoms_MD)
-    energy_M = _energy_per_atom(code, n_atoms)
-    gradient_MD = by_atom.weighted_sums(residual_BD)
-    used_M = energy_M > 0
-    step_MD = torch.where(used_M[:, None], gradient_MD / energy_M.clamp(min=torch.finfo(x_BD.dtype).tiny)[:, None], 0)
-    moved_BD = code.reconstruct(step_MD)
-    error_before, curvature = _energy(residual_BD), _energy(moved_BD)
-    # Exact line search: error(t) = error_before − 2t·⟨gradient, step⟩ + t²·curvature.
-    slope = float((gradient_MD.double() * step_MD.double()).sum())
-    t = slope / curvature if curvature > 0 else 0.0
-    raw_MD = atoms_MD + t * step_MD
-    norms_M = torch.linalg.vector_norm(raw_MD, dim=1)
-    # An atom whose step leads to zero is best not used: it keeps its direction and loses its coefficients.
-    moved_M = used_M & (norms_M > 1e-6)
-    new_MD = torch.where(moved_M[:, None], raw_MD / norms_M.clamp(min=1e-6)[:, None], atoms_MD)
-    scale_M = torch.where(moved_M, norms_M, (~used_M).to(norms_M.dtype))
-    new_code = Code(code.values_BK * scale_M[code.support_BK.long()], code.support_BK)
-    error_after = error_before - 2 * t * slope + t * t * curvature
-    return AtomUpdate(new_MD, new_code, by_atom.usage_M, error_before, error_after)
+    sums = update_sums(code, residual_BD, len(atoms_MD))
+    step_MD = sums.steps()
+    moved = move_atoms(atoms_MD, sums, step_MD, step_curvature(code, step_MD))
+    return AtomUpdate(
+        atoms_MD=moved.atoms_MD,
+        code=Code(code.values_BK * moved.scale_M[code.support_BK.long()], code.support_BK),
+        usage_M=sums.usage_M,
+        energy_M=sums.energy_M,
+        residual_BD=residual_BD,
+        error_before=sums.error,
+        error_after=moved.error,
+    )
 
 
 @torch.no_grad()
 def update_atoms_exact(
-    x_BD: Tensor, code: Code, atoms_MD: Tensor, *, atom_batch: int = 1, generator: torch.Generator | None = None
+    x_BD: Tensor,
+    code: Code,
+    atoms_MD: Tensor,
+    *,
+    atom_batch: int = 1,
+    generator: torch.Generator | None = None,
+    nonnegative: bool = False,
 ) -> AtomUpdate:
     """Rank-1 SVD of every atom's own residual, ``atom_batch`` atoms in parallel, in random order.
 
@@ -91,6 +174,7 @@ def update_atoms_exact(
         code: its code under ``atoms_MD``.
         atom_batch: atoms updated from the same residual; 1 is K-SVD proper.
         generator: order of the atoms (CPU generator); None keeps the order of the rows.
+        nonnegative: keep the coefficients ≥ 0, as the code given has them: alternating steps instead of the SVD.
     Returns: AtomUpdate; error_after ≤ error_before up to float32 rounding.
     Numerics: each SVD from the smaller Gram matrix in float64. The sign keeps ⟨new, old⟩ ≥ 0
         (KSVD.jl fixes u[0] ≥ 0: the same product).
@@ -101,6 +185,7 @@ def update_atoms_exact(
     values_BK = code.values_BK.clone()
     by_atom = _group_by_atom(code, n_atoms)
     residual_BD = x_BD - code.reconstruct(atoms_MD)
+    first_BD = residual_BD.clone()
     error_before = error = _energy(residual_BD)
     used = by_atom.usage_M.nonzero().flatten().tolist()
     if generator is not None:
@@ -109,20 +194,34 @@ def update_atoms_exact(
     for start in range(0, len(used), atom_batch):
         batch = used[start : start + atom_batch]
         kept = (atoms_MD.clone(), values_BK.clone(), residual_BD.clone()) if len(batch) > 1 else None
-        _update_together(batch, by_atom, atoms_MD, values_BK, residual_BD)
+        _update_together(batch, by_atom, atoms_MD, values_BK, residual_BD, nonnegative)
         new_error = _energy(residual_BD)
         if kept is not None and new_error > error:
             atoms_MD, values_BK, residual_BD = kept
             redone += 1
             for atom in batch:
-                _update_together([atom], by_atom, atoms_MD, values_BK, residual_BD)
+                _update_together([atom], by_atom, atoms_MD, values_BK, residual_BD, nonnegative)
             new_error = _energy(residual_BD)
         error = new_error
-    return AtomUpdate(atoms_MD, Code(values_BK, code.support_BK), by_atom.usage_M, error_before, error, redone)
+    return AtomUpdate(
+        atoms_MD=atoms_MD,
+        code=Code(values_BK, code.support_BK),
+        usage_M=by_atom.usage_M,
+        energy_M=by_atom.energies(),
+        residual_BD=first_BD,
+        error_before=error_before,
+        error_after=error,
+        redone_batches=redone,
+    )
 
 
 def _update_together(
-    batch: list[int], by_atom: "_ByAtom", atoms_MD: Tensor, values_BK: Tensor, residual_BD: Tensor
+    batch: list[int],
+    by_atom: "_ByAtom",
+    atoms_MD: Tensor,
+    values_BK: Tensor,
+    residual_BD: Tensor,
+    nonnegative: bool,
 ) -> None:
     """New atoms and coefficients for ``batch`` from one residual, then the residual, all in place."""
     found = []
@@ -131,14 +230,33 @@ def _update_together(
         samples = slots // values_BK.shape[1]
         old_values = values_BK.view(-1)[slots]
         target = residual_BD[samples] + old_values[:, None] * atoms_MD[atom]
-        direction = _leading_right_vector(target)
-        direction = direction if float(direction @ atoms_MD[atom]) >= 0 else -direction
-        found.append((atom, slots, samples, old_values, atoms_MD[atom].clone(), direction, target @ direction))
+        if nonnegative:
+            direction, new_values = _nonnegative_rank_1(target, old_values, atoms_MD[atom])
+        else:
+            direction = _leading_right_vector(target)
+            direction = direction if float(direction @ atoms_MD[atom]) >= 0 else -direction
+            new_values = target @ direction
+        found.append((atom, slots, samples, old_values, atoms_MD[atom].clone(), direction, new_values))
     for atom, slots, samples, old_values, old_atom, direction, new_values in found:
         change = old_values[:, None] * old_atom - new_values[:, None] * direction
         residual_BD.index_add_(0, samples, change)
         atoms_MD[atom] = direction
         values_BK.view(-1)[slots] = new_values
+
+
+def _nonnegative_rank_1(matrix_ND: Tensor, values_N: Tensor, atom_D: Tensor) -> tuple[Tensor, Tensor]:
+    """(unit d, x ≥ 0) with ‖matrix − x·d‖ no larger than with the ones given.
+
+    Each half of a step is the best answer to the other: d ∝ xᵀ·matrix, then x = max(0, matrix·d).
+    """
+    for _ in range(_ALTERNATIONS):
+        direction_D = values_N @ matrix_ND
+        norm = torch.linalg.vector_norm(direction_D)
+        if float(norm) == 0:
+            break
+        atom_D = direction_D / norm
+        values_N = (matrix_ND @ atom_D).clamp(min=0)
+    return atom_D, values_N
 
 
 def _leading_right_vector(matrix_ND: Tensor) -> Tensor:
@@ -173,25 +291,39 @@ class _ByAtom:
 
     def weighted_sums(self, rows_BD: Tensor) -> Tensor:
         """Xᵀ·rows, (M, D): each atom's samples summed with its coefficients as weights."""
-        return F.embedding_bag(
-            self.samples, rows_BD, self.starts_M, per_sample_weights=self.values.to(rows_BD.dtype), mode="sum"
-        )
+        return self._summed(self.samples, self.values.to(rows_BD.dtype), rows_BD)
+
+    def energies(self) -> Tensor:
+        """Σ of each atom's squared coefficients, (M,) float64."""
+        squares = self.values.double() ** 2
+        return self._summed(torch.arange(len(squares), device=squares.device), None, squares[:, None])[:, 0]
+
+    def _summed(self, rows: Tensor, weights: Tensor | None, table_ND: Tensor) -> Tensor:
+        """Σ weights·table[rows] over each atom's nonzeros, in pieces of _PIECE, then over its pieces.
+
+        One bag is one serial loop on CUDA: an atom that all samples use would keep the others waiting. Two stages in
+        a fixed order give the same bits every time, which index_add_'s atomics do not.
+        """
+        pieces_M = (self.usage_M + _PIECE - 1) // _PIECE
+        first_M = torch.cumsum(pieces_M, 0) - pieces_M
+        atom_P = torch.repeat_interleave(pieces_M)
+        within_P = torch.arange(len(atom_P), device=atom_P.device) - first_M[atom_P]
+        starts_P = self.starts_M[atom_P] + _PIECE * within_P
+        sums_PD = F.embedding_bag(rows, table_ND, starts_P, per_sample_weights=weights, mode="sum")
+        return F.embedding_bag(torch.arange(len(atom_P), device=atom_P.device), sums_PD, first_M, mode="sum")
 
 
 def _group_by_atom(code: Code, n_atoms: int) -> _ByAtom:
     k = code.values_BK.shape[1]
-    nonzero = (code.values_BK.view(-1) != 0).nonzero().flatten()
-    atoms = code.support_BK.view(-1)[nonzero].long()
-    order = nonzero[torch.argsort(atoms, stable=True)]
-    usage_M = torch.bincount(atoms, minlength=n_atoms)
-    starts_M = torch.cumsum(usage_M, 0) - usage_M
-    return _ByAtom(order, code.values_BK.view(-1)[order], order // k, starts_M, usage_M)
-
-
-def _energy_per_atom(code: Code, n_atoms: int) -> Tensor:
-    energy_M = torch.zeros(n_atoms, dtype=torch.float64, device=code.values_BK.device)
-    energy_M.index_add_(0, code.support_BK.view(-1).long(), code.values_BK.view(-1).double() ** 2)
-    return energy_M.to(code.values_BK.dtype)
+    values, atoms = code.values_BK.flatten(), code.support_BK.flatten()
+    # Unused slots go last, as if of an atom after the last.
+    atoms = torch.where(values != 0, atoms, n_atoms)
+    # As int32, which torch sorts 40 times as fast on the CPU as int64.
+    atoms, order = torch.sort(atoms.int(), stable=True)
+    ends_M = torch.searchsorted(atoms, torch.arange(n_atoms, dtype=torch.int32, device=atoms.device), right=True)
+    order = order[: int(ends_M[-1])]
+    usage_M = torch.diff(ends_M, prepend=ends_M.new_zeros(1))
+    return _ByAtom(order, values[order], order // k, ends_M - usage_M, usage_M)
 
 
 def _energy(rows_BD: Tensor) -> float:

@@ -5,89 +5,84 @@ inside the exact update the atoms come in batches too. So memory depends on the 
 number of samples.
 """
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ksvd_sae.device import resolve_device
-from ksvd_sae.errors import ActivationError, NotFittedError, ShapeError
-from ksvd_sae.learning.atom_update import update_atoms_exact, update_atoms_sums
+from ksvd_sae.errors import NotFittedError, ShapeError
+from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.checks import check_samples
-from ksvd_sae.learning.sparse_coding import Code, Coder, encode
+from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.coding import AnyCoder, Coding
+from ksvd_sae.learning.conventions import ScikitLearnConventions
+from ksvd_sae.learning.fitting import Fit
+from ksvd_sae.learning.redraw import REDRAWS, Redraw, first_atoms
+from ksvd_sae.learning.sources import Samples, SampleSource, TensorSource, as_source
+from ksvd_sae.learning.training import (
+    BatchLog,
+    StepOptions,
+    TrainingState,
+    Update,
+    at_fair_scale,
+    learn_batch,
+    variance_of,
+)
+from ksvd_sae.learning.weighting import Weighting
+
+__all__ = ["BatchLog", "DoubleBatchKSVD", "SampleSource"]
 
 logger = logging.getLogger(__name__)
 
 
-class SampleSource(Protocol):
-    """What ``fit`` reads besides a tensor: activation shards, or anything of this shape."""
-
-    @property
-    def n_samples(self) -> int: ...
-
-    @property
-    def d_in(self) -> int: ...
-
-    @property
-    def centre_D(self) -> Tensor: ...
-
-    def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterator[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class BatchLog:
-    """One batch of training, as a line of the JSONL log.
-
-    fvu: Σ‖x − x̂‖² / Σ‖x − x̄‖² of the batch as coded, before the update; fvu_after_update: after it,
-    before the next coding. l0: mean nonzeros a sample. dead: atoms that no sample of the batch used.
-    redrawn: how many of them were replaced.
-    """
-
-    pass_index: int
-    batch: int
-    samples_seen: int
-    fvu: float
-    fvu_after_update: float
-    l0: float
-    dead: int
-    redrawn: int
-    seconds: float
-
-
-class DoubleBatchKSVD:
+class DoubleBatchKSVD(ScikitLearnConventions):
     """Learn a dictionary of unit atoms such that k of them, with signs, rebuild a sample.
 
     Args:
         n_atoms: M.
         k: most atoms a sample.
         passes: times that ``fit`` goes over the samples.
-        batch_samples: largest batch; ``fit`` makes batches of nearly equal size at most this.
+        batch_samples: largest batch; ``fit`` makes batches of nearly equal size at most this. None is 4 × n_atoms, at
+            least 1,024: measured to be best, see averaging.py (the paper: 65,536).
         update: 'sums' (all atoms at once, with a line search) or 'exact' (SVD); see atom_update.py.
         atom_batch: atoms updated in parallel by 'exact'.
-        init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper). Atoms that a
-            batch leaves unused are redrawn the same way.
+        init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper).
+        redraw: what takes the place of atoms that a batch leaves unused or that nearly repeat another: 'residual'
+            (what is left of badly coded samples), 'data', 'random' (as the paper) or 'none'; see redraw.py.
+        duplicate_cosine: |cos| above which the weaker of two atoms is replaced; None never (as the paper).
+        average: give the running average of the atoms over the batches, rather than those after the last batch; see
+            averaging.py (the paper does not).
         centre: subtract the mean of the samples first (the paper does not).
+        weighting: metric to learn and code in (weighting.py); ``encode`` and ``decode`` stay in raw units.
+        groups: sizes of Matryoshka groups, or None for one dictionary; see matryoshka.py.
+        nonnegative: codes without negative coefficients.
         rtol, max_steps: see ``matching_pursuit``.
-        coder: the coder of ``encode`` and of the dictionary; training always codes by plain MP.
+        coder: the coder of ``encode`` and of the dictionary: one of ``encode``'s, or 'matryoshka' with groups.
+            Training always codes by plain MP, with groups group by group.
         seed: same seed, same data, same thread count: the same bits on CPU.
         device: 'cpu', 'cuda' or 'auto'.
-        log_path: JSONL file with a line a batch (see BatchLog); starts empty with each ``fit``.
+        keep_on_device: move all samples to the device first; None does on CUDA if they take at most half of its free
+            memory (see ``kept_on_device``).
+        log_path: JSONL file with a line a batch (see BatchLog); starts empty with each ``fit`` that does not resume.
+        checkpoint_path: file that holds where training stands, for ``fit(..., resume=True)``; gone after the end.
+        checkpoint_every: batches between checkpoints; None writes one after each pass.
         on_batch: called with each BatchLog (progress bars).
 
-    Attributes after fitting: ``atoms_MD``, ``centre_D``, ``samples_seen``, ``log`` (list of BatchLog).
+    Attributes after fitting: ``atoms_MD`` (unit rows of the weighted space), ``centre_D``, ``samples_seen``, ``log``
+    (list of BatchLog; its FVUs are of the weighted space, and of the atoms before they are averaged).
 
     >>> ksvd = DoubleBatchKSVD(n_atoms=512, k=8).fit(x_ND)         # doctest: +SKIP
     >>> x_hat_ND = ksvd.decode(ksvd.encode(x_ND))                  # doctest: +SKIP
     """
 
-    atoms_MD: Tensor
-    centre_D: Tensor
+    # Not in __init__, which scikit-learn wants to set nothing but its arguments.
+    _state: TrainingState | None = None
 
     def __init__(
         self,
@@ -95,206 +90,207 @@ class DoubleBatchKSVD:
         k: int,
         *,
         passes: int = 1,
-        batch_samples: int = 65_536,
-        update: Literal["sums", "exact"] = "sums",
+        batch_samples: int | None = None,
+        update: Update = "sums",
         atom_batch: int = 128,
         init: Literal["data", "random"] = "data",
+        redraw: Redraw = "residual",
+        duplicate_cosine: float | None = 0.99,
+        average: bool = True,
         centre: bool = True,
+        weighting: Weighting | None = None,
+        groups: Sequence[int] | None = None,
+        nonnegative: bool = False,
         rtol: float = 0.0,
         max_steps: int | None = None,
-        coder: Coder = "mp",
+        coder: AnyCoder = "mp",
         seed: int = 0,
         device: str = "auto",
+        keep_on_device: bool | None = None,
         log_path: Path | None = None,
+        checkpoint_path: Path | None = None,
+        checkpoint_every: int | None = None,
         on_batch: Callable[[BatchLog], None] | None = None,
     ):
-        if update not in ("sums", "exact") or init not in ("data", "random"):
-            raise ShapeError("DoubleBatchKSVD: unknown option", got=f"update={update!r}, init={init!r}")
-        if not 1 <= k <= n_atoms:
-            raise ShapeError("DoubleBatchKSVD: k must be between 1 and n_atoms", got=f"k = {k}, n_atoms = {n_atoms}")
-        if min(passes, batch_samples, atom_batch) < 1:
-            raise ShapeError("DoubleBatchKSVD: passes, batch_samples and atom_batch must be at least 1")
+        # Stored as given and checked by fit, as scikit-learn's clone and set_params want it.
         self.n_atoms, self.k, self.passes, self.batch_samples = n_atoms, k, passes, batch_samples
-        self.update, self.atom_batch, self.init, self.centre = update, atom_batch, init, centre
+        self.update, self.atom_batch, self.init = update, atom_batch, init
+        self.redraw, self.duplicate_cosine, self.average = redraw, duplicate_cosine, average
+        self.centre, self.weighting, self.groups, self.nonnegative = centre, weighting, groups, nonnegative
         self.rtol, self.max_steps, self.coder, self.seed = rtol, max_steps, coder, seed
-        self.device = resolve_device(device)
-        self.log_path, self.on_batch = log_path, on_batch
-        self._reset()
+        self.device, self.keep_on_device, self.log_path, self.on_batch = device, keep_on_device, log_path, on_batch
+        self.checkpoint_path, self.checkpoint_every = checkpoint_path, checkpoint_every
 
-    def _reset(self) -> None:
-        self.samples_seen = 0
-        self.log: list[BatchLog] = []
-        self._generator = torch.Generator().manual_seed(self.seed)
-        for name in ("atoms_MD", "centre_D"):
-            self.__dict__.pop(name, None)
+    def check(self, d_in: int | None = None) -> None:
+        """Raise ShapeError or ConfigError for arguments that cannot work; ``fit`` does this first.
 
-    def fit(self, samples: "Tensor | SampleSource") -> "DoubleBatchKSVD":
-        """Learn from a (N, D) tensor or a SampleSource, starting afresh.
-
-        Raises: ShapeError (fewer samples than atoms, k above D), ActivationError (NaN, infinite or constant samples).
+        Args:
+            d_in: also check what depends on the width of the samples.
         """
-        source = _TensorSource(samples) if isinstance(samples, Tensor) else samples
-        if source.n_samples < self.n_atoms:
+        where = "DoubleBatchKSVD"
+        choices = {"update": ("sums", "exact"), "init": ("data", "random"), "redraw": REDRAWS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                got = f"{name}={getattr(self, name)!r}"
+                raise ShapeError(f"{where}: unknown option", got=got, limit=", ".join(allowed))
+        if not 1 <= self.k <= self.n_atoms:
+            got = f"k = {self.k}, n_atoms = {self.n_atoms}"
+            raise ShapeError(f"{where}: k must be between 1 and n_atoms", got=got)
+        # Without samples the width is not known: then one that k fits in.
+        self._coding.check(self.n_atoms, max(self.k, d_in or 0), where)
+        if min(self.passes, self.atom_batch) < 1 or (self.batch_samples is not None and self.batch_samples < 1):
+            raise ShapeError(f"{where}: passes, batch_samples and atom_batch must be at least 1")
+        if self.duplicate_cosine is not None and not 0 < self.duplicate_cosine <= 1:
+            raise ShapeError(f"{where}: duplicate_cosine must be in (0, 1] or None", got=self.duplicate_cosine)
+        if self.checkpoint_every is not None and (self.checkpoint_path is None or self.checkpoint_every < 1):
+            got = f"checkpoint_every={self.checkpoint_every}, checkpoint_path={self.checkpoint_path}"
+            raise ShapeError(f"{where}: checkpoint_every must be at least 1 and needs a checkpoint_path", got=got)
+        resolve_device(self.device)
+        if d_in is not None and self.k > d_in:
             raise ShapeError(
-                "DoubleBatchKSVD.fit: fewer samples than atoms",
-                got=f"{source.n_samples} samples, n_atoms = {self.n_atoms}",
-                cure="harvest more tokens or ask for fewer atoms",
+                f"{where}: k is above d_in", got=f"k = {self.k}", limit=f"d_in = {d_in} (n_features = {d_in})"
             )
-        self._reset()
-        if self.log_path is not None:
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
-            self.log_path.write_text("")
-        self.centre_D = source.centre_D.float().to(self.device) * float(self.centre)
-        # Batches of nearly equal size: a short last one would see many atoms unused and redraw them.
-        n_batches = -(-source.n_samples // self.batch_samples)
-        size = -(-source.n_samples // n_batches)
-        for pass_index in range(self.passes):
-            for batch_BD in source.batches(size, seed=None if pass_index == 0 else self.seed + pass_index):
-                self._learn(batch_BD, pass_index)
+        if self.weighting is not None and d_in is not None and self.weighting.d_in != d_in:
+            raise ShapeError(
+                f"{where}: the weighting is of another width", got=f"d_in = {self.weighting.d_in}", limit=d_in
+            )
+
+    @property
+    def atoms_MD(self) -> Tensor:
+        """Unit rows, of the weighted space if there is a weighting."""
+        state, atoms_MD = self._fitted
+        return state.average.atoms_MD if self.average and state.average is not None else atoms_MD
+
+    @property
+    def centre_D(self) -> Tensor:
+        """In raw space; 0 with centre=False."""
+        return self._fitted[0].centre_D
+
+    @property
+    def log(self) -> list[BatchLog]:
+        """A line for each batch so far."""
+        return self._state.log if self._state is not None else []
+
+    @property
+    def samples_seen(self) -> int:
+        return self._state.samples_seen if self._state is not None else 0
+
+    @property
+    def _coding(self) -> Coding:
+        groups = None if self.groups is None else tuple(self.groups)
+        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, groups)
+
+    @property
+    def _fitted(self) -> tuple[TrainingState, Tensor]:
+        if self._state is None or self._state.atoms_MD is None:
+            raise NotFittedError("DoubleBatchKSVD: not fitted yet", cure="call fit or partial_fit first")
+        return self._state, self._state.atoms_MD
+
+    def fit(self, samples: Samples, y: Any = None, *, resume: bool = False) -> "DoubleBatchKSVD":
+        """Learn from samples, starting afresh unless told to resume.
+
+        Args:
+            samples: a (N, D) tensor or array, a SampleSource (activation shards), an iterable of (B, D) batches, or a
+                function that returns one for each pass. A stream's batches are taken as they come, whatever
+                ``batch_samples``, and its centre is that of its first batch.
+            y: ignored, as scikit-learn has it.
+            resume: go on from ``checkpoint_path`` if there is a checkpoint; else start.
+        Raises: ShapeError (arguments or samples that do not fit, fewer samples than atoms, an iterator for several
+            passes), ActivationError (NaN, infinite or constant samples), ManifestError (a checkpoint of another run).
+        """
+        self.check()
+        if resume and self.checkpoint_path is None:
+            raise ShapeError("DoubleBatchKSVD.fit: resume needs a checkpoint_path")
+        Fit(self, as_source(samples)).run(resume)
         return self
 
-    def partial_fit(self, batch_BD: Tensor) -> "DoubleBatchKSVD":
-        """One update from one batch. The first batch sets the centre and the initial atoms."""
-        first = "centre_D" not in self.__dict__
-        if first:
-            source = _TensorSource(batch_BD)
-            if not len(batch_BD):
-                raise ShapeError("DoubleBatchKSVD.partial_fit: the first batch is empty")
-            self.centre_D = source.centre_D.float().to(self.device) * float(self.centre)
-        try:
-            self._learn(batch_BD, 0)
-        except (ShapeError, ActivationError):
-            if first:  # a refused first batch leaves nothing behind
-                self._reset()
-            raise
+    def partial_fit(self, samples: Any, y: Any = None) -> "DoubleBatchKSVD":
+        """One update from one batch. The first batch sets the centre and the initial atoms.
+
+        A refused batch changes nothing, so a caller may leave it out and go on.
+        """
+        self.check()
+        if not isinstance(samples, Tensor):
+            samples = self._array(samples)
+        if not samples.numel():
+            raise ShapeError("DoubleBatchKSVD.partial_fit: the batch is empty", got=str(tuple(samples.shape)))
+        state = self._learn(samples, 0)
+        if self.on_batch is not None:
+            self.on_batch(state.log[-1])
         return self
 
     def encode(self, x_BD: Tensor) -> Code:
         """Code raw samples with ``coder``."""
-        self._require_fitted()
-        x_BD = self._centred(x_BD)
-        return encode(x_BD, self.atoms_MD, self.k, coder=self.coder, max_steps=self.max_steps, rtol=self.rtol)
+        atoms_MD = self.atoms_MD
+        return self._coding.encode(self._mapped(x_BD, self._fitted[0]), atoms_MD)
 
     def decode(self, code: Code) -> Tensor:
         """Rebuild raw samples, (B, D)."""
-        self._require_fitted()
-        return code.reconstruct(self.atoms_MD) + self.centre_D
+        state, _ = self._fitted
+        rebuilt_BD = code.reconstruct(self.atoms_MD)
+        if state.weighting is not None:
+            rebuilt_BD = state.weighting.undo(rebuilt_BD)
+        return rebuilt_BD + state.centre_D
 
-    def _require_fitted(self) -> None:
-        if "atoms_MD" not in self.__dict__:
-            raise NotFittedError("DoubleBatchKSVD: not fitted yet", cure="call fit or partial_fit first")
-
-    def _learn(self, raw_BD: Tensor, pass_index: int) -> None:
-        started = time.perf_counter()
-        x_BD = self._prepared(raw_BD)
-        if "atoms_MD" not in self.__dict__:
-            self.atoms_MD = self._draw_atoms(self.n_atoms, x_BD)
-        code = encode(x_BD, self.atoms_MD, self.k, coder="mp", max_steps=self.max_steps, rtol=self.rtol)
-        if self.update == "sums":
-            updated = update_atoms_sums(x_BD, code, self.atoms_MD)
-        else:
-            updated = update_atoms_exact(
-                x_BD, code, self.atoms_MD, atom_batch=self.atom_batch, generator=self._generator
-            )
-        self.atoms_MD = updated.atoms_MD
-        unused = (updated.usage_M == 0).nonzero().flatten()
-        # A batch smaller than the dictionary says little about which atoms are dead.
-        redrawn = unused if len(x_BD) >= self.n_atoms else unused[:0]
-        if len(redrawn):
-            self.atoms_MD[redrawn] = self._draw_atoms(len(redrawn), x_BD)
-        self.samples_seen += len(x_BD)
-        self._log(
-            BatchLog(
-                pass_index=pass_index,
-                batch=len(self.log),
-                samples_seen=self.samples_seen,
-                fvu=updated.error_before / self._variance(x_BD),
-                fvu_after_update=updated.error_after / self._variance(x_BD),
-                l0=float(code.l0().double().mean()),
-                dead=len(unused),
-                redrawn=len(redrawn),
-                seconds=time.perf_counter() - started,
-            )
+    def _started(self, centre_D: Tensor, atoms_MD: Tensor | None = None) -> TrainingState:
+        device = resolve_device(self.device)
+        return TrainingState(
+            generator=torch.Generator().manual_seed(self.seed),
+            centre_D=centre_D.float().to(device) * float(self.centre),
+            weighting=None if self.weighting is None else self.weighting.to(device),
+            atoms_MD=atoms_MD,
         )
 
-    def _centred(self, raw_BD: Tensor) -> Tensor:
-        if raw_BD.ndim != 2 or raw_BD.shape[1] != len(self.centre_D):
+    def _learn(self, raw_BD: Tensor, pass_index: int) -> TrainingState:
+        """One update from one batch of raw samples, with its line of the log."""
+        started = time.perf_counter()
+        state = self._state or self._started(TensorSource(raw_BD).centre_D)
+        x_BD = self._mapped(raw_BD, state)
+        self.check(x_BD.shape[1])
+        check_samples(x_BD, "DoubleBatchKSVD")
+        x_BD = at_fair_scale(x_BD)
+        variance = variance_of(x_BD)
+        if state.atoms_MD is None:
+            state.atoms_MD = first_atoms(self.n_atoms, self.init, x_BD, state.generator)
+        if state.idle_M is None:
+            state.idle_M = torch.zeros(self.n_atoms, dtype=torch.float64, device=x_BD.device)
+        options = StepOptions(**{field.name: getattr(self, field.name) for field in fields(StepOptions)})
+        step = learn_batch(x_BD, state.atoms_MD, state.idle_M, options, state.generator)
+        state.atoms_MD, state.idle_M = step.atoms_MD, step.idle_M
+        if self.average:
+            state.average = (state.average or Average.of(state.atoms_MD)).with_next(step.atoms_MD, step.fresh_M)
+        state.samples_seen += len(x_BD)
+        line = BatchLog(
+            pass_index=pass_index,
+            batch=len(state.log),
+            samples_seen=state.samples_seen,
+            fvu=step.errors[-1] / variance,
+            fvu_after_update=step.error_after / variance,
+            l0=step.l0,
+            dead=step.dead,
+            duplicates=step.duplicates,
+            redrawn=int(step.fresh_M.sum()),
+            seconds=time.perf_counter() - started,
+            prefix_fvu=[error / variance for error in step.errors] if self.groups is not None else [],
+        )
+        state.log.append(line)
+        logger.debug("%s", line)
+        if self.log_path is not None:
+            with self.log_path.open("a") as file:
+                file.write(line.json())
+        self._state = state
+        return state
+
+    def _mapped(self, raw_BD: Tensor, state: TrainingState) -> Tensor:
+        """Raw samples to the space that the atoms live in."""
+        if raw_BD.ndim != 2 or raw_BD.shape[1] != len(state.centre_D):
             raise ShapeError(
                 "DoubleBatchKSVD: samples do not fit",
                 got=str(tuple(raw_BD.shape)),
-                limit=f"(B, {len(self.centre_D)})",
+                limit=f"(B, {len(state.centre_D)})",
                 cause="activations of another model or hook",
             )
         if not raw_BD.is_floating_point():
             raise ShapeError("DoubleBatchKSVD: samples are not floating point", got=str(raw_BD.dtype))
-        return raw_BD.to(self.device).float() - self.centre_D
-
-    def _prepared(self, raw_BD: Tensor) -> Tensor:
-        x_BD = self._centred(raw_BD)
-        if self.k > x_BD.shape[1]:
-            raise ShapeError("DoubleBatchKSVD: k is above d_in", got=f"k = {self.k}", limit=f"d_in = {x_BD.shape[1]}")
-        check_samples(x_BD, "DoubleBatchKSVD")
-        # Rounding leaves a variance of about 1e-14 of the energy where all samples are the same.
-        if not self._variance(x_BD) > 1e-12 * float(x_BD.double().square().sum()):
-            raise ActivationError(
-                "DoubleBatchKSVD: all samples of the batch are the same: there is nothing to learn",
-                cause="a hook that gives constants, or padding tokens",
-                cure="check the hook name and the text",
-            )
-        return x_BD
-
-    @staticmethod
-    def _variance(x_BD: Tensor) -> float:
-        """Σ‖x − x̄‖² over the batch."""
-        return float((x_BD - x_BD.mean(dim=0)).double().pow(2).sum())
-
-    def _draw_atoms(self, n: int, x_BD: Tensor) -> Tensor:
-        """n fresh unit atoms: random samples (of nonzero norm), or uniform(-½, ½) directions."""
-        if self.init == "data":
-            nonzero = (torch.linalg.vector_norm(x_BD, dim=1) > 0).nonzero().flatten()
-            if len(nonzero) >= n:
-                picks = torch.randperm(len(nonzero), generator=self._generator)[:n]
-                return torch.nn.functional.normalize(x_BD[nonzero[picks.to(nonzero.device)]], dim=1)
-            if "atoms_MD" not in self.__dict__:
-                raise ShapeError(
-                    "DoubleBatchKSVD: the first batch has fewer nonzero samples than atoms",
-                    got=f"{len(nonzero)} samples, n_atoms = {self.n_atoms}",
-                    cure="use larger batches, fewer atoms, or init='random'",
-                )
-        drawn = torch.rand(n, x_BD.shape[1], generator=self._generator) - 0.5
-        return torch.nn.functional.normalize(drawn, dim=1).to(x_BD.device)
-
-    def _log(self, entry: BatchLog) -> None:
-        self.log.append(entry)
-        logger.debug("%s", entry)
-        if self.log_path is not None:
-            with self.log_path.open("a") as file:
-                file.write(json.dumps(asdict(entry)) + "\n")
-        if self.on_batch is not None:
-            self.on_batch(entry)
-
-
-class _TensorSource:
-    """A tensor in memory as a SampleSource; passes after the first are shuffled."""
-
-    def __init__(self, samples_ND: Tensor):
-        if samples_ND.ndim != 2 or not samples_ND.is_floating_point():
-            raise ShapeError(
-                "DoubleBatchKSVD: samples must be a floating-point (N, D) tensor",
-                got=f"{samples_ND.dtype} {tuple(samples_ND.shape)}",
-            )
-        check_samples(samples_ND, "DoubleBatchKSVD")
-        self.samples_ND = samples_ND
-        self.n_samples, self.d_in = samples_ND.shape
-
-    @property
-    def centre_D(self) -> Tensor:
-        return self.samples_ND.double().mean(dim=0)
-
-    def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterable[Tensor]:  # type: ignore[override]
-        order = None
-        if seed is not None:
-            order = torch.randperm(self.n_samples, generator=torch.Generator().manual_seed(seed))
-        for start in range(0, self.n_samples, batch_samples):
-            stop = start + batch_samples
-            yield self.samples_ND[start:stop] if order is None else self.samples_ND[order[start:stop]]
+        x_BD = raw_BD.detach().to(state.centre_D.device).float() - state.centre_D
+        return x_BD if state.weighting is None else state.weighting.apply(x_BD)

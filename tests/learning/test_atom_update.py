@@ -10,9 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ksvd_sae.learning import reference
-from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums
-from ksvd_sae.learning.sparse_coding import Code, matching_pursuit
+from ksvd_sae.learning import atom_update, reference
+from ksvd_sae.learning.atom_update import (
+    AtomUpdate,
+    move_atoms,
+    step_curvature,
+    update_atoms_exact,
+    update_atoms_sums,
+    update_sums,
+)
+from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.sparse_coding import matching_pursuit
 from tests import tolerances
 from tests.strategies import (
     DTYPES,
@@ -291,3 +299,104 @@ class TestFixedPointAndOrder:
         assert (plain.atoms_MD - moved.atoms_MD).abs().max() <= tolerances.SAMPLE_ORDER[dtype]
         gap_BK = plain.code.values_BK[order] - moved.code.values_BK
         assert gap_BK.abs().max() <= tolerances.SAMPLE_ORDER[dtype] * plain.code.values_BK.abs().max()
+
+
+class TestSums:
+    @given(problem=problems(), dtype=dtypes, cut=st.floats(0, 1))
+    def test_of_parts_add_up_to_those_of_the_batch(self, problem: Problem, dtype: torch.dtype, cut: float) -> None:
+        """And lead to the same atoms: what several processes need, each with its part of the samples."""
+        problem = problem.to(dtype)
+        code, n_atoms = coded(problem), len(problem.atoms_MD)
+        whole = update_atoms_sums(problem.x_BD, code, problem.atoms_MD)
+        middle = round(cut * len(code))
+        parts = [Code(code.values_BK[rows], code.support_BK[rows]) for rows in (slice(middle), slice(middle, None))]
+        residuals = whole.residual_BD[:middle], whole.residual_BD[middle:]
+        one, other = (update_sums(*pair, n_atoms) for pair in zip(parts, residuals, strict=True))
+        sums = one + other
+        assert torch.equal(sums.usage_M, whole.usage_M)
+        step_MD = sums.steps()
+        curvature = sum(step_curvature(part, step_MD) for part in parts)
+        moved = move_atoms(problem.atoms_MD, sums, step_MD, curvature)
+        assert abs(moved.error - whole.error_after) <= tolerances.UPDATE_ERROR[dtype] * energy(problem.x_BD)
+        product_gap = parts_of(whole.code, whole.atoms_MD, n_atoms) - parts_of(
+            Code(code.values_BK * moved.scale_M[code.support_BK.long()], code.support_BK), moved.atoms_MD, n_atoms
+        )
+        assert product_gap.abs().max() <= tolerances.SAMPLE_ORDER[dtype] * (1 + energy(problem.x_BD) ** 0.5)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_in_pieces(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+        """An atom that all samples use, one that some use, one that none uses; in pieces of 3, of 256 and in one."""
+        draw = generator(3)
+        rows_BD = torch.randn(1000, 5, generator=draw, dtype=dtype)
+        values_BK = torch.randn(1000, 2, generator=draw, dtype=dtype)
+        values_BK[::3, 1] = 0
+        code = Code(values_BK, torch.tensor([[2, 0]], dtype=torch.int32).repeat(1000, 1))
+        dense_BM = code.to_dense(4).double()
+        for piece in (3, 256, 10_000):
+            monkeypatch.setattr(atom_update, "_PIECE", piece)
+            sums = update_sums(code, rows_BD, 4)
+            assert sums.usage_M.tolist() == [666, 0, 1000, 0]
+            gap_MD = sums.gradient_MD.double() - dense_BM.T @ rows_BD.double()
+            assert gap_MD.abs().max() <= tolerances.UPDATE_ERROR[dtype] * 1000
+            gap_M = sums.energy_M - dense_BM.square().sum(dim=0)
+            assert gap_M.abs().max() <= tolerances.UPDATE_ERROR[torch.float64] * 1000
+
+    def test_no_samples(self) -> None:
+        code = Code(torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int32))
+        sums = update_sums(code, torch.zeros(0, 5), 4)
+        assert sums.usage_M.tolist() == [0] * 4
+        assert not sums.steps().any()
+
+
+def parts_of(code: Code, atoms_MD: Tensor, n_atoms: int) -> Tensor:
+    """The samples that a code rebuilds, float64."""
+    return code.to_dense(n_atoms).double() @ atoms_MD.double()
+
+
+class TestSumsAgainstExact:
+    def test_one_atom_at_a_time_they_agree(self) -> None:
+        """Steps of sums on one atom alone, coefficients refitted between them, converge to its SVD."""
+        problem = generic(80, 6, 1, 1, seed=4)
+        code, atoms_MD = coded(problem), problem.atoms_MD
+        wanted = update_atoms_exact(problem.x_BD, code, atoms_MD)
+        for _ in range(200):
+            atoms_MD = update_atoms_sums(problem.x_BD, code, atoms_MD).atoms_MD
+            code = Code(problem.x_BD @ atoms_MD.T, code.support_BK)
+        cosine = float((atoms_MD * wanted.atoms_MD).sum())
+        assert abs(cosine) >= 1 - tolerances.EXACT_UPDATE_FLOAT64
+
+    def test_trained_they_reach_the_same_error(self) -> None:
+        """All atoms at once with a line search against one SVD after the other, on samples that neither trained on."""
+        problem = planted(3_000, 16, 32, 3, noise=0.1, seed=3)
+        train_ND, heldout_ND = problem.x_BD[:2000], problem.x_BD[2000:]
+        errors = {}
+        for name, step in (("sums", update_atoms_sums), ("exact", exact(1))):
+            atoms_MD = normalize(torch.randn(32, 16, generator=generator(5)), dim=1)
+            for _ in range(10):
+                atoms_MD = step(train_ND, matching_pursuit(train_ND, atoms_MD, 3), atoms_MD).atoms_MD
+            code = matching_pursuit(heldout_ND, atoms_MD, 3)
+            errors[name] = error(heldout_ND, code, atoms_MD) / energy(heldout_ND)
+        assert errors["sums"] == pytest.approx(errors["exact"], rel=tolerances.SUMS_AGAINST_EXACT)
+
+
+class TestNonnegative:
+    @given(seed=st.integers(0, 2**31), kind=st.sampled_from(sorted(KINDS)), dtype=dtypes)
+    @pytest.mark.parametrize("atom_batch", [1, 3, 1000])
+    def test_coefficients_stay_so_and_the_error_never_rises(
+        self, atom_batch: int, seed: int, kind: str, dtype: torch.dtype
+    ) -> None:
+        problem = KINDS[kind](overshooting(12, 9, seed)).to(dtype)
+        code = matching_pursuit(problem.x_BD, problem.atoms_MD, problem.k, nonnegative=True)
+        got = update_atoms_exact(problem.x_BD, code, problem.atoms_MD, atom_batch=atom_batch, nonnegative=True)
+        assert got.code.values_BK.min() >= 0
+        before = error(problem.x_BD, code, problem.atoms_MD)
+        after = error(problem.x_BD, got.code, got.atoms_MD)
+        assert after <= before + tolerances.RISE[dtype] * energy(problem.x_BD)
+        norms_M = torch.linalg.vector_norm(got.atoms_MD.double(), dim=1)
+        assert (norms_M - 1).abs().max() <= tolerances.UNIT_NORM[dtype]
+
+    @given(seed=st.integers(0, 2**31))
+    def test_sums_keep_them_too(self, seed: int) -> None:
+        problem = overshooting(12, 9, seed)
+        code = matching_pursuit(problem.x_BD, problem.atoms_MD, problem.k, nonnegative=True)
+        assert update_atoms_sums(problem.x_BD, code, problem.atoms_MD).code.values_BK.min() >= 0

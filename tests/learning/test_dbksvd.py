@@ -16,7 +16,8 @@ from torch.nn.functional import normalize
 from ksvd_sae.errors import ActivationError, ConfigError, NotFittedError, ShapeError
 from ksvd_sae.learning import reference
 from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
-from ksvd_sae.learning.sparse_coding import Code, matching_pursuit
+from ksvd_sae.learning.sparse_coding import Code, Coder, matching_pursuit
+from ksvd_sae.learning.weighting import weighting_by_fisher, weighting_by_std
 from tests import tolerances
 from tests.strategies import generator, planted
 
@@ -28,9 +29,9 @@ def estimator(n_atoms: int, k: int, **options: Any) -> DoubleBatchKSVD:
     return DoubleBatchKSVD(n_atoms, k, device="cpu", **options)
 
 
-def started(ksvd: DoubleBatchKSVD, atoms_MD: Tensor) -> DoubleBatchKSVD:
-    """The estimator as if its first batch had given these atoms and a centre of 0."""
-    ksvd.centre_D, ksvd.atoms_MD = torch.zeros(atoms_MD.shape[1]), atoms_MD.clone()
+def started(ksvd: DoubleBatchKSVD, atoms_MD: Tensor, centre_D: Tensor | None = None) -> DoubleBatchKSVD:
+    """The estimator as if its first batch had given these atoms and this centre (0 unless given)."""
+    ksvd._state = ksvd._started(torch.zeros(atoms_MD.shape[1]) if centre_D is None else centre_D, atoms_MD.clone())
     return ksvd
 
 
@@ -53,6 +54,28 @@ class TestPlanted:
         ksvd = estimator(128, 3, passes=8, batch_samples=512, seed=seed).fit(problem.x_BD)
         assert found(ksvd.atoms_MD, problem.atoms_MD) >= tolerances.FOUND_SHARE
         assert ksvd.log[-1].fvu < tolerances.FOUND_FVU
+
+    def test_finds_the_atoms_with_default_batches(self) -> None:
+        shares = []
+        for seed in range(5):
+            problem = planted(20_000, 64, 128, 3, noise=0.01, seed=seed)
+            ksvd = estimator(128, 3, passes=4, seed=seed).fit(problem.x_BD)
+            shares.append(found(ksvd.atoms_MD, problem.atoms_MD))
+        assert sorted(shares)[1] >= tolerances.FOUND_SHARE, shares
+
+    def test_finds_the_atoms_in_one_large_batch_a_pass(self) -> None:
+        """Without noise between batches, pairs of atoms that share one planted direction never part, unless one of
+        each is replaced."""
+        options: dict[str, Any] = {"passes": 16, "batch_samples": 20_000}
+        shares = []
+        for seed in range(3):
+            problem = planted(20_000, 64, 128, 3, noise=0.01, seed=seed)
+            ksvd = estimator(128, 3, seed=seed, **options).fit(problem.x_BD)
+            shares.append(found(ksvd.atoms_MD, problem.atoms_MD))
+        assert sorted(shares)[1] >= tolerances.FOUND_SHARE_LARGE_BATCH, shares
+        stuck = estimator(128, 3, seed=seed, duplicate_cosine=None, **options).fit(problem.x_BD)
+        assert found(stuck.atoms_MD, problem.atoms_MD) < tolerances.FOUND_SHARE_LARGE_BATCH
+        assert sum(line.redrawn for line in stuck.log) == 0
 
     @pytest.mark.parametrize("atom_batch", [1, 8])
     def test_exact_update_finds_the_atoms(self, atom_batch: int) -> None:
@@ -184,8 +207,7 @@ class TestLog:
         """Error before and after the update, L0, dead: each computed again from the atoms."""
         x_BD = planted(400, 12, 20, 3, noise=0.1).x_BD + 0.5
         start_MD = normalize(normal(20, 12, 1), dim=1)
-        ksvd = started(estimator(20, 3, update=update, atom_batch=1, rtol=0.4), start_MD)
-        ksvd.centre_D = x_BD.double().mean(dim=0).float()
+        ksvd = started(estimator(20, 3, update=update, atom_batch=1, rtol=0.4), start_MD, x_BD.double().mean(dim=0))
         ksvd.partial_fit(x_BD)
         centred_BD = x_BD - ksvd.centre_D
         code = matching_pursuit(centred_BD, start_MD, 3, rtol=0.4)
@@ -230,7 +252,7 @@ class TestDeadAtoms:
     @pytest.mark.parametrize("update", UPDATES)
     def test_counted_and_redrawn_from_the_data(self, update: Update) -> None:
         x_BD = self.samples(50)
-        ksvd = started(estimator(6, 2, update=update), self.ATOMS).partial_fit(x_BD)
+        ksvd = started(estimator(6, 2, update=update, redraw="data"), self.ATOMS).partial_fit(x_BD)
         assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
         cosines = normalize(x_BD, dim=1) @ ksvd.atoms_MD[4:].T
         assert cosines.max(dim=0).values == pytest.approx([1.0, 1.0], abs=tolerances.UNIT_NORM[torch.float32])
@@ -239,7 +261,7 @@ class TestDeadAtoms:
         assert ksvd.log[1].dead == 0
 
     def test_redrawn_at_random(self) -> None:
-        ksvd = started(estimator(6, 2, init="random"), self.ATOMS).partial_fit(self.samples(50))
+        ksvd = started(estimator(6, 2, redraw="random"), self.ATOMS).partial_fit(self.samples(50))
         assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
         assert ksvd.atoms_MD[4:, 4:].abs().min() > 0, "not from the data: those are zero there"
         norms = ksvd.atoms_MD[4:].norm(dim=1)
@@ -258,8 +280,7 @@ class TestEncodeAndDecode:
         """Samples that are exactly sparse around a centre far from 0."""
         problem = planted(300, 8, 8, 1)
         centre_D = 100 * torch.arange(8).float()
-        ksvd = started(estimator(8, 1), problem.atoms_MD)
-        ksvd.centre_D = centre_D
+        ksvd = started(estimator(8, 1), problem.atoms_MD, centre_D)
         x_BD = problem.x_BD + centre_D
         gap_BD = ksvd.decode(ksvd.encode(x_BD)) - x_BD
         assert gap_BD.abs().max() <= tolerances.CODE_ERROR[torch.float32] * x_BD.norm(dim=1).max()
@@ -278,6 +299,81 @@ class TestEncodeAndDecode:
         x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
         one, other = (estimator(20, 3, coder=coder).fit(x_ND) for coder in ("mp", "omp"))
         assert torch.equal(one.atoms_MD, other.atoms_MD)
+
+
+class TestWeighting:
+    @pytest.mark.parametrize("kind", ["std", "fisher"])
+    def test_learns_and_codes_in_the_weighted_space(self, kind: str) -> None:
+        """As without a weighting on samples that were weighted before; only the mean is taken off first."""
+        x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD * torch.linspace(0.1, 10, 12) + 1.5
+        gradients_ND = normal(500, 12, 3) @ normal(12, 12, 4)
+        weighting = {
+            "std": weighting_by_std(x_ND.var(dim=0), power=1.0),
+            "fisher": weighting_by_fisher(gradients_ND.T @ gradients_ND / 500),
+        }[kind]
+        y_ND = weighting.apply(x_ND - x_ND.double().mean(dim=0).float())
+        ours = estimator(20, 3, weighting=weighting, passes=2).fit(x_ND)
+        plain = estimator(20, 3, centre=False, passes=2).fit(y_ND)
+        assert torch.equal(ours.atoms_MD, plain.atoms_MD)
+        assert [line.fvu for line in ours.log] == [line.fvu for line in plain.log]
+        code, same = ours.encode(x_ND), plain.encode(y_ND)
+        assert torch.equal(code.values_BK, same.values_BK)
+        assert torch.equal(ours.decode(code), weighting.undo(plain.decode(same)) + ours.centre_D)
+        norms = ours.atoms_MD.norm(dim=1)
+        assert norms == pytest.approx([1.0] * 20, abs=tolerances.UNIT_NORM[torch.float32])
+
+    def test_lowers_the_error_it_is_made_for(self) -> None:
+        """Loud dimensions matter less than quiet ones: the error counted so falls, the plain one rises."""
+        loudness_D = torch.linspace(0.1, 3, 16)
+        x_ND = normal(2_000, 16) * loudness_D
+        weighted = estimator(32, 4, weighting=weighting_by_std(loudness_D**2, power=2.0), passes=3).fit(x_ND)
+        plain = estimator(32, 4, passes=3).fit(x_ND)
+        gaps = [ksvd.decode(ksvd.encode(x_ND)) - x_ND for ksvd in (weighted, plain)]
+        counted = [float((gap_ND / loudness_D**2).norm()) for gap_ND in gaps]
+        assert counted[0] < 0.9 * counted[1]
+        assert gaps[0].norm() > gaps[1].norm()
+
+    def test_of_another_width(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)weighting is of another width.*d_in = 11.*limit: 12"):
+            estimator(20, 3, weighting=weighting_by_std(torch.ones(11))).fit(normal(100, 12))
+
+
+class TestNonnegative:
+    @pytest.mark.parametrize("update", UPDATES)
+    @pytest.mark.parametrize("coder", ["mp", "mp_refit", "omp"])
+    def test_codes_and_learning(self, coder: Coder, update: Update) -> None:
+        x_ND = normal(600, 8).abs() @ normal(8, 12, 1)
+        ksvd = estimator(20, 3, nonnegative=True, coder=coder, update=update, passes=3, batch_samples=200)
+        few, many = ksvd.fit(x_ND).log[0].fvu, ksvd.log[-1].fvu
+        assert ksvd.encode(x_ND).values_BK.min() >= 0
+        assert many < 0.8 * few
+        signed = estimator(20, 3, coder=coder, update=update, passes=3, batch_samples=200).fit(x_ND)
+        assert signed.encode(x_ND).values_BK.min() < 0
+
+
+class TestAverage:
+    def test_is_the_weighted_mean_of_the_atoms_after_each_batch(self) -> None:
+        x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
+        options: dict[str, Any] = {"passes": 2, "batch_samples": 150, "redraw": "none"}
+        ksvd = estimator(20, 3, average=False, **options)
+        seen: list[Tensor] = []
+        ksvd.on_batch = lambda line: seen.append(ksvd.atoms_MD.double().clone())
+        ksvd.fit(x_ND)
+        mean_MD = seen[0]
+        for age, atoms_MD in enumerate(seen[1:], start=2):
+            mean_MD = mean_MD + 9 / (age + 8) * (atoms_MD - mean_MD)
+        averaged = estimator(20, 3, **options).fit(x_ND)
+        gap_MD = averaged.atoms_MD.double() - normalize(mean_MD, dim=1)
+        assert gap_MD.abs().max() <= tolerances.UNIT_NORM[torch.float32]
+        assert [line.fvu for line in averaged.log] == [line.fvu for line in ksvd.log], "training does not see it"
+
+    def test_lowers_the_heldout_error_of_small_batches(self) -> None:
+        x_ND = normal(4_000, 32) * torch.arange(1, 33) ** -0.5
+        train_ND, heldout_ND = x_ND.split([3_000, 1_000])
+        options: dict[str, Any] = {"passes": 4, "batch_samples": 128}
+        averaged, last = (estimator(64, 4, average=average, **options).fit(train_ND) for average in (True, False))
+        errors = [float((ksvd.decode(ksvd.encode(heldout_ND)) - heldout_ND).norm()) for ksvd in (averaged, last)]
+        assert errors[0] ** 2 < 0.97 * errors[1] ** 2
 
 
 def spoilt(value: float) -> Tensor:
@@ -372,9 +468,11 @@ class TestBadInput:
     )
     def test_options(self, n_atoms: int, k: int, options: dict[str, Any], words: str) -> None:
         with pytest.raises(ShapeError, match=words):
-            estimator(n_atoms, k, **options)
+            estimator(n_atoms, k, **options).fit(normal(100, 16))
+        with pytest.raises(ShapeError, match=words):
+            estimator(n_atoms, k, **options).partial_fit(normal(100, 16))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     def test_a_device_that_is_not_there(self) -> None:
         with pytest.raises(ConfigError, match=r"(?s)'cuda'.*no GPU.*cause.*cure"):
-            DoubleBatchKSVD(10, 3, device="cuda")
+            DoubleBatchKSVD(10, 3, device="cuda").fit(normal(100, 8))

@@ -1,0 +1,56 @@
+"""How a dictionary codes: one value for the estimator, the saved dictionary and the SAE."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.matryoshka import check_groups, matryoshka_encode
+from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
+
+AnyCoder = Coder | Literal["matryoshka"]
+ANY_CODERS: tuple[AnyCoder, ...] = (*CODERS, "matryoshka")
+
+
+@dataclass(frozen=True)
+class Coding:
+    """The coder and its settings.
+
+    Attributes:
+        k: most atoms a sample.
+        coder: 'mp', 'mp_refit', 'omp', 'projection', or 'matryoshka' (group by group).
+        rtol, max_steps, nonnegative: see ``matching_pursuit``.
+        groups: sizes of the groups of a Matryoshka dictionary; the coder 'matryoshka' needs them, others ignore them.
+    """
+
+    k: int
+    coder: AnyCoder = "mp"
+    rtol: float = 0.0
+    max_steps: int | None = None
+    nonnegative: bool = False
+    groups: tuple[int, ...] | None = None
+
+    def check(self, n_atoms: int, d_in: int, where: str) -> None:
+        """Raise ShapeError unless this can code in d_in dimensions with n_atoms atoms."""
+        if not 1 <= self.k <= min(n_atoms, d_in):
+            raise ShapeError(f"{where}: k out of range", got=self.k, limit=f"1 to {min(n_atoms, d_in)}")
+        if self.coder not in ANY_CODERS:
+            raise ShapeError(f"{where}: unknown coder", got=self.coder, limit=", ".join(ANY_CODERS))
+        if self.coder == "matryoshka" and self.groups is None:
+            raise ShapeError(
+                f"{where}: coder 'matryoshka' needs groups", cure="give the sizes of the groups, or coder 'mp'"
+            )
+        if self.coder == "projection" and self.nonnegative:
+            raise ShapeError(f"{where}: a projection has signs", cure="use coder 'omp' for non-negative codes")
+        if self.groups is not None:
+            check_groups(self.groups, n_atoms, self.k, d_in)
+
+    def encode(self, y_BD: Tensor, atoms_MD: Tensor, gram_MM: Tensor | None = None) -> Code:
+        """Code centred (and weighted) samples; gram_MM as for ``matching_pursuit``."""
+        options = {"rtol": self.rtol, "max_steps": self.max_steps, "nonnegative": self.nonnegative}
+        if self.coder != "matryoshka":
+            return encode(y_BD, atoms_MD, self.k, coder=self.coder, gram_MM=gram_MM, **options)  # type: ignore[arg-type]
+        assert self.groups is not None
+        return matryoshka_encode(y_BD, atoms_MD, self.groups, self.k, **options)  # type: ignore[arg-type]

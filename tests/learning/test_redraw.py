@@ -1,0 +1,153 @@
+"""Atoms of no use: which they are, and what takes their place."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning import redraw
+from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.redraw import draw_atoms, near_duplicates
+from tests import tolerances
+from tests.strategies import generator, planted, unit_atoms
+
+
+def estimator(n_atoms: int, k: int, **options: Any) -> DoubleBatchKSVD:
+    return DoubleBatchKSVD(n_atoms, k, device="cpu", **options)
+
+
+def normal(n_samples: int, d_in: int, seed: int = 0) -> Tensor:
+    return torch.randn(n_samples, d_in, generator=generator(seed))
+
+
+def turned(atoms_MD: Tensor, cosine: float) -> Tensor:
+    """Unit rows at this cosine with the rows given."""
+    other_MD = normal(*atoms_MD.shape, seed=77)
+    other_MD = normalize(other_MD - (other_MD * atoms_MD).sum(dim=1, keepdim=True) * atoms_MD, dim=1)
+    return cosine * atoms_MD + (1 - cosine**2) ** 0.5 * other_MD
+
+
+class TestNearDuplicates:
+    ATOMS = unit_atoms(5, 16, dtype=torch.float32)
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize(("cosine", "found"), [(0.995, True), (0.985, False)])
+    def test_the_weaker_of_a_pair(self, cosine: float, found: bool, sign: int) -> None:
+        atoms_MD = torch.cat([self.ATOMS, sign * turned(self.ATOMS[1:2], cosine)])
+        energy_M = torch.tensor([1.0, 2, 1, 1, 1, 5])
+        assert near_duplicates(atoms_MD, energy_M, 0.99).tolist() == [False, found, False, False, False, False]
+        assert near_duplicates(atoms_MD, 6 - energy_M, 0.99).tolist() == [False] * 5 + [found]
+        wanted = found and sign > 0
+        assert near_duplicates(atoms_MD, energy_M, 0.99, signed=False).any() == wanted
+
+    def test_equal_energies_keep_the_first(self) -> None:
+        atoms_MD = self.ATOMS[[0, 1, 0, 1, 1]]
+        assert near_duplicates(atoms_MD, torch.ones(5), 0.99).tolist() == [False, False, True, True, True]
+
+    @given(seed=st.integers(0, 2**31), n_atoms=st.sampled_from([1, 2, 7, 23]))
+    def test_against_all_pairs(self, seed: int, n_atoms: int) -> None:
+        """In blocks of a few rows as in one."""
+        atoms_MD = unit_atoms(n_atoms, 3, seed)
+        energy_M = torch.randint(0, 4, (n_atoms,), generator=generator(seed)).double()
+        wanted = [
+            any(
+                abs(float(atoms_MD[i] @ atoms_MD[j])) > 0.8
+                and (energy_M[j] > energy_M[i] or (energy_M[j] == energy_M[i] and j < i))
+                for j in range(n_atoms)
+                if j != i
+            )
+            for i in range(n_atoms)
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            for rows in (3, 1024):
+                patch.setattr(redraw, "_PAIR_ROWS", rows)
+                assert near_duplicates(atoms_MD, energy_M, 0.8).tolist() == wanted
+
+
+class TestDrawn:
+    X = normal(40, 6)
+    RESIDUAL = torch.where(torch.arange(40)[:, None] < 5, normal(40, 6, 1), 0)
+
+    def test_residuals_of_distinct_badly_coded_samples(self) -> None:
+        got = draw_atoms(5, "residual", self.X, self.RESIDUAL, generator(0))
+        cosines = got @ normalize(self.RESIDUAL[:5], dim=1).T
+        assert sorted(cosines.argmax(dim=1).tolist()) == [0, 1, 2, 3, 4]
+        assert cosines.max(dim=1).values == pytest.approx([1.0] * 5, abs=tolerances.UNIT_NORM[torch.float32])
+
+    def test_the_worse_coded_the_more_often(self) -> None:
+        """Three samples with errors in the ratio 1 : 2 : 4, that is squares of 1 : 4 : 16, drawn one at a time."""
+        residual = torch.eye(3) * torch.tensor([1.0, 2.0, 4.0])
+        drawn = [int(draw_atoms(1, "residual", torch.ones(3, 3), residual, generator(i)).argmax()) for i in range(600)]
+        counts = torch.bincount(torch.tensor(drawn), minlength=3)
+        # Standard deviations of the counts are at most 11.
+        assert counts.tolist() == pytest.approx([600 / 21, 4 * 600 / 21, 16 * 600 / 21], abs=45)
+
+    def test_no_more_than_there_are_badly_coded_samples(self) -> None:
+        assert draw_atoms(9, "residual", self.X, self.RESIDUAL, generator(0)).shape == (5, 6)
+        rounding = 1e-7 * self.X
+        assert draw_atoms(9, "residual", self.X, rounding, generator(0)).shape == (0, 6)
+
+    def test_samples(self) -> None:
+        x_BD = torch.where(torch.arange(40)[:, None] < 8, self.X, 0)
+        got = draw_atoms(20, "data", x_BD, self.RESIDUAL, generator(0))
+        assert sorted((got @ normalize(x_BD[:8], dim=1).T).argmax(dim=1).tolist()) == list(range(8))
+
+    def test_random_and_none(self) -> None:
+        got = draw_atoms(20, "random", self.X, self.RESIDUAL, generator(0))
+        assert got.norm(dim=1) == pytest.approx([1.0] * 20, abs=tolerances.UNIT_NORM[torch.float32])
+        assert draw_atoms(20, "none", self.X, self.RESIDUAL, generator(0)).shape == (0, 6)
+
+
+class TestInTraining:
+    @pytest.mark.parametrize("kind", ["residual", "data", "random"])
+    @pytest.mark.parametrize("update", ["sums", "exact"])
+    def test_a_repeated_atom_is_replaced(self, update: str, kind: str) -> None:
+        problem = planted(400, 12, 20, 3, noise=0.1)
+        start_MD = problem.atoms_MD.clone()
+        start_MD[7] = turned(start_MD[3:4], 0.9999)[0]
+        ksvd = estimator(20, 3, update=update, atom_batch=1, redraw=kind, duplicate_cosine=0.95, centre=False)
+        ksvd._state = ksvd._started(torch.zeros(12), start_MD)
+        ksvd.partial_fit(problem.x_BD)
+        assert (ksvd.log[0].duplicates, ksvd.log[0].redrawn) == (1, 1)
+        cosines = (ksvd.atoms_MD @ ksvd.atoms_MD.T).abs().fill_diagonal_(0)
+        assert cosines.max() < 0.95
+
+    @pytest.mark.parametrize("options", [{"redraw": "none"}, {"duplicate_cosine": None}], ids=str)
+    def test_or_not(self, options: dict[str, Any]) -> None:
+        problem = planted(400, 12, 20, 3, noise=0.1)
+        start_MD = problem.atoms_MD.clone()
+        start_MD[7] = turned(start_MD[3:4], 0.9999)[0]
+        ksvd = estimator(20, 3, centre=False, **{"duplicate_cosine": 0.95, **options})
+        ksvd._state = ksvd._started(torch.zeros(12), start_MD)
+        ksvd.partial_fit(problem.x_BD)
+        assert (ksvd.log[0].duplicates, ksvd.log[0].redrawn) == (int("redraw" in options), 0)
+
+    def test_opposite_atoms_of_a_nonnegative_dictionary_stay(self) -> None:
+        x_BD = normal(200, 4)
+        start_MD = torch.cat([torch.eye(4), -torch.eye(4)])
+        for nonnegative in (True, False):
+            ksvd = estimator(8, 2, nonnegative=nonnegative, centre=False, duplicate_cosine=0.9)
+            ksvd._state = ksvd._started(torch.zeros(4), start_MD)
+            ksvd.partial_fit(x_BD)
+            # With signs the second of each pair is never used.
+            assert (ksvd.log[0].redrawn == 0) == nonnegative
+
+    @pytest.mark.parametrize("cosine", [0.0, -0.5, 1.5])
+    def test_thresholds_that_mean_nothing(self, cosine: float) -> None:
+        with pytest.raises(ShapeError, match="duplicate_cosine"):
+            estimator(8, 2, duplicate_cosine=cosine).fit(normal(100, 8))
+
+    def test_an_average_starts_anew_with_a_fresh_atom(self) -> None:
+        """What was averaged is another atom: nothing of it may be left."""
+        x_BD = torch.cat([normal(50, 4), torch.zeros(50, 4)], dim=1)
+        ksvd = estimator(6, 2, redraw="data", centre=False)
+        ksvd._state = ksvd._started(torch.zeros(8), torch.eye(8)[[0, 1, 2, 3, 6, 7]])
+        for _ in range(3):
+            ksvd.partial_fit(x_BD)
+        assert ksvd.log[0].redrawn == 2
+        assert ksvd.atoms_MD[:, 4:].abs().max() == 0

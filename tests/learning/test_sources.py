@@ -1,0 +1,255 @@
+"""What fit reads from, and how batches reach it."""
+
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ksvd_sae.errors import ActivationError, ShapeError
+from ksvd_sae.learning import sources
+from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.sources import (
+    SampleSource,
+    StreamSource,
+    TensorSource,
+    as_source,
+    kept_on_device,
+    prefetched,
+)
+from tests.strategies import generator, planted
+
+CPU = torch.device("cpu")
+X_ND = planted(600, 12, 20, 3, noise=0.1).x_BD + 0.5
+
+
+def estimator(**options: Any) -> DoubleBatchKSVD:
+    return DoubleBatchKSVD(20, 3, **{"device": "cpu", "batch_samples": 150, **options})
+
+
+def readers() -> int:
+    return sum(thread.name == "ksvd_sae-prefetch" for thread in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert readers() == 0
+
+
+class Shards:
+    """Samples in two parts that a seed shuffles one by one, as files are."""
+
+    n_samples, d_in = X_ND.shape
+    centre_D = X_ND.double().mean(dim=0)
+
+    def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterator[Tensor]:
+        order = torch.arange(600) if seed is None else self.order(seed)
+        for start in range(0, 600, batch_samples):
+            yield X_ND[order[start : start + batch_samples]]
+
+    def order(self, seed: int) -> Tensor:
+        draw = generator(seed)
+        return torch.cat([start + torch.randperm(300, generator=draw) for start in (300, 0)])
+
+
+class TestKinds:
+    @pytest.mark.parametrize(
+        ("samples", "kind"),
+        [
+            (X_ND, TensorSource),
+            (X_ND.numpy(), TensorSource),
+            (X_ND.double().numpy().tolist(), TensorSource),
+            ([[1, 2], [3, 4]], TensorSource),
+            (Shards(), Shards),
+            ([X_ND, X_ND], StreamSource),
+            ((X_ND.numpy(),), StreamSource),
+            (iter([X_ND]), StreamSource),
+            (lambda: [X_ND], StreamSource),
+        ],
+        ids=["tensor", "array", "rows", "integers", "source", "batches", "arrays", "iterator", "function"],
+    )
+    def test_recognised(self, samples: Any, kind: type) -> None:
+        source = as_source(samples)
+        assert type(source) is kind
+        assert isinstance(source, SampleSource) == (kind is not StreamSource)
+
+    @pytest.mark.parametrize("samples", [None, 3.0, object()], ids=str)
+    def test_nothing_of_these(self, samples: Any) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)not samples.*limit: a \(N, D\) tensor"):
+            as_source(samples)
+
+    @pytest.mark.parametrize(
+        "samples", [[["a", "b"]], np.array([1j]), [[None, 1.0]]], ids=["text", "complex", "object"]
+    )
+    def test_not_numbers(self, samples: Any) -> None:
+        with pytest.raises(ShapeError, match="not numbers"):
+            as_source(samples)
+
+    def test_gradients_stay_out_of_it(self) -> None:
+        x_ND = X_ND.clone().requires_grad_()
+        assert not estimator().fit(x_ND).atoms_MD.requires_grad
+        assert not estimator().partial_fit(x_ND).atoms_MD.requires_grad
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    def test_other_precisions_are_learned_in_float32(self, dtype: torch.dtype) -> None:
+        ksvd = estimator(passes=2).fit(X_ND.to(dtype))
+        same = estimator(passes=2).fit(X_ND.to(dtype).float())
+        assert ksvd.atoms_MD.dtype == ksvd.centre_D.dtype == torch.float32
+        assert torch.equal(ksvd.atoms_MD, same.atoms_MD)
+
+    def test_the_mean_of_many_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sources, "_CHUNK_ROWS", 7)
+        assert torch.allclose(TensorSource(X_ND).centre_D, X_ND.double().mean(dim=0), rtol=1e-12, atol=0)
+        spoilt_ND = X_ND.clone()
+        spoilt_ND[400, 2] = float("nan")
+        with pytest.raises(ActivationError, match=r"(?s)1 of 600 samples.*row 400"):
+            TensorSource(spoilt_ND)
+
+
+class TestStreams:
+    def test_batches_are_taken_as_they_come(self) -> None:
+        sizes = [200, 30, 0, 370]
+        ksvd = estimator(passes=2).fit(lambda: iter(X_ND.split(sizes)))
+        assert [line.samples_seen for line in ksvd.log] == [200, 230, 600, 800, 830, 1200]
+        by_hand = estimator()
+        for batch_BD in X_ND.split(sizes) * 2:
+            if len(batch_BD):
+                by_hand.partial_fit(batch_BD)
+        assert torch.equal(ksvd.atoms_MD, by_hand.atoms_MD)
+        assert torch.equal(ksvd.centre_D, X_ND[:200].double().mean(dim=0).float())
+
+    def test_a_list_of_batches_serves_every_pass(self) -> None:
+        batches = list(X_ND.split(200))
+        listed, called = estimator(passes=2).fit(batches), estimator(passes=2).fit(lambda: iter(batches))
+        assert torch.equal(listed.atoms_MD, called.atoms_MD)
+
+    def test_an_iterator_serves_one_pass(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)only once.*passes = 2.*cure: pass a function"):
+            estimator(passes=2).fit(iter(X_ND.split(200)))
+        one = estimator().fit(iter(X_ND.split(200)))
+        assert torch.equal(one.atoms_MD, estimator().fit(list(X_ND.split(200))).atoms_MD)
+
+    @pytest.mark.parametrize("batches", [[], [X_ND[:0]]], ids=["no batches", "empty batches"])
+    def test_nothing_in_it(self, batches: list[Tensor]) -> None:
+        with pytest.raises(ActivationError, match=r"(?s)gave no samples.*cause.*cure"):
+            estimator().fit(lambda: iter(batches))
+
+    def test_widths_that_differ(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)do not fit.*got: \(100, 11\).*limit: \(B, 12\)"):
+            estimator().fit(iter([X_ND[:100], X_ND[:100, :11]]))
+
+    def test_first_batch_smaller_than_the_dictionary(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)first batch.*19 samples, n_atoms = 20"):
+            estimator().fit(iter([X_ND[:19], X_ND]))
+
+
+class TestKeptOnDevice:
+    @pytest.mark.parametrize("samples", [X_ND, Shards()], ids=["tensor", "source"])
+    def test_changes_no_bit(self, samples: Any) -> None:
+        kept, read = (estimator(passes=3, keep_on_device=keep).fit(samples) for keep in (True, False))
+        assert torch.equal(kept.atoms_MD, read.atoms_MD)
+        assert torch.equal(kept.centre_D, read.centre_D)
+
+    def test_reads_the_source_once(self) -> None:
+        class Counted(Shards):
+            reads = 0
+
+            def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterator[Tensor]:
+                Counted.reads += 1
+                yield from super().batches(batch_samples, seed=seed)
+
+        estimator(passes=3, keep_on_device=True).fit(Counted())
+        assert Counted.reads == 1
+        estimator(passes=3).fit(Counted())
+        assert Counted.reads == 4, "on the CPU only if asked for"
+
+    def test_a_source_that_miscounts(self) -> None:
+        class More(Shards):
+            n_samples = 700
+
+        with pytest.raises(ShapeError, match=r"(?s)another number of samples.*got: 600.*limit: 700"):
+            kept_on_device(More(), CPU, True)
+
+    @pytest.mark.parametrize(("free", "kept"), [(2.0, True), (1.9, False)])
+    def test_rule_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch, free: float, kept: bool) -> None:
+        """At most half of the free memory; the decision alone, without a GPU."""
+        n_bytes = 600 * 12 * 4
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * n_bytes), 10 * n_bytes))
+        moved: list[torch.device] = []
+
+        def no_copy(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+            moved.append(device)
+            return batches
+
+        monkeypatch.setattr(sources, "prefetched", no_copy)
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, dtype, device: empty(*size, dtype=dtype))
+        source = Shards()
+        got = kept_on_device(source, torch.device("cuda"), None)
+        assert (got is not source) == bool(moved) == kept
+
+
+class TestPrefetched:
+    def test_order_and_values(self) -> None:
+        batches = X_ND.split(7)
+        assert all(torch.equal(a, b) for a, b in zip(prefetched(iter(batches), CPU), batches, strict=True))
+
+    def test_reads_ahead_but_not_far(self) -> None:
+        read: list[int] = []
+
+        def source() -> Iterator[Tensor]:
+            for number in range(20):
+                read.append(number)
+                yield X_ND[:1]
+
+        batches = prefetched(source(), CPU, ahead=2)
+        next(batches)
+        deadline = time.monotonic() + 10
+        while len(read) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(read) == 4, "one in use, two waiting, one being handed over"
+        batches.close()
+
+    def test_an_error_of_the_source_comes_up_with_its_traceback(self) -> None:
+        def breaks_here() -> Iterator[Tensor]:
+            yield X_ND[:200]
+            raise OSError("the disk is gone")
+
+        with pytest.raises(OSError, match="the disk is gone") as caught:
+            estimator().fit(breaks_here)
+        assert "breaks_here" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+
+    def test_ends_when_the_caller_gives_up(self) -> None:
+        closed = []
+
+        def endless() -> Iterator[Tensor]:
+            try:
+                while True:
+                    yield X_ND[:200]
+            finally:
+                closed.append(True)
+
+        def fail(line: Any) -> None:
+            raise KeyError("enough")
+
+        with pytest.raises(KeyError, match="enough"):
+            estimator(on_batch=fail).fit(endless)
+        assert closed == [True]
+        assert readers() == 0
+
+    def test_works_in_a_thread_of_its_own(self) -> None:
+        names = []
+
+        def source() -> Iterator[Tensor]:
+            names.append(threading.current_thread().name)
+            yield X_ND
+
+        estimator().fit(source)
+        assert names == ["ksvd_sae-prefetch"]
