@@ -1,10 +1,10 @@
-"""Makes SAELens know the ``db_ksvd`` architecture without importing SAELens.
+"""Makes SAELens know our architectures, ``db_ksvd`` and ``topk_weighted``, without importing SAELens.
 
 SAELens finds SAE classes in a registry that is filled by importing the class. Importing
 sae_lens takes seconds, so ``import ksvd_sae`` must not; yet a user who writes
 ``import ksvd_sae; SAE.load_from_disk(...)`` expects it to work. So ``import ksvd_sae`` leaves a
-hook that imports ``ksvd_sae.sae`` right after ``sae_lens`` has been imported, or does so at once
-if sae_lens is already there.
+hook that imports the modules that register them right after ``sae_lens`` has been imported, or does
+so at once if sae_lens is already there.
 """
 
 import importlib.abc
@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
+_REGISTERING = ("ksvd_sae.sae", "ksvd_sae.evaluation.baseline_saes")
+
 
 class _AfterSaeLens(importlib.abc.MetaPathFinder):
-    """Finds sae_lens as usual, and wraps its loader so that our class is registered after it."""
+    """Finds sae_lens as usual, and wraps its loader so that our classes are registered after it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -40,17 +42,22 @@ class _RegisteringLoader(importlib.abc.Loader):
         self._inner.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        import_module("ksvd_sae.sae")
+        _register()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
 
 
+def _register() -> None:
+    for module in _REGISTERING:
+        import_module(module)
+
+
 def register_when_sae_lens_loads() -> None:
-    """Register ``db_ksvd`` now if sae_lens is loaded, else as soon as it is."""
+    """Register our architectures now if sae_lens is loaded, else as soon as it is."""
     if "sae_lens" in sys.modules:
         # sae_lens is still being imported when it lacks its last name: then our hook did it.
         if hasattr(sys.modules["sae_lens"], "SAE"):
-            import_module("ksvd_sae.sae")
+            _register()
     elif not any(isinstance(finder, _AfterSaeLens) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterSaeLens())

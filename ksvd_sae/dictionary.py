@@ -12,25 +12,27 @@ from torch import Tensor
 
 from ksvd_sae.errors import DictionaryError, KsvdSaeError, ShapeError
 from ksvd_sae.learning.checks import check_atoms
+from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.learning.sparse_coding import CODERS, Code, Coder, encode
+from ksvd_sae.learning.weighting import Weighting
 from ksvd_sae.provenance import atomic_path, write_json
 
 ATOMS_FILE = "atoms.safetensors"
 CONFIG_FILE = "dictionary.json"
-FORMAT = 1
+# 2: weighting, groups and non-negative codes.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Dictionary:
-    """x ≈ centre + Σ_j z_j·atom_j with at most k nonzero z_j.
+    """x ≈ centre + (Σ_j z_j·atom_j)·W⁻¹ with at most k nonzero z_j; W is the weighting's map, the identity without one.
 
     Attributes:
-        atoms_MD: unit rows, float32.
+        atoms_MD: unit rows of the weighted space, float32.
         centre_D: subtracted before coding, added after decoding (raw units).
-        k: most atoms a sample.
-        coder: 'mp', 'mp_refit', 'omp' or 'projection'.
-        rtol, max_steps: see ``matching_pursuit``.
+        k, coder, rtol, max_steps, nonnegative, groups: see ``Coding``.
+        weighting: the metric that it was learned in and codes in, None for the plain one.
         provenance: what it was learned from; JSON values.
     Raises: DictionaryError, ShapeError if the parts do not fit.
     """
@@ -38,9 +40,12 @@ class Dictionary:
     atoms_MD: Tensor
     centre_D: Tensor
     k: int
-    coder: Coder = "mp"
+    coder: AnyCoder = "mp"
     rtol: float = 0.0
     max_steps: int | None = None
+    nonnegative: bool = False
+    groups: tuple[int, ...] | None = None
+    weighting: Weighting | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,11 +55,19 @@ class Dictionary:
                 got=f"atoms {tuple(self.atoms_MD.shape)}, centre {tuple(self.centre_D.shape)}",
                 limit="(M, D) and (D,)",
             )
-        if not 1 <= self.k <= min(self.atoms_MD.shape):
-            raise ShapeError("Dictionary: k out of range", got=self.k, limit=f"1 to {min(self.atoms_MD.shape)}")
-        if self.coder not in CODERS:
-            raise DictionaryError("Dictionary: unknown coder", got=self.coder, limit=", ".join(CODERS))
+        if self.weighting is not None and self.weighting.d_in != self.d_in:
+            raise ShapeError(
+                "Dictionary: atoms and weighting do not fit",
+                got=f"a map of {self.weighting.d_in} dimensions",
+                limit=f"d_in = {self.d_in}",
+            )
+        self.coding.check(self.n_atoms, self.d_in, "Dictionary")
         check_atoms(self.atoms_MD, "Dictionary")
+
+    @property
+    def coding(self) -> Coding:
+        """How it codes centred and weighted samples."""
+        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, self.groups)
 
     @property
     def n_atoms(self) -> int:
@@ -73,12 +86,19 @@ class Dictionary:
                 limit=f"(B, {self.d_in})",
                 cause="activations of another model or hook",
             )
-        x_BD = x_BD.to(self.atoms_MD.device, self.atoms_MD.dtype) - self.centre_D
-        return encode(x_BD, self.atoms_MD, self.k, coder=self.coder, rtol=self.rtol, max_steps=self.max_steps)
+        y_BD = x_BD.to(self.atoms_MD.device, self.atoms_MD.dtype) - self.centre_D
+        if self.weighting is not None:
+            y_BD = self.weighting.apply(y_BD)
+        return self.coding.encode(y_BD, self.atoms_MD)
 
     def decode(self, code: Code) -> Tensor:
         """Rebuild raw samples, (B, d_in)."""
-        return code.reconstruct(self.atoms_MD) + self.centre_D
+        y_BD = code.reconstruct(self.atoms_MD)
+        return (y_BD if self.weighting is None else self.weighting.undo(y_BD)) + self.centre_D
+
+    def raw_atoms(self) -> Tensor:
+        """What one unit of each coefficient adds to a raw sample, (M, d_in); unit rows if there is no weighting."""
+        return self.atoms_MD if self.weighting is None else self.weighting.undo(self.atoms_MD)
 
     @classmethod
     def from_estimator(cls, ksvd: DoubleBatchKSVD, provenance: dict[str, Any] | None = None) -> "Dictionary":
@@ -90,12 +110,18 @@ class Dictionary:
             coder=ksvd.coder,
             rtol=ksvd.rtol,
             max_steps=ksvd.max_steps,
+            nonnegative=ksvd.nonnegative,
+            groups=None if ksvd.groups is None else tuple(ksvd.groups),
+            weighting=ksvd.weighting,
             provenance=provenance or {},
         )
 
     def save(self, folder: Path) -> None:
         """Write ``atoms.safetensors`` and ``dictionary.json``."""
         tensors = {"atoms": self.atoms_MD.contiguous().cpu(), "centre": self.centre_D.contiguous().cpu()}
+        if self.weighting is not None:
+            tensors["weighting"] = self.weighting.matrix.contiguous().cpu()
+            tensors["weighting_inverse"] = self.weighting.inverse.contiguous().cpu()
         with atomic_path(folder / ATOMS_FILE) as temporary:
             save_file(tensors, temporary)
         write_json(
@@ -106,6 +132,8 @@ class Dictionary:
                 "coder": self.coder,
                 "rtol": self.rtol,
                 "max_steps": self.max_steps,
+                "nonnegative": self.nonnegative,
+                "groups": self.groups,
                 "provenance": self.provenance,
             },
         )
@@ -126,6 +154,7 @@ class Dictionary:
                     limit=f"format {FORMAT}",
                     cure="upgrade ksvd-sae",
                 )
+            maps = [tensors[name].clone() for name in ("weighting", "weighting_inverse") if name in tensors]
             return cls(
                 # Copies: a tensor mapped from a file is aligned as the file has it, and products of unaligned
                 # memory differ in the last bit.
@@ -135,6 +164,9 @@ class Dictionary:
                 coder=config["coder"],
                 rtol=config["rtol"],
                 max_steps=config["max_steps"],
+                nonnegative=config.get("nonnegative", False),  # format 1 had neither
+                groups=tuple(config["groups"]) if config.get("groups") else None,
+                weighting=Weighting(*maps) if maps else None,
                 provenance=config["provenance"],
             )
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

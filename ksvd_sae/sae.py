@@ -1,8 +1,11 @@
 """Dictionaries as SAELens SAEs: the border where W_dec, d_in and d_sae begin.
 
-``W_dec`` is the atoms, ``b_dec`` the centre, and ``encode`` runs the dictionary's own coder: matching
+``W_dec`` is the atoms in raw space, ``b_dec`` the centre, and ``encode`` runs the dictionary's own coder: matching
 pursuit, matching pursuit with refit, OMP, or projection. Everything that takes a SAELens SAE takes
 these: HookedSAETransformer, ActivationsStore, SAEBench.
+
+SAEBench wants decoder rows of unit norm in raw space. A weighted dictionary has unit rows in weighted space; here each
+row is W_dec_j = atom_j·W⁻¹ / n_j, n_j its norm, and codes are multiplied by n_j: the same reconstruction.
 
 SAELens finds classes by name in a registry that this module's import fills; ``import ksvd_sae`` sees to
 it. A process that has not imported it cannot know the name, so the name on disk says what to do.
@@ -11,7 +14,7 @@ it. A process that has not imported it cannot know the name, so the name on disk
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from sae_lens import register_sae_class
@@ -21,7 +24,7 @@ from typing_extensions import override
 
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
+from ksvd_sae.learning.coding import ANY_CODERS, AnyCoder, Coding
 from ksvd_sae.provenance import write_json
 
 ARCHITECTURE = "db_ksvd"
@@ -33,13 +36,17 @@ ARCHITECTURE_ON_DISK = "db_ksvd (run `import ksvd_sae` first, from the package k
 class DBKSVDSAEConfig(SAEConfig):
     """What SAELens stores beside the weights.
 
-    k, coder, rtol, max_steps: see ``ksvd_sae.learning.sparse_coding``.
+    k, coder, rtol, max_steps, nonnegative, groups: see ``ksvd_sae.learning.coding``.
+    weighting: 'none', or the shape of the map that is applied before coding: 'diagonal' or 'full'.
     """
 
     k: int = 20
-    coder: Coder = "mp"
+    coder: AnyCoder = "mp"
     rtol: float = 0.0
     max_steps: int | None = None
+    nonnegative: bool = False
+    groups: list[int] | None = None
+    weighting: Literal["none", "diagonal", "full"] = "none"
 
     @override
     @classmethod
@@ -48,18 +55,27 @@ class DBKSVDSAEConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.coder not in CODERS:
-            raise ShapeError("DBKSVDSAEConfig: unknown coder", got=self.coder, limit=", ".join(CODERS))
+        if self.coder not in ANY_CODERS:
+            raise ShapeError("DBKSVDSAEConfig: unknown coder", got=self.coder, limit=", ".join(ANY_CODERS))
+        if self.weighting not in ("none", "diagonal", "full"):
+            raise ShapeError("DBKSVDSAEConfig: unknown weighting", got=self.weighting, limit="none, diagonal, full")
+
+    @property
+    def coding(self) -> Coding:
+        groups = None if self.groups is None else tuple(self.groups)
+        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, groups)
 
 
 class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     """A dictionary that codes by pursuit. Codes are signed unless every one happens to be positive.
 
     Parameters: W_dec (d_sae, d_in) unit rows; b_dec (d_in,); W_enc = W_decᵀ, b_enc = 0: kept because SAEBench
-    and SAELens read them, not used by ``encode``.
+    and SAELens read them, not used by ``encode``; weighting (d_in,) or (d_in, d_in) if the config says so: the map
+    that centred activations go through before they are coded.
     """
 
     b_enc: nn.Parameter
+    weighting: nn.Parameter
 
     def __init__(self, cfg: DBKSVDSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
@@ -73,22 +89,17 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
             self.W_dec.data = torch.nn.functional.normalize(self.W_dec.data, dim=1)
             self.W_enc.data = self.W_dec.data.T.contiguous()
         self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
+        if self.cfg.weighting != "none":
+            ones_D = torch.ones(self.cfg.d_in, dtype=self.dtype, device=self.device)
+            self.weighting = nn.Parameter(ones_D if self.cfg.weighting == "diagonal" else torch.diag(ones_D))
 
     @override
     def encode(self, x: Tensor) -> Tensor:
         """(..., d_in) to a dense code (..., d_sae), at most k nonzero. No gradient flows through the choice."""
         sae_in = self.process_sae_in(x)
         atoms_MD, norms_M, gram_MM = self._unit_atoms()
-        flat_BD = sae_in.detach().reshape(-1, self.cfg.d_in).float()
-        code = encode(
-            flat_BD,
-            atoms_MD,
-            self.cfg.k,
-            coder=self.cfg.coder,
-            gram_MM=gram_MM,
-            max_steps=self.cfg.max_steps,
-            rtol=self.cfg.rtol,
-        )
+        flat_BD = self._weighted(sae_in.detach().reshape(-1, self.cfg.d_in).float())
+        code = self.cfg.coding.encode(flat_BD, atoms_MD, gram_MM)
         dense_BM = code.to_dense(self.cfg.d_sae) / norms_M
         acts = dense_BM.to(sae_in.dtype).reshape(*sae_in.shape[:-1], self.cfg.d_sae)
         return self.hook_sae_acts_post(self.hook_sae_acts_pre(acts))
@@ -100,18 +111,26 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         sae_out = self.run_time_activation_norm_fn_out(sae_out)
         return self.reshape_fn_out(sae_out, self.d_head)
 
-    def _unit_atoms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Atoms in float32 scaled to unit norm, the norms, and the Gram matrix; made again when W_dec changes.
+    def _weighted(self, rows_BD: Tensor) -> Tensor:
+        """Centred raw rows to the space that codes are found in."""
+        if self.cfg.weighting == "none":
+            return rows_BD
+        matrix = self.weighting.detach().float()
+        return rows_BD * matrix if matrix.ndim == 1 else rows_BD @ matrix
 
-        In float32 the norms are 1 to rounding; W_dec in bfloat16 is off by up to 1/256. W_dec is compared with the
-        copy that was prepared: SAELens writes through ``.data``, which no version counter sees.
+    def _unit_atoms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted atoms in float32 scaled to unit norm, the norms, and the Gram matrix; made again when W_dec changes.
+
+        Without weighting the norms are 1 to rounding in float32, off by up to 1/256 in bfloat16. W_dec is compared with
+        the copy that was prepared: SAELens writes through ``.data``, which no version counter sees.
         """
         rows_MD = self.W_dec.detach()
         seen_MD = self._prepared_of
         same = seen_MD is not None and seen_MD.device == rows_MD.device and seen_MD.dtype == rows_MD.dtype
         if self._prepared is None or seen_MD is None or not same or not torch.equal(seen_MD, rows_MD):
-            norms_M = torch.linalg.vector_norm(rows_MD.float(), dim=1)
-            atoms_MD = rows_MD.float() / norms_M[:, None]
+            weighted_MD = self._weighted(rows_MD.float())
+            norms_M = torch.linalg.vector_norm(weighted_MD, dim=1)
+            atoms_MD = weighted_MD / norms_M[:, None]
             self._prepared, self._prepared_of = (atoms_MD, norms_M, atoms_MD @ atoms_MD.T), rows_MD.clone()
         return self._prepared
 
@@ -142,6 +161,7 @@ def sae_from_dictionary(
         context_size: tokens a context, for SAELens' ActivationsStore.
         metadata: anything else to keep in ``cfg.metadata`` (JSON values).
     """
+    weighting = dictionary.weighting
     cfg = DBKSVDSAEConfig(
         d_in=dictionary.d_in,
         d_sae=dictionary.n_atoms,
@@ -153,6 +173,9 @@ def sae_from_dictionary(
         coder=dictionary.coder,
         rtol=dictionary.rtol,
         max_steps=dictionary.max_steps,
+        nonnegative=dictionary.nonnegative,
+        groups=None if dictionary.groups is None else list(dictionary.groups),
+        weighting="none" if weighting is None else "diagonal" if weighting.is_diagonal else "full",
         metadata=SAEMetadata(
             model_name=model_name,
             hook_name=hook_name,
@@ -163,8 +186,12 @@ def sae_from_dictionary(
     )
     sae = DBKSVDSAE(cfg)
     with torch.no_grad():
-        sae.W_dec.copy_(dictionary.atoms_MD)
-        sae.W_enc.copy_(dictionary.atoms_MD.T)
+        raw_MD = dictionary.raw_atoms()
+        if weighting is not None:
+            raw_MD = torch.nn.functional.normalize(raw_MD, dim=1)
+            sae.weighting.copy_(weighting.matrix)
+        sae.W_dec.copy_(raw_MD)
+        sae.W_enc.copy_(raw_MD.T)
         sae.b_dec.copy_(dictionary.centre_D)
     return sae
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning.coding import AnyCoder
 from ksvd_sae.learning.sparse_coding import CODERS, Coder
+from ksvd_sae.learning.weighting import weighting_by_fisher, weighting_by_std
 from ksvd_sae.sae import (
     ARCHITECTURE,
     ARCHITECTURE_ON_DISK,
@@ -39,7 +41,7 @@ from tests.tiny_saes import (
     tiny_model,
     tiny_topk_sae,
 )
-from tests.tolerances import BFLOAT16, SAE_CODE, SPLICED_LOSS, UNIT_NORM
+from tests.tolerances import BFLOAT16, SAE_CODE, SPLICED_LOSS, UNIT_NORM, WEIGHTED_CODE
 
 coders = pytest.mark.parametrize("coder", CODERS)
 
@@ -67,6 +69,40 @@ def test_codes_and_reconstruction_are_the_dictionarys(coder: Coder) -> None:
     assert torch.equal(dense_BM != 0, code.to_dense(dictionary.n_atoms) != 0)
     assert relative(dense_BM, code.to_dense(dictionary.n_atoms)) < SAE_CODE
     assert relative(sae.decode(dense_BM), dictionary.decode(code)) < SAE_CODE
+
+
+WEIGHTINGS = {
+    "diagonal": weighting_by_std(torch.rand(D_MODEL, generator=generator(11)) + 0.05),
+    "full": weighting_by_fisher(torch.cov(torch.randn(D_MODEL, 3 * D_MODEL, generator=generator(12)))),
+}
+
+
+@pytest.mark.parametrize("coder", ["mp", "mp_refit", "omp", "matryoshka"])
+@pytest.mark.parametrize("kind", WEIGHTINGS)
+def test_weighted_dictionary(kind: str, coder: AnyCoder, tmp_path: Path) -> None:
+    """Unit rows in raw space, codes rescaled to match: the reconstruction is the dictionary's; and back from disk."""
+    plain = tiny_dictionary("mp")
+    half = plain.n_atoms // 2
+    weighted = replace(plain, coder=coder, weighting=WEIGHTINGS[kind], groups=(half, plain.n_atoms - half))
+    sae = sae_from_dictionary(weighted, model_name=MODEL_NAME, hook_name=HOOK)
+    x_BD = samples(50)
+    code, acts_BM = weighted.encode(x_BD), sae.encode(x_BD)
+    assert float((sae.W_dec.detach().norm(dim=1) - 1).abs().max()) <= UNIT_NORM[torch.float32]
+    assert torch.equal(acts_BM != 0, code.to_dense(weighted.n_atoms) != 0)
+    scale_M = weighted.raw_atoms().norm(dim=1)
+    assert relative(acts_BM, code.to_dense(weighted.n_atoms) * scale_M) < WEIGHTED_CODE
+    assert relative(sae.decode(acts_BM), weighted.decode(code)) < WEIGHTED_CODE
+    sae.save_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg == sae.cfg
+    assert torch.equal(loaded.encode(x_BD), acts_BM)
+
+
+def test_non_negative_dictionary() -> None:
+    sae = sae_from_dictionary(replace(tiny_dictionary("omp"), nonnegative=True), model_name=MODEL_NAME, hook_name=HOOK)
+    acts_BM = sae.encode(samples(50))
+    assert float(acts_BM.min()) == 0
+    assert float(acts_BM.max()) > 0
 
 
 def test_coders_differ() -> None:
