@@ -8,7 +8,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,24 +16,21 @@ from typing import Any
 
 import torch
 
+from ksvd_sae.activations.gradients import GradientMoments, gradients_key, open_gradients
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, PCAConfig, RandomConfig, RunConfig, TopKSAEConfig
+from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, RunConfig, SAEConfig
 from ksvd_sae.device import resolve_device
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ConfigError, ManifestError
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.learning.pca import principal_components
-from ksvd_sae.learning.sparse_coding import mp_backend
 from ksvd_sae.offline import bbc_news
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
-from ksvd_sae.progress import progress
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
+from ksvd_sae.trainers import TRAIN_LOG, TrainingSetting, train_dictionary
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
 EVALUATE_STAGE = "evaluate"
-TRAIN_LOG = "train_log.jsonl"
 # What changes how a dictionary is coded but not how it is learned.
 _CODING_ONLY = {"coder"}
 
@@ -104,7 +101,7 @@ class Run:
         return harvest_folder(self.cache, self._harvest_key)
 
     def harvest(self) -> ActivationShards:
-        """Activations of the run, collected or reused."""
+        """Activations of the run, and gradient moments if asked for, collected or reused."""
         from ksvd_sae.activations.language import ActivationReader, load_model
         from ksvd_sae.activations.text import documents
 
@@ -120,12 +117,20 @@ class Run:
         """The finished harvest; ManifestError if there is none."""
         return ActivationShards.open(self.harvest_folder, part, self._harvest_key)
 
+    def gradient_moments(self) -> GradientMoments:
+        """The finished moments of the loss's gradient; ManifestError if none were collected."""
+        return open_gradients(self.harvest_folder, self._gradients_key)
+
+    @property
+    def _gradients_key(self) -> dict[str, Any]:
+        return gradients_key(content_hash(self._harvest_key), self.config.harvest)
+
     # ------------------------------------------------------------ train
 
     def train(self) -> list[TrainedDictionary]:
         """Every dictionary of the config, learned or reused, in the config's order."""
         shards = self.shards()
-        return [self._train_one(name, config, shards) for name, config in self.config.dictionaries.items()]
+        return [self.train_one(name, config, shards) for name, config in self.config.dictionaries.items()]
 
     def trained(self) -> list[TrainedDictionary]:
         """Every dictionary of the config; ManifestError if one has not been trained."""
@@ -138,12 +143,19 @@ class Run:
     def _training(self, config: DictionaryConfig) -> tuple[Path, dict[str, Any]]:
         key = {
             "harvest": content_hash(self._harvest_key),
-            "dictionary": config.model_dump(mode="json", exclude=_CODING_ONLY),
-            "seed": self.config.seed,
+            "dictionary": config.model_dump(mode="json", exclude=_CODING_ONLY | {"seed"}),
+            "seed": self._seed(config),
         }
+        if isinstance(config, DBKSVDConfig | SAEConfig) and config.weighting.kind.startswith("fisher"):
+            key["gradients"] = content_hash(self._gradients_key)
         return self.cache / "dictionaries" / f"{config.kind}-{content_hash(key)}", key
 
-    def _train_one(self, name: str, config: DictionaryConfig, shards: ActivationShards) -> TrainedDictionary:
+    def _seed(self, config: DictionaryConfig) -> int:
+        own: int | None = getattr(config, "seed", None)
+        return self.config.seed if own is None else own
+
+    def train_one(self, name: str, config: DictionaryConfig, shards: ActivationShards) -> TrainedDictionary:
+        """One dictionary, learned or reused; it need not be in the config."""
         folder, key = self._training(config)
         if is_finished(folder, TRAIN_STAGE, key):
             logger.info("train %s: reusing %s", name, folder)
@@ -151,99 +163,38 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             started = time.perf_counter()
-            facts = _TRAINERS[type(config)](self, config, shards, folder)
+            facts = train_dictionary(config, shards, folder, self.setting(config))
             facts.setdefault("seconds", round(time.perf_counter() - started, 1))
             write_manifest(folder, TRAIN_STAGE, key, name=name, device=str(self.device), **facts)
             logger.info("train %s: %.1f s, %s", name, facts["seconds"], folder)
         return TrainedDictionary(name, config, folder, read_manifest(folder, TRAIN_STAGE, key))
 
-    def _train_db_ksvd(self, config: DBKSVDConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
-        with progress("train db_ksvd", config.passes * shards.n_samples, "samples") as advance:
-            seen = 0
-
-            def on_batch(entry: Any) -> None:
-                nonlocal seen
-                advance(entry.samples_seen - seen, f"FVU {entry.fvu:.4f} L0 {entry.l0:.1f} dead {entry.dead}")
-                seen = entry.samples_seen
-
-            ksvd = DoubleBatchKSVD(
-                config.n_atoms,
-                config.k,
-                passes=config.passes,
-                batch_samples=config.batch_samples,
-                update=config.update,
-                atom_batch=config.atom_batch,
-                init=config.init,
-                centre=config.centre,
-                rtol=config.rtol,
-                max_steps=config.max_steps_factor * config.k,
-                seed=self.config.seed,
-                device=str(self.device),
-                log_path=folder / TRAIN_LOG,
-                on_batch=on_batch,
-            ).fit(shards)
-        self._save(Dictionary.from_estimator(ksvd), folder)
-        return {
-            "samples_seen": ksvd.samples_seen,
-            "dead_at_end": ksvd.log[-1].dead,
-            "redrawn": sum(entry.redrawn for entry in ksvd.log),
-            "backend": mp_backend(self.device),
-        }
-
-    def _train_topk_sae(self, config: TopKSAEConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
-        from ksvd_sae.evaluation.baselines import train_topk_sae
-
-        return train_topk_sae(
-            config,
-            shards,
-            folder,
-            model_name=self.config.model.name,
-            hook_name=self.config.model.hook,
-            context_size=self.config.harvest.context_tokens,
-            seed=self.config.seed,
-            device=self.device,
-        )
-
-    def _train_pca(self, config: PCAConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
-        centre_D = shards.centre_D
-        atoms_MD = principal_components(shards.batches(16_384), config.k, centre_D)
-        self._save(Dictionary(atoms_MD, centre_D.float(), config.k, "projection"), folder)
-        return {"samples_seen": shards.n_samples}
-
-    def _draw_random(self, config: RandomConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(self.config.seed)
-        atoms_MD = torch.randn(config.n_atoms, shards.d_in, generator=generator)
-        atoms_MD = torch.nn.functional.normalize(atoms_MD, dim=1)
-        self._save(Dictionary(atoms_MD, shards.centre_D.float(), config.k, config.coder), folder)
-        return {"samples_seen": 0}
-
-    def _save(self, dictionary: Dictionary, folder: Path) -> None:
+    def setting(self, config: DictionaryConfig | None = None) -> TrainingSetting:
+        """What a training gets besides its config (None: one without a seed of its own) and the activations."""
         model = self.config.model
-        provenance = {"model": model.name, "hook": model.hook, "harvest": content_hash(self._harvest_key)}
-        dictionary = replace(dictionary, provenance=provenance)
-        dictionary.save(folder)
-        self._wrap(dictionary).save_model(folder / "sae")
-
-    def _wrap(self, dictionary: Dictionary) -> Any:
-        from ksvd_sae.sae import sae_from_dictionary
-
-        return sae_from_dictionary(
-            dictionary,
-            model_name=self.config.model.name,
-            hook_name=self.config.model.hook,
-            context_size=self.config.harvest.context_tokens,
-            device=str(self.device),
+        return TrainingSetting(
+            model_name=model.name,
+            hook=model.hook,
+            context_tokens=self.config.harvest.context_tokens,
+            seed=self.config.seed if config is None else self._seed(config),
+            device=self.device,
+            harvest_hash=content_hash(self._harvest_key),
+            gradient_moments=self.gradient_moments,
         )
+
+    def wrap(self, dictionary: Dictionary) -> Any:
+        """The dictionary as a SAELens SAE of this run's model and hook."""
+        return self.setting().wrap(dictionary)
 
     def load_sae(self, trained: TrainedDictionary) -> Any:
         """The trained dictionary as a SAELens SAE with the coder that the config asks for."""
-        if isinstance(trained.config, TopKSAEConfig):
+        if isinstance(trained.config, SAEConfig):
             from ksvd_sae.evaluation.baselines import load_sae
 
             return load_sae(trained.folder, self.device)
         dictionary = Dictionary.load(trained.folder)
         coder = getattr(trained.config, "coder", dictionary.coder)
-        sae = self._wrap(replace(dictionary, coder=coder))
+        sae = self.wrap(replace(dictionary, coder=coder))
         # Evals give activations with the heads flattened.
         sae.turn_off_forward_pass_hook_z_reshaping()
         return sae
@@ -310,7 +261,7 @@ class Run:
 
     def _facts(self, trained: TrainedDictionary, heldout: dict[str, float | None]) -> dict[str, Any]:
         config = trained.config
-        signed = not isinstance(config, TopKSAEConfig)
+        signed = not (isinstance(config, SAEConfig) or getattr(config, "nonnegative", False))
         return {
             "view": "signed" if signed else "non-negative",
             "d_sae": getattr(config, "n_atoms", config.k),
@@ -370,11 +321,3 @@ class Run:
         text = self.config.text
         source = text.source if text.source == "bbc-news" else Path(str(text.dataset)).name
         return f"{source}-heldout"
-
-
-_TRAINERS: dict[type, Callable[..., dict[str, Any]]] = {
-    DBKSVDConfig: Run._train_db_ksvd,
-    TopKSAEConfig: Run._train_topk_sae,
-    PCAConfig: Run._train_pca,
-    RandomConfig: Run._draw_random,
-}

@@ -26,9 +26,9 @@ LAYERS = (
     ("sae",),
     ("evaluation",),
     ("reporting",),
-    ("hub",),
+    ("hub", "trainers"),
     ("pipeline",),
-    ("bench", "doctor"),
+    ("bench", "doctor", "studies"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -39,11 +39,15 @@ FORBIDDEN_IN = {"learning": ("activations", "config", "offline")}
 ONLY_IN_LEARNING = frozenset({"torch", "numpy", "safetensors", "numba", "triton"})
 # Where a library may be imported: prefixes of paths inside the package.
 PLACES = {
-    "sae_lens": ("sae.py", "evaluation/"),
+    "sae_lens": ("sae.py", "evaluation/", "bench/peers/"),
     "sae_bench": ("evaluation/",),
     "transformers": ("activations/", "evaluation/", "offline/"),
     "transformer_lens": ("activations/", "evaluation/", "offline/"),
     "triton": ("learning/kernels/",),
+    # Peers are measured against, never used; SPAMS is under the GPL.
+    "spams": ("bench/peers/",),
+    "dictlearn": ("bench/peers/",),
+    "orthogonal_matching_pursuit_gpu": ("bench/peers/",),
 }
 NOWHERE = frozenset({"pickle", "cPickle", "dill", "cloudpickle"})
 MAY_PRINT = ("cli.py", "bench/")
@@ -202,6 +206,7 @@ BAD = {
     "transformers": ("def f():\n    import transformers", "hub.py", "transformers belongs in"),
     "transformer_lens": ("from transformer_lens import HookedTransformer", "sae.py", "transformer_lens belongs in"),
     "triton": ("import triton.language as tl", "learning/sparse_coding.py", "triton belongs in learning/kernels/"),
+    "a peer": ("def f():\n    import spams", "bench/coding.py", "spams belongs in bench/peers/"),
     "pickle": ("import pickle", "activations/shards.py", "pickle is used nowhere"),
     "pickle by name": ('__import__("pickle")', "cli.py", "pickle is used nowhere"),
     "print": ("def f():\n    print('hello')", "pipeline.py", "2: print"),

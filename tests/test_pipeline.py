@@ -13,14 +13,14 @@ from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from ksvd_sae import pipeline
+from ksvd_sae.activations.gradients import GRADIENTS_FILE, GradientMoments, gradients_folder, gradients_key
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key
-from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.config import DictionaryConfig, RunConfig, parse_config
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import KsvdSaeError, ManifestError
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
 from ksvd_sae.pipeline import Run, TrainedDictionary
-from ksvd_sae.provenance import MANIFEST, content_hash, write_json
+from ksvd_sae.provenance import MANIFEST, content_hash, file_sha256, write_json, write_manifest
 from tests.tiny_saes import one_thread
 from tests.tiny_shards import raw_activations, write_harvest
 from tests.tolerances import UNIT_NORM
@@ -82,16 +82,13 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kinds that are really learned, in order."""
     done: list[str] = []
 
-    def counted(original: Any) -> Any:
-        def train(run: Run, config: DictionaryConfig, shards: ActivationShards, folder: Path) -> dict[str, Any]:
-            done.append(config.kind)
-            facts: dict[str, Any] = original(run, config, shards, folder)
-            return facts
+    original = pipeline.train_dictionary
 
-        return train
+    def train(config: DictionaryConfig, *rest: Any) -> dict[str, Any]:
+        done.append(config.kind)
+        return original(config, *rest)
 
-    for kind, original in list(pipeline._TRAINERS.items()):
-        monkeypatch.setitem(pipeline._TRAINERS, kind, counted(original))
+    monkeypatch.setattr(pipeline, "train_dictionary", train)
     return done
 
 
@@ -274,6 +271,20 @@ def test_harvest_of_another_config_is_refused(place: Path) -> None:
     with pytest.raises(ManifestError, match=r"another config\n  got: seed: found 5, wanted 0"):
         run.train()
     assert not (place / "cache" / "dictionaries").exists()
+
+
+def test_gradient_moments_of_the_run(place: Path) -> None:
+    with pytest.raises(ManifestError, match=r"set harvest\.gradient_tokens"):
+        run_in(place).gradient_moments()
+    run = run_in(place, config_with(harvest={**RAW["harvest"], "gradient_tokens": 100}))
+    assert run.harvest_folder == run_in(place).harvest_folder
+    key = gradients_key(content_hash(harvest_key(config_with(), {})), run.config.harvest)
+    folder = gradients_folder(run.harvest_folder, key)
+    GradientMoments(100, torch.eye(D_IN, dtype=torch.float64)).save(folder / GRADIENTS_FILE)
+    with pytest.raises(ManifestError, match=r"set harvest\.gradient_tokens"):
+        run.gradient_moments()
+    write_manifest(folder, "gradients", key, sha256=file_sha256(folder / GRADIENTS_FILE))
+    assert run.gradient_moments().n_tokens == 100
 
 
 def test_before_training(place: Path) -> None:

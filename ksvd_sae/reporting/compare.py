@@ -111,8 +111,10 @@ def _draw(
     pictures["How often each latent is used, either sign, on held-out tokens."] = plots.density_histogram(
         densities, target / "density.png", colours=colours
     )
-    if logs:
-        curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
+    curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
+    # SAEs have logs too, but no error after the step.
+    curves = {name: lines for name, lines in curves.items() if lines and "fvu_after_update" in lines[0]}
+    if curves:
         pictures["Training of DB-KSVD, batch by batch."] = plots.training_curves(
             curves, target / "training.png", colours=colours
         )
