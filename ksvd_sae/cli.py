@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ from ksvd_sae.config import load_config
 from ksvd_sae.errors import KsvdSaeError
 
 if TYPE_CHECKING:
+    from ksvd_sae.bench.settings import Settings
     from ksvd_sae.pipeline import Run
 
 app = typer.Typer(
@@ -132,6 +134,46 @@ def run(
     _stage(config, overrides, results, verbose, steps)
 
 
+@app.command(epilog="Example: ksvd-sae study eval_configs/study-engine.yaml")
+def study(
+    config: Annotated[Path, typer.Argument(help="the study's YAML")],
+    minutes: Annotated[float | None, typer.Option(help="begin no new training after this time")] = None,
+    results: ResultsOption = Path("results"),
+    verbose: VerboseOption = False,
+) -> None:
+    """Train and measure a grid of dictionaries, row by row; then its table and plot. Goes on where it stopped."""
+    from ksvd_sae.studies.grid import load_study
+    from ksvd_sae.studies.report import write_report
+    from ksvd_sae.studies.run import Study
+
+    _set_up_logging(verbose)
+    grid, runs = load_study(config)
+    found = Study(grid, runs, results)
+    n_rows = found.run(minutes)
+    left = sum(len(codings) for _, codings in found.missing())
+    _out.print(f"{n_rows} new rows, {left} still to measure")
+    _out.print(f"report: {write_report(found)}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: ksvd-sae efficiency eval_configs/data-efficiency.yaml --passes 1 --passes 4")
+def efficiency(
+    config: ConfigArgument,
+    passes: Annotated[list[int], typer.Option(help="over the activations, a SAE training each; may be repeated")],
+    overrides: SetOption = None,
+    results: ResultsOption = Path("results"),
+    verbose: VerboseOption = False,
+) -> None:
+    """Held-out error against samples seen, for every DB-KSVD dictionary and SAE of the config."""
+    from ksvd_sae.studies.efficiency import write_efficiency
+
+    def steps(run: "Run") -> None:
+        run.harvest()
+        plot = write_efficiency(run, passes, run.results, lambda text: _out.print(text, highlight=False))
+        _out.print(f"plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+
+    _stage(config, overrides, results, verbose, steps)
+
+
 @app.command(epilog="Example: ksvd-sae doctor")
 def doctor(verbose: VerboseOption = False) -> None:
     """Versions, device, cache and Hub; whether the installed versions work together and, if not, what mends it."""
@@ -146,6 +188,84 @@ def doctor(verbose: VerboseOption = False) -> None:
     if report.problems:
         raise typer.Exit(1)
     _out.print("The installed versions are a working set.", style="green")
+
+
+class Suite(str, Enum):
+    """What ``bench`` takes as its first word."""
+
+    CODING = "coding"
+    UPDATE = "update"
+    TRAIN = "train"
+    SCALING = "scaling"
+    ALL = "all"
+    TABLE = "table"
+
+
+@app.command(epilog="Example: ksvd-sae bench coding --data planted --peers none")
+def bench(
+    suite: Annotated[Suite, typer.Argument(help="what to measure; table prints what has been measured")],
+    data: Annotated[str, typer.Option(help="activations (of CONFIG's finished harvest) or planted")] = "activations",
+    config: Annotated[Path, typer.Option(metavar="CONFIG.yaml")] = Path("eval_configs/demo.yaml"),
+    samples: Annotated[int | None, typer.Option(help="n; the suite has a default, as for the next three")] = None,
+    atoms: Annotated[int | None, typer.Option(help="m")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="most atoms a sample")] = None,
+    dim: Annotated[int | None, typer.Option(help="d of planted samples")] = None,
+    peers: Annotated[str, typer.Option(help="all, none, or names with commas")] = "all",
+    threads: Annotated[int, typer.Option(help="most threads of every implementation")] = 2,
+    device: Annotated[str, typer.Option(help="of ours and of the peers that can")] = "cpu",
+    repeats: Annotated[int | None, typer.Option(help="timed calls of each")] = None,
+    budget_s: Annotated[float, typer.Option(help="calls that would take longer get fewer samples")] = 20.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    small: Annotated[bool, typer.Option("--small", help="tiny planted shapes: a smoke run")] = False,
+    write: Annotated[bool, typer.Option("--write", help="table: put it into results/bench/README.md too")] = False,
+    results: Annotated[Path, typer.Option("--results", help="folder that gets bench/<suite>.jsonl")] = Path("results"),
+    verbose: VerboseOption = False,
+) -> None:
+    """Speed, memory and the error reached, ours beside peers (pip install 'ksvd-sae\\[bench]'); appends rows."""
+    _set_up_logging(verbose)
+    with _errors_as_messages(verbose):
+        if suite is Suite.TABLE:
+            _bench_table(results / "bench", write)
+            return
+        from ksvd_sae.bench.settings import ALL, Settings
+        from ksvd_sae.device import resolve_device
+
+        settings = Settings(
+            data="planted" if small else data,
+            samples=samples,
+            atoms=atoms,
+            k=k,
+            dim=dim,
+            threads=threads,
+            device=resolve_device(device),
+            repeats=repeats,
+            budget_s=budget_s,
+            peers=peers,
+            seed=seed,
+            config=config,
+            small=small,
+        )
+        _bench_run(ALL if suite is Suite.ALL else (suite.value,), settings, results / "bench")
+
+
+def _bench_run(names: tuple[str, ...], settings: "Settings", folder: Path) -> None:
+    from ksvd_sae.bench import suites
+
+    rows, failures = suites.run(names, settings, folder)
+    _out.print(f"{len(rows)} rows in {folder}; `ksvd-sae bench table` shows them", highlight=False, soft_wrap=True)
+    for failure in failures:
+        _err.print(f"FAILED: {failure}", style="bold red", highlight=False, markup=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _bench_table(folder: Path, write: bool) -> None:
+    from ksvd_sae.bench import tables
+
+    text = tables.render(folder)
+    _out.print(text, highlight=False, markup=False, soft_wrap=True)
+    if write:
+        _out.print(f"written: {tables.write(folder, text)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_comparison(run: "Run") -> None:

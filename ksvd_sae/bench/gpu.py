@@ -1,54 +1,56 @@
 """The GPU to-do list: everything that wants a GPU and has not been measured on one, in one script.
 
-``python -m ksvd_sae.bench gpu`` needs torch and numpy alone, makes its own data (planted dictionaries of the paper's
-shapes), first checks that coders and update give on the GPU what they give on the CPU, then times them, appends rows to
-results/bench/gpu.jsonl and prints a table. Not measured yet: every row below.
+``python -m ksvd_sae.bench gpu`` needs torch, triton and numpy alone, makes its own data (planted dictionaries of the
+paper's shapes), first checks that coders and update give on the GPU what they give on the CPU, then times them, appends
+rows to results/bench/gpu.jsonl and prints a table. Suites: ``coding`` (each coder and precision, and the torch backend
+beside Triton's), ``update``, ``batch`` (coding and update of one batch, as training does it) and ``train`` (all of the
+paper's 2.6 million samples × 3 passes, data on the device). Not measured yet: every row.
+
+Floors: products at the device's rate for their precision, one Gram row read a step, three gathers of K·D floats a
+sample for the update, at the copy rate. The rates are an H200's: on another device the share is of an H200's floor.
 """
 
-import json
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ksvd_sae.bench.problems import Shape, planted
+from ksvd_sae.bench.rows import OURS, Who, append, row
 from ksvd_sae.device import resolve_device
 from ksvd_sae.learning.atom_update import update_atoms_sums
+from ksvd_sae.learning.backends import Precision, coder_backend
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, mp_backend, orthogonal_matching_pursuit
-from ksvd_sae.provenance import commit, versions
+from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
 
-# H200: device-to-device copy as measured on one; float32 products without TF32 as the data sheet has it.
+# H200: copy and bfloat16 as measured on one; float32 (no tensor cores) and TF32 as the data sheet has them, TF32 at the
+# share of its peak that bfloat16 reached.
 _COPY_BYTES_PER_S = 4.3e12
-_FP32_FLOP_PER_S = 67e12
-_REPEATS = 7
-
-
-@dataclass(frozen=True)
-class Shape:
-    case: str
-    n: int
-    d: int
-    m: int
-    k: int
-
+_FLOP_PER_S = {"float32": 67e12, "tf32": 394e12, "bfloat16": 788e12}
+_WARMUPS, _REPEATS = 2, 7
 
 PAPER = (Shape("gemma-2-2b-4k", 65_536, 2304, 4096, 20), Shape("gemma-2-2b-16k", 65_536, 2304, 16_384, 80))
 SMALL = (Shape("small", 512, 48, 96, 5),)
+# 40 batches of 65,536: the paper's 2,621,440 samples.
+_BATCHES, _SMALL_BATCHES, _PASSES = 40, 3, 3
 
 
-def planted(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Samples made of k atoms each with coefficients 1 + U(0, 1) and noise 0.05 (KSVD.jl's synthetic problem)."""
-    generator = torch.Generator().manual_seed(seed)
-    atoms_MD = torch.nn.functional.normalize(torch.randn(shape.m, shape.d, generator=generator), dim=1)
-    support_BK = torch.rand(shape.n, shape.m, generator=generator).topk(shape.k, dim=1).indices.int()
-    values_BK = 1 + torch.rand(shape.n, shape.k, generator=generator)
-    noise_BD = 0.05 * torch.randn(shape.n, shape.d, generator=generator)
-    return Code(values_BK, support_BK).reconstruct(atoms_MD) + noise_BD, atoms_MD
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: the row's suite, method and precision, what runs it, the error it reaches, its floor."""
+
+    suite: str
+    config: str
+    dtype: str
+    backend: str
+    work: Callable[[], Any]
+    fvu: float
+    floor_s: float
 
 
 def check(device: torch.device) -> list[str]:
@@ -78,7 +80,7 @@ def check(device: torch.device) -> list[str]:
 def timed(device: torch.device, work: Callable[[], Any]) -> tuple[list[float], float]:
     """Seconds of each of the repeats after two warm-ups, and the peak memory in MiB."""
     cuda = device.type == "cuda"
-    for _ in range(2):
+    for _ in range(_WARMUPS):
         work()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -95,92 +97,120 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[list[float], f
 
 
 def measure(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
-    """Rows for coding and update of one batch."""
-    x_BD, _ = planted(shape)
-    x_BD = x_BD.to(device)
+    """Rows for coding, update and both of one batch."""
+    x_BD, _ = planted(shape, device=device)
     atoms_MD = torch.nn.functional.normalize(x_BD[torch.randperm(shape.n)[: shape.m].to(device)], dim=1)
+    rows = []
+    for case in _cases(shape, device, x_BD, atoms_MD):
+        seconds, peak_mib = timed(device, case.work)
+        rows.append(_row(shape, device, case, seconds, peak_mib))
+    return rows
+
+
+def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -> Iterator[Case]:
+    variance = float((x_BD - x_BD.mean(dim=0)).double().square().sum())
+
+    def fvu(code: Code) -> float:
+        return float((x_BD - code.reconstruct(atoms_MD)).double().square().sum()) / variance
+
+    def products_s(precision: str) -> float:
+        return 2 * shape.n * shape.m * shape.d / _FLOP_PER_S[precision]
+
+    gram_row_s = 4 * shape.n * shape.m / _COPY_BYTES_PER_S
+    backend = coder_backend(device, n_atoms=shape.m, k=shape.k)
+    precisions: list[Precision] = ["float32", "tf32", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+    for precision in precisions:
+        pursue = partial(matching_pursuit, x_BD, atoms_MD, shape.k, precision=precision)
+        # The kernel reads a bfloat16 Gram matrix in that precision.
+        steps_s = shape.k * gram_row_s / (2 if precision == "bfloat16" else 1)
+        yield Case("coding", "mp", precision, backend, pursue, fvu(pursue()), products_s(precision) + steps_s)
+    plain = partial(matching_pursuit, x_BD, atoms_MD, shape.k, backend="torch")
+    floor_s = products_s("float32") + shape.k * gram_row_s
+    yield Case("coding", "mp", "float32", "torch", plain, fvu(plain()), floor_s)
+    refit = partial(matching_pursuit, x_BD, atoms_MD, shape.k, refit=True)
+    yield Case("coding", "mp_refit", "float32", backend, refit, fvu(refit()), floor_s)
+    orthogonal = partial(orthogonal_matching_pursuit, x_BD, atoms_MD, shape.k)
+    omp_s = products_s("float32") + shape.k * (shape.k + 1) / 2 * gram_row_s
+    omp_backend = coder_backend(device, n_atoms=shape.m, k=shape.k, method="omp")
+    yield Case("coding", "omp", "float32", omp_backend, orthogonal, fvu(orthogonal()), omp_s)
     code = matching_pursuit(x_BD, atoms_MD, shape.k)
-    variance = float((x_BD - x_BD.mean(dim=0)).double().pow(2).sum())
-    fvu = float((x_BD - code.reconstruct(atoms_MD)).double().pow(2).sum()) / variance
-    update = update_atoms_sums(x_BD, code, atoms_MD)
-    products_s = 2 * shape.n * shape.m * shape.d / _FP32_FLOP_PER_S
-    gram_rows_s = 4 * shape.n * shape.m * shape.k / _COPY_BYTES_PER_S
+    updated = update_atoms_sums(x_BD, code, atoms_MD)
     update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
-    cases: list[tuple[str, Callable[[], Any], float, float]] = [
-        ("coding", lambda: matching_pursuit(x_BD, atoms_MD, shape.k), fvu, products_s + gram_rows_s),
-        ("update", lambda: update_atoms_sums(x_BD, code, atoms_MD), update.error_after / variance, update_s),
-    ]
-    return [_row(suite, shape, device, work, found, floor) for suite, work, found, floor in cases]
+    update = partial(update_atoms_sums, x_BD, code, atoms_MD)
+    yield Case("update", "sums", "float32", "torch", update, updated.error_after / variance, update_s)
+    ksvd = DoubleBatchKSVD(shape.m, shape.k, device=str(device)).partial_fit(x_BD)
+    both = partial(ksvd.partial_fit, x_BD)
+    yield Case("batch", "db-ksvd", "float32", backend, both, ksvd.log[-1].fvu, floor_s + update_s)
 
 
-def measure_training(shape: Shape, device: torch.device, batches: int) -> dict[str, Any]:
-    """A row for DoubleBatchKSVD over ``batches`` batches of data that lie on the device."""
-    x_BD, _ = planted(shape)
-    x_BD = x_BD.to(device)
-    ksvd = DoubleBatchKSVD(shape.m, shape.k, device=str(device))
-    seconds = []
-    for _ in range(batches):
-        started = time.perf_counter()
-        ksvd.partial_fit(x_BD)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+def measure_training(shape: Shape, device: torch.device, n_batches: int) -> dict[str, Any]:
+    """A row for a whole training on data that lie on the device: n is all samples, median_s the one training's time."""
+    _, atoms_MD = planted(Shape("", 1, shape.d, shape.m, shape.k), device=device)
+    batches = [planted(shape, 1 + i, device, atoms_MD)[0] for i in range(n_batches)]
+    backend = coder_backend(device, n_atoms=shape.m, k=shape.k)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    ksvd = DoubleBatchKSVD(shape.m, shape.k, passes=_PASSES, device=str(device))
+    started = time.perf_counter()
+    ksvd.fit(lambda: iter(batches))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan")
-    return _fields("train", shape, device, seconds, ksvd.log[-1].fvu, peak, float("nan"))
+    steps = _PASSES * n_batches
+    gram_s = 4 * shape.n * shape.m * shape.k / _COPY_BYTES_PER_S
+    update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
+    floor_s = steps * (2 * shape.n * shape.m * shape.d / _FLOP_PER_S["float32"] + gram_s + update_s)
+    case = Case("train", "db-ksvd", "float32", backend, lambda: None, ksvd.log[-1].fvu, floor_s)
+    whole = Shape(shape.case, n_batches * shape.n, shape.d, shape.m, shape.k)
+    return _row(whole, device, case, [seconds], peak)
 
 
-def _row(
-    suite: str, shape: Shape, device: torch.device, work: Callable[[], Any], fvu: float, floor_s: float
-) -> dict[str, Any]:
-    seconds, peak_mib = timed(device, work)
-    return _fields(suite, shape, device, seconds, fvu, peak_mib, floor_s)
+def _row(shape: Shape, device: torch.device, case: Case, seconds: list[float], peak_mib: float) -> dict[str, Any]:
+    return row(
+        case.suite,
+        shape.case,
+        Who(OURS, case.config, case.backend, dtype=case.dtype, device=device),
+        n=shape.n,
+        d=shape.d,
+        m=shape.m,
+        k=shape.k,
+        seconds=seconds,
+        warmups=0 if case.suite == "train" else _WARMUPS,
+        seed=0,
+        fvu=case.fvu,
+        peak_mib=peak_mib,
+        floor_s=case.floor_s,
+    )
 
 
-def _fields(
-    suite: str, shape: Shape, device: torch.device, seconds: list[float], fvu: float, peak_mib: float, floor_s: float
-) -> dict[str, Any]:
-    ordered = sorted(seconds)
-    row = {
-        "suite": suite,
-        "case": shape.case,
-        "impl": "ksvd_sae",
-        "backend": mp_backend(device),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "n": shape.n,
-        "d": shape.d,
-        "m": shape.m,
-        "k": shape.k,
-        "dtype": "float32",
-        "median_s": statistics.median(ordered),
-        "q20_s": ordered[len(ordered) // 5],
-        "q80_s": ordered[(4 * len(ordered)) // 5],
-        "fvu": fvu,
-        "peak_mib": peak_mib,
-        "floor_s": floor_s,
-        "commit": commit(),
-        "versions": versions(),
-    }
-    # NaN is no JSON: what does not apply is null.
-    return {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
+def _show(rows: list[dict[str, Any]]) -> None:
+    for fields in rows:
+        names = [fields[name] for name in ("suite", "case", "config", "dtype", "backend")]
+        who = "{:<8} {:<16} {:<9} {:<9} {:<8}".format(*names)
+        of_floor = fields["floor_s"] / fields["median_s"]
+        peak = "" if fields["peak_mib"] is None else f"{fields['peak_mib']:.0f}"
+        print(f"{who} {1e3 * fields['median_s']:>10.2f} {of_floor:>9.0%} {fields['fvu']:>8.4f} {peak:>8}", flush=True)
 
 
 def main(device_name: str, *, small: bool, output: Path) -> None:
     """Check, measure, append the rows, print the table. Exits non-zero if a check fails."""
     device = resolve_device(device_name)
     problems = check(device)
-    rows = []
+    if problems and not small:
+        # Wrong results need no timing; and a device's time is short.
+        raise SystemExit("checks: " + "; ".join(problems))
+    heads = ("suite", "case", "config", "dtype", "backend", "ms", "of floor", "FVU", "MiB")
+    print("{:<8} {:<16} {:<9} {:<9} {:<8} {:>10} {:>9} {:>8} {:>8}".format(*heads))
     for shape in SMALL if small else PAPER:
-        rows += [*measure(shape, device), measure_training(shape, device, batches=5)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    print(f"{'suite':<8} {'case':<16} {'median ms':>10} {'floor ms':>9} {'of floor':>9} {'FVU':>7} {'peak MiB':>9}")
-    for row in rows:
-        median_s, floor_s = row["median_s"], row["floor_s"] or float("nan")
-        peak_mib = float("nan") if row["peak_mib"] is None else row["peak_mib"]
-        times = f"{1e3 * median_s:>10.2f} {1e3 * floor_s:>9.2f} {floor_s / median_s:>9.0%}"
-        print(f"{row['suite']:<8} {row['case']:<16} {times} {row['fvu']:>7.4f} {peak_mib:>9.0f}")
+        rows = measure(shape, device)
+        append(output, rows)
+        _show(rows)
+    for shape in SMALL if small else PAPER:
+        rows = [measure_training(shape, device, _SMALL_BATCHES if small else _BATCHES)]
+        append(output, rows)
+        _show(rows)
     print("checks:", "passed" if not problems else "; ".join(problems))
     if problems:
         raise SystemExit(1)

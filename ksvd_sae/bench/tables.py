@@ -1,0 +1,275 @@
+"""``ksvd-sae bench table``: Markdown from the rows in results/bench/*.jsonl.
+
+Of rows that differ only in when they were measured, or at which commit, the last counts.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ksvd_sae.bench import rows as row_files
+from ksvd_sae.bench.rows import OURS
+from ksvd_sae.bench.scaling import slope
+from ksvd_sae.bench.settings import ALL
+from ksvd_sae.errors import ManifestError
+from ksvd_sae.provenance import atomic_path
+
+Row = dict[str, Any]
+README = "README.md"
+# A case: what is compared with each other.
+_CASE = ("suite", "case", "case_n", "d", "m", "k", "data", "cpu", "threads")
+_CONTENDER = ("impl", "config", "backend", "dtype", "device")
+_ORDER = (*ALL, "gpu")
+INTRO = """# Benchmarks
+
+Written by `ksvd-sae bench table --write` from the rows in this folder (`*.jsonl`, one object a measurement; their
+fields are explained in `ksvd_sae/bench/rows.py`). Measured by `ksvd-sae bench all`.
+
+**seconds**: median of the repeats, with the 20 and 80 % quantiles; the implementations take turns. **samples timed**:
+fewer than the case's where an implementation is too slow for all of them; its seconds are then scaled up. **FVU**:
+Σ‖y − ŷ‖² / Σ‖y − ȳ‖², lower is better. **of floor**: the least time that the matrix products and the memory traffic of
+the job take at the rates measured in the same run, over the time taken (`ksvd_sae/bench/ceilings.py`). **peak MiB**:
+memory that a call needs on top of its input (`ksvd_sae/bench/memory.py`)."""
+
+
+def render(folder: Path) -> str:
+    """All tables as Markdown.
+
+    Raises: ManifestError if the folder holds no rows.
+    """
+    files = {path.stem: path for path in sorted(folder.glob("*.jsonl"))}
+    if not files:
+        raise ManifestError(
+            f"bench table: no rows in {folder}",
+            cause="no benchmark has run there",
+            cure="run `ksvd-sae bench all`, or give the folder above bench/ with --results",
+        )
+    order = [*(name for name in _ORDER if name in files), *(name for name in files if name not in _ORDER)]
+    sections = [INTRO]
+    for name in order:
+        found = latest(row_files.read(files[name]))
+        sections.append(f"## {name}")
+        sections += _SECTIONS.get(name, _plain)(found)
+    return "\n\n".join(sections) + "\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    """Put the tables into the folder's README.md."""
+    with atomic_path(folder / README) as temporary:
+        temporary.write_text(text)
+    return folder / README
+
+
+def latest(found: Iterable[Row]) -> list[Row]:
+    """The last of the rows that measure the same, in the order in which they were first measured."""
+    kept: dict[tuple[Any, ...], Row] = {}
+    for row in found:
+        row = {"case_n": row.get("n"), **row}
+        kept[tuple(row.get(name) for name in (*_CASE, *_CONTENDER))] = row
+    return list(kept.values())
+
+
+def _cases(found: list[Row]) -> list[list[Row]]:
+    def key(row: Row) -> tuple[str, ...]:
+        return tuple(str(row.get(name)) for name in _CASE)
+
+    return [list(group) for _, group in groupby(sorted(found, key=key), key=key)]
+
+
+def _heading(case: list[Row]) -> str:
+    row = case[0]
+    sizes = f"n = {row['case_n']:,}, d = {row['d']:,}, m = {row['m']:,}, k = {row['k']:,}"
+    devices = sorted({r["device"] for r in case} - {"cpu"})
+    where = ", ".join([*devices, f"{row.get('cpu') or 'CPU'} with {row['threads']} threads"])
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in case))
+    dictionary = f"; atoms: {row['dictionary']}" if row.get("dictionary") else ""
+    return f"### {row['case']}: {sizes}\n\nData: {row.get('data')}{dictionary}. On {where}; commit {commits}."
+
+
+def _coding(found: list[Row]) -> list[str]:
+    parts = []
+    for case in _cases(found):
+        commons = {row["n_common"] for row in case}
+        on = (
+            f"FVU on the same {min(commons):,} samples for all"
+            if len(commons) == 1
+            else "FVU on the samples each coded"
+        )
+        fvu = "fvu_common" if len(commons) == 1 else "fvu"
+        parts += [f"{_heading(case)} {on}.", _speed_table(case, "coder", fvu), *_notes(case)]
+    return parts
+
+
+def _update(found: list[Row]) -> list[str]:
+    parts = []
+    for case in _cases(found):
+        before = case[0]["fvu_before"]
+        parts += [
+            f"{_heading(case)} FVU before the update: {before:.4f}.",
+            _speed_table(case, "update", "fvu"),
+            *_notes(case),
+        ]
+    return parts
+
+
+def _speed_table(case: list[Row], method: str, fvu: str) -> str:
+    head = ["implementation", method, "backend", "dtype", "samples/s ↑", "seconds ↓", "20–80 %", "FVU ↓"]
+    head += ["of floor", "peak MiB ↓", "samples timed"]
+    body = []
+    for row in sorted(case, key=lambda row: -row["samples_per_s"]):
+        scale = row["case_n"] / row["n"]
+        body.append(
+            [
+                *_names(row),
+                f"{row['samples_per_s']:,.0f}",
+                _number(scale * row["median_s"]),
+                f"{_number(scale * row['q20_s'])}–{_number(scale * row['q80_s'])}",
+                _fixed(row.get(fvu)),
+                _share(row),
+                _whole(row["peak_mib"]),
+                f"{row['n']:,}",
+            ]
+        )
+    return markdown(head, body, text=4)
+
+
+def _train(found: list[Row]) -> list[str]:
+    head = ["implementation", "method", "backend", "dtype", "passes", "seconds ↓", "held-out FVU ↓"]
+    head += ["ours has it after", "speed-up", "peak MiB ↓"]
+    parts = []
+    for case in _cases(found):
+        body = []
+        for row in sorted(case, key=lambda row: row["fvu"]):
+            ours_s = row.get("ours_s")
+            reached = "never" if ours_s is None else f"{_number(ours_s)} s"
+            faster = "" if ours_s is None else f"{_number(row['median_s'] / ours_s)} ×"
+            versus = ["", ""] if row["impl"] == OURS else [reached, faster]
+            times = [f"{row['passes']}", _number(row["median_s"]), _fixed(row["fvu"])]
+            body.append([*_names(row), *times, *versus, _whole(row["peak_mib"])])
+        heldout = f"FVU of {case[0]['n_heldout']:,} held-out samples, all coded by our OMP."
+        parts += [f"{_heading(case)} {heldout}", markdown(head, body, text=4), *_notes(case)]
+    return parts
+
+
+def _scaling(found: list[Row]) -> list[str]:
+    """An exponent for each coder and variable: time ∝ variable^exponent, with its 95 % interval."""
+    head = [
+        "coder",
+        "backend",
+        "variable",
+        "from",
+        "to",
+        "seconds",
+        "exponent of time",
+        "R² of a line",
+        "exponent of memory",
+    ]
+    body, memory = [], []
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in found:
+        groups.setdefault((row["config"], row["backend"], row["device"], row["threads"], row["varied"]), []).append(row)
+    for (config, backend, *_, varied), points in groups.items():
+        points = sorted(points, key=lambda row: row[varied])
+        x = [row[varied] for row in points]
+        seconds, peaks = [row["median_s"] for row in points], [row["peak_mib"] for row in points]
+        grows = slope(x, seconds)
+        ends = [f"{x[0]:,}", f"{x[-1]:,}", f"{_number(seconds[0])} → {_number(seconds[-1])}"]
+        r_squared = "n/a" if grows is None else f"{grows.r_squared:.3f}"
+        body.append([config, backend, varied, *ends, _exponent(x, seconds), r_squared, _exponent(x, peaks)])
+        if varied == "n" and all(peak is not None for peak in peaks):
+            rest = [row["peak_mib"] - row["output_mib"] for row in points]
+            memory.append(
+                f"{config}: memory beyond the code itself {rest[0]:,.1f} MiB at n = {x[0]:,}, "
+                f"{rest[-1]:,.1f} MiB at n = {x[-1]:,}."
+            )
+    base = found[0]
+    where = f"Planted samples, one variable varied at a time, on {base['device']} ({base.get('cpu')}), "
+    where += f"{base['threads']} threads; commit {base['commit']}. time ∝ variable^exponent, ± the 95 % interval."
+    return [where, markdown(head, body, text=3), "\n".join(f"- {line}" for line in memory)]
+
+
+def _exponent(x: Sequence[float], y: Sequence[float | None]) -> str:
+    known = [value for value in y if value]
+    fitted = slope(x, known) if len(known) == len(y) else None
+    return "n/a" if fitted is None else f"{fitted.exponent:.2f} ± {fitted.interval:.2f}"
+
+
+def _plain(found: list[Row]) -> list[str]:
+    """Rows that no other section knows: those of the GPU script."""
+    head = [
+        "suite",
+        "case",
+        "device",
+        "backend",
+        "n",
+        "d",
+        "m",
+        "k",
+        "median ms",
+        "of floor",
+        "FVU",
+        "peak MiB",
+        "commit",
+    ]
+    body = []
+    for row in found:
+        sizes = [f"{row[name]:,}" for name in ("n", "d", "m", "k")]
+        names = [str(row[name]) for name in ("suite", "case", "device", "backend")]
+        scores = [
+            _number(1e3 * row["median_s"]),
+            _share(row),
+            _fixed(row["fvu"]),
+            _whole(row["peak_mib"]),
+            row["commit"],
+        ]
+        body.append([*names, *sizes, *scores])
+    return [markdown(head, body, text=4)]
+
+
+def _names(row: Row) -> list[str]:
+    impl = f"**{row['impl']}**" if row["impl"] == OURS else row["impl"]
+    backend = row["backend"] + ("" if row["device"] == "cpu" else f", {row['device']}")
+    return [impl, row["config"], backend, row["dtype"]]
+
+
+def _notes(case: list[Row]) -> list[str]:
+    """What must be known to compare a row, a line each."""
+    notes = dict.fromkeys(f"- {row['impl']}, {row['config']}: {row['note']}." for row in case if row.get("note"))
+    return ["\n".join(notes)] if notes else []
+
+
+def _share(row: Row) -> str:
+    return "n/a" if row.get("floor_s") is None else f"{row['floor_s'] / row['median_s']:.0%}"
+
+
+def _fixed(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}" if value < 100 else f"{value:.3g}"
+
+
+def _whole(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:,.0f}"
+
+
+def _number(value: float) -> str:
+    """Three significant digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def markdown(head: list[str], body: list[list[str]], *, text: int) -> str:
+    """A padded table; the first ``text`` columns are left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    aligned: list[Callable[[str, int], str]] = [str.ljust if i < text else str.rjust for i in range(len(head))]
+    rule = ["-" * width if i < text else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = [
+        [align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)] for row in [head, *body]
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
+_SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
+    "coding": _coding,
+    "update": _update,
+    "train": _train,
+    "scaling": _scaling,
+}
