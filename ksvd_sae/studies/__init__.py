@@ -1,0 +1,1 @@
+"""Many trainings and measurements on a grid, as rows that a stopped study goes on from."""
