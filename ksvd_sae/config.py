@@ -155,7 +155,7 @@ class JumpReLUSAEConfig(SAEConfig):
         "quadratic", description="quadratic aims at L0 = k (Gemma Scope 2); step and tanh know only l0_coefficient"
     )
     l0_coefficient: float = Field(1.0, gt=0)
-    l0_warm_up_fraction: float = Field(0.1, ge=0, le=1, description="of the steps, in which l0_coefficient grows from 0")
+    l0_warm_up_fraction: float = Field(0.1, ge=0, le=1, description="of the steps: l0_coefficient grows from 0")
     initial_threshold: float = Field(0.01, ge=0, description="of activations scaled to variance 1, like bandwidth")
     bandwidth: float = Field(0.05, gt=0)
     threshold_gradient_to_all: bool = Field(

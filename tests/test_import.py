@@ -52,6 +52,7 @@ except AttributeError as error:
     assert "DoubleBatchKSDV" in run(code)
 
 
+REGISTERING = ["ksvd_sae.sae", "ksvd_sae.evaluation.baseline_saes"]
 # A stand-in for sae_lens and a recorder for what the hook imports: the real one takes seconds to import.
 REGISTRATION = """
 import sys
@@ -80,7 +81,7 @@ def fake_sae_lens(tmp_path: Path) -> Path:
 )
 def test_the_architecture_is_registered_once_sae_lens_is_imported(fake_sae_lens: Path, before: str) -> None:
     code = f"{REGISTRATION}\n{before}\nassert calls == []\nimport sae_lens\nsae_lens.SAE\nprint(calls)"
-    assert run(code, fake_sae_lens) == "['ksvd_sae.sae']\n"
+    assert run(code, fake_sae_lens) == f"{REGISTERING}\n"
 
 
 def test_the_architecture_is_registered_if_sae_lens_came_first(fake_sae_lens: Path) -> None:
@@ -88,11 +89,11 @@ def test_the_architecture_is_registered_if_sae_lens_came_first(fake_sae_lens: Pa
 import importlib, sae_lens
 calls = []
 real = importlib.import_module
-importlib.import_module = lambda name: calls.append(name) if name == "ksvd_sae.sae" else real(name)
+importlib.import_module = lambda name: calls.append(name) if name.startswith("ksvd_sae.") else real(name)
 import ksvd_sae
 print(calls)
 """
-    assert run(code, fake_sae_lens) == "['ksvd_sae.sae']\n"
+    assert run(code, fake_sae_lens) == f"{REGISTERING}\n"
 
 
 def test_sae_lens_is_not_needed(tmp_path: Path) -> None:

@@ -93,8 +93,8 @@ BFLOAT16 = 1 / 32
 SPLICED_LOSS = 1e-4
 # Metrics summed in float64 from float32 reconstructions that batches of other sizes round differently.
 HELDOUT_METRIC = 1e-5
-# An SAE folded from weighted space into raw space, weights rounded to float32 (6e-8), the map's condition number 1e2; as
-# a fraction of the distance from the centre.
+# An SAE folded from weighted space into raw space, weights rounded to float32 (6e-8), the map's condition number 1e2;
+# as a fraction of the distance from the centre.
 FOLDED_SAE = 1e-4
 # Sixty steps of training by the same products in another order, as a fraction of the FVU: near ties fall the other way.
 SPARSE_TRAINING = 2e-2

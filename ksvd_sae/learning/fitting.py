@@ -17,7 +17,7 @@ from ksvd_sae.learning.checkpoint import (
     probe,
     save_checkpoint,
 )
-from ksvd_sae.learning.sources import SampleSource, StreamSource, TensorSource, kept_on_device, prefetched
+from ksvd_sae.learning.sources import SampleSource, StreamSource, TensorSource, kept_on_device, prefetched, same_device
 
 if TYPE_CHECKING:
     from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
@@ -137,6 +137,6 @@ class Fit:
         n_batches = -(-self.source.n_samples // largest)
         size = -(-self.source.n_samples // n_batches)
         seed = None if pass_index == 0 else self.ksvd.seed + pass_index
-        if isinstance(self.source, TensorSource) and self.source.samples_ND.device == self.device:
+        if isinstance(self.source, TensorSource) and same_device(self.source.samples_ND.device, self.device):
             return self.source.batches(size, seed=seed)  # nothing to wait for
         return prefetched(self.source.batches(size, seed=seed), self.device)

@@ -7,6 +7,19 @@ themselves, as good as that many rows with that many nonzeros can be: the first 
 
 The paper learns so and codes by plain matching pursuit over the whole dictionary when it evaluates. Both are here:
 coder 'mp' and coder 'matryoshka' of an estimator with ``groups``.
+
+All groups are updated from the residuals of the batch as coded. KSVD.jl lets every group see what the groups before it
+leave after their update, for which it codes them again. Held-out FVU of the dictionary's first rows with their share of
+k = 15, and of all (Gemma-3-270M, layer 9, M = 1,024, 32,768 samples, 4 passes, batches of 4,096):
+
+==========================================  ======  ======  ======
+plain MP over the first 256, 512, 1,024     k = 5   k = 10  k = 15
+==========================================  ======  ======  ======
+no groups                                   0.308   0.215   0.138
+groups of 256, 256, 512, as here            0.241   0.183   0.149
+the same, residuals after the update        0.241   0.183   0.151
+the same, coded again                       0.241   0.183   0.151
+==========================================  ======  ======  ======
 """
 
 from collections.abc import Iterator, Sequence

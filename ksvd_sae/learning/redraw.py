@@ -30,7 +30,7 @@ Redraw = Literal["residual", "data", "random", "none"]
 REDRAWS: tuple[Redraw, ...] = ("residual", "data", "random", "none")
 # An atom is taken for unused once an average one has been used so often since it last was: a batch that holds few uses
 # of each atom says little about the rare ones.
-ENOUGH_IDLE = 10.0
+ENOUGH_IDLE = 20.0
 # Rows of the Gram matrix that the search for pairs holds at a time.
 _PAIR_ROWS = 1024
 # A residual below this share of its sample's norm is rounding: no direction to start an atom from.

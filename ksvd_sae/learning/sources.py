@@ -183,7 +183,7 @@ def kept_on_device(source: SampleSource, device: torch.device, keep: bool | None
     the samples under a seed; otherwise passes after the first are shuffled in another way.
     """
     if isinstance(source, TensorSource):
-        if source.samples_ND.device == device:
+        if same_device(source.samples_ND.device, device):
             return source
         n_bytes = source.samples_ND.numel() * min(source.samples_ND.element_size(), 4)
     else:
@@ -206,6 +206,11 @@ def kept_on_device(source: SampleSource, device: torch.device, keep: bool | None
             limit=source.n_samples,
         )
     return TensorSource(kept_ND, source.centre_D, getattr(source, "order", None))
+
+
+def same_device(one: torch.device, other: torch.device) -> bool:
+    """Whether two names are of one device: 'cuda' is any GPU, as only one is used."""
+    return one.type == other.type and (None in (one.index, other.index) or one.index == other.index)
 
 
 def on_device(batch_BD: Tensor, device: torch.device) -> Tensor:

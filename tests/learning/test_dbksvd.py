@@ -251,7 +251,7 @@ class TestDeadAtoms:
 
     @pytest.mark.parametrize("update", UPDATES)
     def test_counted_and_redrawn_from_the_data(self, update: Update) -> None:
-        x_BD = self.samples(50)
+        x_BD = self.samples(100)
         ksvd = started(estimator(6, 2, update=update, redraw="data"), self.ATOMS).partial_fit(x_BD)
         assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
         cosines = normalize(x_BD, dim=1) @ ksvd.atoms_MD[4:].T
@@ -261,7 +261,7 @@ class TestDeadAtoms:
         assert ksvd.log[1].dead == 0
 
     def test_redrawn_at_random(self) -> None:
-        ksvd = started(estimator(6, 2, redraw="random"), self.ATOMS).partial_fit(self.samples(50))
+        ksvd = started(estimator(6, 2, redraw="random"), self.ATOMS).partial_fit(self.samples(100))
         assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
         assert ksvd.atoms_MD[4:, 4:].abs().min() > 0, "not from the data: those are zero there"
         norms = ksvd.atoms_MD[4:].norm(dim=1)

@@ -144,10 +144,33 @@ class TestInTraining:
 
     def test_an_average_starts_anew_with_a_fresh_atom(self) -> None:
         """What was averaged is another atom: nothing of it may be left."""
-        x_BD = torch.cat([normal(50, 4), torch.zeros(50, 4)], dim=1)
+        x_BD = torch.cat([normal(100, 4), torch.zeros(100, 4)], dim=1)
         ksvd = estimator(6, 2, redraw="data", centre=False)
         ksvd._state = ksvd._started(torch.zeros(8), torch.eye(8)[[0, 1, 2, 3, 6, 7]])
         for _ in range(3):
             ksvd.partial_fit(x_BD)
         assert ksvd.log[0].redrawn == 2
         assert ksvd.atoms_MD[:, 4:].abs().max() == 0
+
+    def test_an_atom_is_redrawn_once_others_have_been_used_often_enough(self) -> None:
+        """Batches of 18 samples with 2 of 6 atoms each: an average one is used 6 times a batch, 24 in four."""
+        x_BD = torch.cat([normal(18, 4), torch.zeros(18, 4)], dim=1)
+        ksvd = estimator(6, 2, centre=False)
+        ksvd._state = ksvd._started(torch.zeros(8), torch.eye(8)[[0, 1, 2, 3, 6, 7]])
+        for _ in range(5):
+            ksvd.partial_fit(x_BD)
+        assert [line.dead for line in ksvd.log[:3]] == [2, 2, 2]
+        assert [line.redrawn for line in ksvd.log] == [0, 0, 0, 2, 0], (
+            "a hair below 20 after three, above it after four"
+        )
+
+    def test_an_atom_that_is_used_now_and_then_stays(self) -> None:
+        """Samples along one atom each; two batches of three lack those of atom 0."""
+        sizes_BD = normal(40, 1).abs() + 1
+        some_BD, all_BD = (sizes_BD * torch.eye(8)[torch.arange(40) % n + 8 - n] for n in (7, 8))
+        ksvd = estimator(8, 1, centre=False)
+        ksvd._state = ksvd._started(torch.zeros(8), torch.eye(8))
+        for batch_BD in [some_BD, some_BD, all_BD] * 4:
+            ksvd.partial_fit(batch_BD)
+        assert [line.dead for line in ksvd.log] == [1, 1, 0] * 4
+        assert sum(line.redrawn for line in ksvd.log) == 0

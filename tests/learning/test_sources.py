@@ -85,11 +85,21 @@ class TestKinds:
             as_source(samples)
 
     @pytest.mark.parametrize(
-        "samples", [[["a", "b"]], np.array([1j]), [[None, 1.0]]], ids=["text", "complex", "object"]
+        ("samples", "words"),
+        [
+            ([["a", "b"]], "not numbers"),
+            (np.array([[1j]]), "Complex data not supported"),
+            ([[{}, 1.0]], "must be a string or a real number"),  # numpy's words
+        ],
+        ids=["text", "complex", "object"],
     )
-    def test_not_numbers(self, samples: Any) -> None:
-        with pytest.raises(ShapeError, match="not numbers"):
+    def test_not_numbers(self, samples: Any, words: str) -> None:
+        with pytest.raises((ShapeError, TypeError), match=words):
             as_source(samples)
+
+    def test_a_missing_number_is_nan(self) -> None:
+        with pytest.raises(ActivationError, match="hold NaN"):
+            as_source([[None, 1.0]])
 
     def test_gradients_stay_out_of_it(self) -> None:
         x_ND = X_ND.clone().requires_grad_()

@@ -112,6 +112,14 @@ def test_all_files_are_there_and_name_no_place_of_this_machine(comparison: Compa
             assert str(comparison.place) not in path.read_text(encoding="utf-8"), path.name
 
 
+def test_logs_of_saes_are_copied_and_not_drawn(comparison: Comparison) -> None:
+    """They have no error after the step."""
+    for path in comparison.logs.values():
+        path.write_text('{"samples_seen": 1024, "fvu": 0.5, "l0": 20.0, "dead": 3}\n')
+    comparison.write()
+    assert comparison.found() == expected(comparison, comparison.names) - {"plots/training.png"}
+
+
 def test_content(comparison: Comparison) -> None:
     comparison.write()
     folder = comparison.folder
