@@ -91,7 +91,7 @@ class DBKSVDConfig(_Learned):
 
     kind: Literal["db_ksvd"] = "db_ksvd"
     passes: int = Field(1, ge=1)
-    batch_samples: int = Field(65_536, ge=1)
+    batch_samples: int | None = Field(None, ge=1, description="null: 4 times n_atoms; the paper: 65536")
     update: Literal["sums", "exact"] = "sums"
     atom_batch: int = Field(128, ge=1, description="atoms updated in parallel by the exact update")
     init: Literal["data", "random"] = "data"
@@ -99,7 +99,8 @@ class DBKSVDConfig(_Learned):
         "residual", description="what replaces unused and repeated atoms; the paper: random"
     )
     duplicate_cosine: float | None = Field(0.99, gt=0, description="atoms this parallel repeat each other; paper: null")
-    centre: bool = True
+    average: bool = Field(True, description="give the running average of the atoms over the batches; paper: false")
+    centre: bool = Field(True, description="subtract the mean; paper: false")
     groups: Literal["paper"] | list[int] | None = Field(
         None, description="Matryoshka groups: 'paper' for 2^8, 2^8, 2^9, …, or sizes that add up to n_atoms"
     )

@@ -26,7 +26,7 @@ from ksvd_sae.errors import ConfigError, ManifestError
 from ksvd_sae.offline import bbc_news
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
-from ksvd_sae.trainers import TRAIN_LOG, TrainingSetting, train_dictionary
+from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, train_dictionary
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
@@ -146,6 +146,8 @@ class Run:
             "dictionary": config.model_dump(mode="json", exclude=_CODING_ONLY | {"seed"}),
             "seed": self._seed(config),
         }
+        if config.kind in ALGORITHM:
+            key["algorithm"] = ALGORITHM[config.kind]
         if isinstance(config, DBKSVDConfig | SAEConfig) and config.weighting.kind.startswith("fisher"):
             key["gradients"] = content_hash(self._gradients_key)
         return self.cache / "dictionaries" / f"{config.kind}-{content_hash(key)}", key

@@ -19,6 +19,8 @@ from ksvd_sae.learning.weighting import Weighting, make_weighting
 from ksvd_sae.progress import progress
 
 TRAIN_LOG = "train_log.jsonl"
+# Goes up when the same config learns another dictionary than before: finished trainings are found by it.
+ALGORITHM = {"db_ksvd": 2}
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def estimator(
         init=config.init,
         redraw=config.redraw,
         duplicate_cosine=config.duplicate_cosine,
+        average=config.average,
         centre=config.centre,
         weighting=setting.weighting(config.weighting, shards),
         groups=paper_groups(config.n_atoms) if config.groups == "paper" else config.groups,

@@ -108,8 +108,8 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         seed: int = 0,
         device: str = "auto",
         keep_on_device: bool | None = None,
-        log_path: Path | None = None,
-        checkpoint_path: Path | None = None,
+        log_path: Path | str | None = None,
+        checkpoint_path: Path | str | None = None,
         checkpoint_every: int | None = None,
         on_batch: Callable[[BatchLog], None] | None = None,
     ):
@@ -277,7 +277,7 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         state.log.append(line)
         logger.debug("%s", line)
         if self.log_path is not None:
-            with self.log_path.open("a") as file:
+            with Path(self.log_path).open("a") as file:
                 file.write(line.json())
         self._state = state
         return state

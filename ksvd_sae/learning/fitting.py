@@ -2,6 +2,8 @@
 
 from collections.abc import Generator
 from contextlib import closing
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +46,7 @@ class Fit:
 
     def __init__(self, ksvd: "DoubleBatchKSVD", source: SampleSource | StreamSource):
         self.ksvd = ksvd
+        self.checkpoint_path = None if ksvd.checkpoint_path is None else Path(ksvd.checkpoint_path)
         self.device = resolve_device(ksvd.device)
         if isinstance(source, StreamSource):
             self._check_stream(source)
@@ -58,8 +61,8 @@ class Fit:
         first_pass = 0 if ksvd._state is None else ksvd._state.pass_index
         for pass_index in range(first_pass, ksvd.passes):
             self._learn_pass(pass_index)
-        if ksvd.checkpoint_path is not None:
-            ksvd.checkpoint_path.unlink(missing_ok=True)
+        if self.checkpoint_path is not None:
+            self.checkpoint_path.unlink(missing_ok=True)
 
     def _check_stream(self, source: StreamSource) -> None:
         if source.one_pass_only and self.ksvd.passes > 1:
@@ -80,19 +83,20 @@ class Fit:
 
     def _begin(self, resume: bool) -> None:
         """The state to train from, and the files as they belong to it."""
-        ksvd, path = self.ksvd, self.ksvd.checkpoint_path
+        ksvd, path = self.ksvd, self.checkpoint_path
         # A stream's centre comes with its first batch.
         ksvd._state = None if isinstance(self.source, StreamSource) else ksvd._started(self.source.centre_D)
         if path is not None and resume and path.exists():
             started = ksvd._state or ksvd._started(torch.zeros(1))
-            ksvd._state = load_checkpoint(path, self._fingerprint(), started)
+            ksvd._state = load_checkpoint(path, self._fingerprint, started)
         elif path is not None:
             path.unlink(missing_ok=True)
         if ksvd.log_path is not None:
-            ksvd.log_path.parent.mkdir(parents=True, exist_ok=True)
+            Path(ksvd.log_path).parent.mkdir(parents=True, exist_ok=True)
             # A run that was stopped may have logged more than its checkpoint knows of.
-            ksvd.log_path.write_text("".join(line.json() for line in ksvd.log))
+            Path(ksvd.log_path).write_text("".join(line.json() for line in ksvd.log))
 
+    @cached_property
     def _fingerprint(self) -> Fingerprint:
         ksvd = self.ksvd
         arguments = {name: value for name, value in ksvd.get_params().items() if name not in NOT_IN_FINGERPRINT}
@@ -126,8 +130,8 @@ class Fit:
             self._save()
 
     def _save(self) -> None:
-        if self.ksvd.checkpoint_path is not None:
-            save_checkpoint(self.ksvd.checkpoint_path, self.ksvd._fitted[0], self._fingerprint())
+        if self.checkpoint_path is not None:
+            save_checkpoint(self.checkpoint_path, self.ksvd._fitted[0], self._fingerprint)
 
     def _batches(self, pass_index: int) -> Generator[Tensor, None, None]:
         if isinstance(self.source, StreamSource):

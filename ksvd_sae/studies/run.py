@@ -22,6 +22,7 @@ from ksvd_sae.evaluation.splice import SpliceEvaluator
 from ksvd_sae.pipeline import Run, TrainedDictionary
 from ksvd_sae.provenance import commit, content_hash
 from ksvd_sae.studies.grid import Cell, CodingVariant, StudyConfig, cells
+from ksvd_sae.trainers import ALGORITHM
 
 logger = logging.getLogger(__name__)
 ROWS = "rows.jsonl"
@@ -108,6 +109,7 @@ class Study:
                 "text": run.text.model_dump(mode="json"),
                 "harvest": run.harvest.model_dump(mode="json"),
                 "dictionary": cell.dictionary.model_dump(mode="json", exclude={"coder"}),
+                "algorithm": ALGORITHM.get(cell.dictionary.kind),
                 "coding": coding,
                 "contexts": [self.config.contexts, self.config.context_tokens],
             }

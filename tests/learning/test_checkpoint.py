@@ -170,6 +170,13 @@ class TestTheFile:
         estimator(tmp_path).fit(X_ND)
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["train.jsonl"]
 
+    def test_paths_may_be_words(self, tmp_path: Path) -> None:
+        paths = {"checkpoint_path": str(tmp_path / "a" / "c"), "log_path": str(tmp_path / "a" / "l")}
+        with pytest.raises(StopError):
+            estimator(tmp_path, on_batch=stop_after(2), **paths).fit(X_ND)
+        resumed = estimator(tmp_path, **paths).fit(X_ND, resume=True)
+        assert len((tmp_path / "a" / "l").read_text().splitlines()) == len(resumed.log) == PASSES * BATCHES
+
     def test_holds_tensors_and_json(self, tmp_path: Path) -> None:
         with pytest.raises(StopError):
             estimator(tmp_path, on_batch=stop_after(2)).fit(X_ND)

@@ -1,5 +1,6 @@
 """DB-KSVD as a whole: what it finds, that it repeats itself, what it logs, what it refuses."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -201,6 +202,13 @@ class TestLog:
         assert ksvd.samples_seen == 2_000
         ksvd.fit(x_ND)
         assert len(path.read_text().splitlines()) == 8, "a new fit starts a new log"
+
+    @pytest.mark.parametrize(("n_atoms", "sizes"), [(20, [1000] * 3), (500, [1500] * 2), (800, [3000])])
+    def test_default_batches(self, n_atoms: int, sizes: list[int]) -> None:
+        """4 samples an atom, at least 1,024, of nearly equal size."""
+        seen: list[int] = [0]
+        estimator(n_atoms, 2, on_batch=lambda line: seen.append(line.samples_seen)).fit(normal(3_000, 8))
+        assert [after - before for before, after in itertools.pairwise(seen)] == sizes
 
     @pytest.mark.parametrize("update", UPDATES)
     def test_values(self, update: Update) -> None:
