@@ -31,7 +31,7 @@ What did not earn its place (same, k = 16, batches of 8,192; the average of the 
 0.1436 ± 0.0004 over three seeds): sums averaged over the batches, so that the step has momentum, 0.1430 (decay 0.5) and
 0.1458 (0.8); steps of 0.7 and 1.4 times the line search's, 0.1453 and 0.1458; full steps without one, 0.1453; three
 updates a coding, 0.1426 for 40 % more time. Coding with a mean of the average and the last atoms (Defazio et al. 2024)
-came out from 1 % better to 3 % worse than the average alone in batches of 2,048 and 4,096, and 5 % better in ones of M.
+came out from 1 % better to 5 % worse than the average alone in batches of 2 M and 4 M, and 5 % better in ones of M.
 """
 
 from dataclasses import dataclass

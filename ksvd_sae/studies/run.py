@@ -169,7 +169,9 @@ class _Bench:
                 cure="hold out more tokens (harvest.heldout_tokens), or ask for fewer contexts",
             )
         limit = self._heldout.manifest["statistics"]["outlier_limit"]
-        return SpliceEvaluator(model, self.run.config.model.hook, torch.stack(tokens), norm_limit=limit)
+        # Every token zeroed, as SAEBench's core does: else loss recovered is of another scale than in its tables.
+        hook = self.run.config.model.hook
+        return SpliceEvaluator(model, hook, torch.stack(tokens), norm_limit=limit, ablation="all")
 
     @cached_property
     def _fisher_DD(self) -> Tensor | None:

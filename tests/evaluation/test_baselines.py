@@ -41,7 +41,7 @@ CONFIGS: dict[str, SAEConfig] = {
     "batchtopk": BatchTopKSAEConfig(**_SIZES),
     "matryoshka": MatryoshkaBatchTopKSAEConfig(groups=[8, 16, 24], **_SIZES),
     # Thresholds move by a learning rate a step: they need the way.
-    "jumprelu": JumpReLUSAEConfig(**{**_SIZES, "passes": 20, "lr": 1e-2}, l0_coefficient=3.0),
+    "jumprelu": JumpReLUSAEConfig(**{**_SIZES, "passes": 20, "lr": 1e-2}),
 }
 
 
