@@ -146,11 +146,11 @@ def check_probe(state: TrainingState, batch_BD: Tensor) -> None:
 
 
 def _differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
-    """Up to four places where two fingerprints differ."""
+    """Up to six places where two fingerprints differ."""
     wanted = json.loads(json.dumps(wanted))  # what was found has been through JSON
     return [
         f"{part}.{name}: found {found.get(part, {}).get(name)!r}, wanted {wanted.get(part, {}).get(name)!r}"
         for part in sorted({*found, *wanted})
         for name in sorted({*found.get(part, {}), *wanted.get(part, {})})
         if found.get(part, {}).get(name) != wanted.get(part, {}).get(name)
-    ][:4]
+    ][:6]

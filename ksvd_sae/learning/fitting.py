@@ -105,7 +105,13 @@ class Fit:
         if isinstance(self.source, StreamSource):
             return {"arguments": arguments, "samples": {"stream": True}}
         source = self.source
-        samples = {"n_samples": source.n_samples, "d_in": source.d_in, "centre": digest(source.centre_D)}
+        samples = {
+            "n_samples": source.n_samples,
+            "d_in": source.d_in,
+            "centre": digest(source.centre_D),
+            # A source without an order of its own is shuffled otherwise once it is kept on the device.
+            "shuffled_here": isinstance(source, TensorSource) and source.shuffled_here,
+        }
         return {"arguments": arguments, "samples": samples}
 
     def _learn_pass(self, pass_index: int) -> None:

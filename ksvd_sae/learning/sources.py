@@ -73,6 +73,7 @@ class TensorSource:
         self.samples_ND = samples_ND
         self.n_samples, self.d_in = samples_ND.shape
         self._centre_D, self._order = centre_D, order or self._permuted
+        self.shuffled_here = order is None
 
     @property
     def centre_D(self) -> Tensor:

@@ -258,6 +258,13 @@ class TestRefused:
         with pytest.raises(ManifestError, match=r"(?s)from another run.*" + words):
             estimator(stopped).fit(samples, resume=True)
 
+    def test_another_order_of_the_same_samples(self, tmp_path: Path) -> None:
+        """Kept on the device, a source that does not tell its order is shuffled in another way."""
+        with pytest.raises(StopError):
+            estimator(tmp_path, on_batch=stop_after(4)).fit(Source())
+        with pytest.raises(ManifestError, match=r"samples\.shuffled_here: found False, wanted True"):
+            estimator(tmp_path, keep_on_device=True).fit(Source(), resume=True)
+
     @pytest.mark.parametrize("stopped_after", [2, 5])
     def test_a_stream_that_does_not_repeat_itself(self, tmp_path: Path, stopped_after: int) -> None:
         with pytest.raises(StopError):
