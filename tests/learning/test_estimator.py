@@ -183,7 +183,8 @@ class TestOddInputWorks:
     def test_duplicate_samples(self, update: str) -> None:
         """Six different samples, 50 times each, for 12 atoms: six atoms are enough and the others stay unit rows."""
         x_ND = normal(6, 8).repeat(50, 1)
-        ksvd = estimator(12, 1, centre=False, update=update, passes=3, batch_samples=100).fit(x_ND)
+        # The average of the atoms still holds a little of what they were at first.
+        ksvd = estimator(12, 1, centre=False, update=update, average=False, passes=3, batch_samples=100).fit(x_ND)
         assert in_order(ksvd, x_ND) < tolerances.PERFECT_FVU
 
     @pytest.mark.parametrize("k", [1, 8])
