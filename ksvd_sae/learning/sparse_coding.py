@@ -129,6 +129,7 @@ def matching_pursuit(
     """
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, "matching_pursuit")
     check_precision(precision, x_BD)
+    _check_limits(rtol, memory_bytes, "matching_pursuit")
     gram_MM = checked_gram(atoms_MD, gram_MM, "matching_pursuit").contiguous()
     steps = 4 * k if max_steps is None else max_steps
     if steps < 1:
@@ -149,6 +150,14 @@ def matching_pursuit(
     if where == "numba" and precision == "float32":
         return _refit_from_left(x_BD, code, atoms_MD, gram_MM, left_BK, nonnegative)
     return refit_code(x_BD, code, atoms_MD, gram_MM, nonnegative=nonnegative)
+
+
+def _check_limits(rtol: float, memory_bytes: int | None, where: str) -> None:
+    # rtol is squared further on: a negative one would stop every sample at once.
+    if not 0 <= rtol < math.inf:
+        raise ShapeError(f"{where}: rtol must be a number of 0 or more", got=rtol, cure="0 codes with all k atoms")
+    if memory_bytes is not None and memory_bytes < 1:
+        raise ShapeError(f"{where}: memory_bytes must be at least 1", got=memory_bytes, cure="None takes the default")
 
 
 def _kernels(backend: str) -> Any:
@@ -209,6 +218,7 @@ def orthogonal_matching_pursuit(
     where_ = "orthogonal_matching_pursuit"
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, where_)
     check_precision(precision, x_BD)
+    _check_limits(rtol, memory_bytes, where_)
     gram_MM = checked_gram(atoms_MD, gram_MM, where_).contiguous()
     code = Code.empty(x_BD, k)
     method: Method = "nonnegative_omp" if nonnegative else "omp"

@@ -569,6 +569,14 @@ class TestBadInput:
         with pytest.raises(KsvdSaeError, match=r"(?s)'lars'.*mp_refit"):
             encode(X, ATOMS, 2, coder="lars")  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("coder", ["mp", "omp"])
+    @pytest.mark.parametrize(
+        "options", [{"rtol": -1.0}, {"rtol": float("nan")}, {"rtol": float("inf")}, {"memory_bytes": -5}], ids=str
+    )
+    def test_limits(self, coder: str, options: dict[str, Any]) -> None:
+        with pytest.raises(ShapeError, match=f"(?s){next(iter(options))} must be.*got.*cure"):
+            run(coder, Problem(X, ATOMS, 2), **options)
+
     def test_no_steps(self) -> None:
         with pytest.raises(ShapeError, match="max_steps"):
             matching_pursuit(X, ATOMS, 2, max_steps=0)
