@@ -107,9 +107,15 @@ class DBKSVDConfig(_Learned):
     nonnegative: bool = False
     rtol: float = Field(0.0, ge=0.0)
     max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
-    coder: Literal["mp", "mp_refit", "omp", "matryoshka"] = Field(
+    coder: Literal["mp", "mp_refit", "omp", "ormp", "matryoshka"] = Field(
         "mp", description="how the dictionary codes when evaluated"
     )
+
+    @model_validator(mode="after")
+    def _signs(self) -> "DBKSVDConfig":
+        if self.nonnegative and self.coder == "ormp":
+            raise ValueError("coder 'ormp' has signs; for nonnegative codes use 'omp'")
+        return self
 
 
 class SAEConfig(_Learned):
@@ -183,7 +189,7 @@ class RandomConfig(_Strict):
     kind: Literal["random"] = "random"
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
-    coder: Literal["mp", "mp_refit", "omp"] = "mp"
+    coder: Literal["mp", "mp_refit", "omp", "ormp"] = "mp"
 
 
 # Names become file names.

@@ -77,7 +77,7 @@ WEIGHTINGS = {
 }
 
 
-@pytest.mark.parametrize("coder", ["mp", "mp_refit", "omp", "matryoshka"])
+@pytest.mark.parametrize("coder", ["mp", "mp_refit", "omp", "ormp", "matryoshka"])
 @pytest.mark.parametrize("kind", WEIGHTINGS)
 def test_weighted_dictionary(kind: str, coder: AnyCoder, tmp_path: Path) -> None:
     """Unit rows in raw space, codes rescaled to match: the reconstruction is the dictionary's; and back from disk."""

@@ -26,7 +26,7 @@ from ksvd_sae.device import resolve_device
 from ksvd_sae.learning.atom_update import update_atoms_sums
 from ksvd_sae.learning.backends import Precision, coder_backend
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
+from ksvd_sae.learning.sparse_coding import Choice, Code, matching_pursuit, orthogonal_matching_pursuit
 
 # H200: copy and bfloat16 as measured on one; float32 (no tensor cores) and TF32 as the data sheet has them, TF32 at the
 # share of its peak that bfloat16 reached.
@@ -59,7 +59,13 @@ def check(device: torch.device) -> list[str]:
     x_BD, _ = planted(shape)
     atoms_MD = torch.nn.functional.normalize(x_BD[: shape.m], dim=1)
     problems = []
-    for name, coder in (("mp", matching_pursuit), ("omp", orthogonal_matching_pursuit)):
+    by_error = partial(orthogonal_matching_pursuit, choice="error")
+    coders: dict[str, Callable[..., Code]] = {
+        "mp": matching_pursuit,
+        "omp": orthogonal_matching_pursuit,
+        "ormp": by_error,
+    }
+    for name, coder in coders.items():
         wanted = coder(x_BD.double(), atoms_MD.double(), shape.k).reconstruct(atoms_MD.double())
         got = coder(x_BD.to(device), atoms_MD.to(device), shape.k).reconstruct(atoms_MD.to(device)).cpu().double()
         # Near ties may pick another atom: almost all samples must agree, and the error must.
@@ -129,10 +135,12 @@ def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -
     yield Case("coding", "mp", "float32", "torch", plain, fvu(plain()), floor_s)
     refit = partial(matching_pursuit, x_BD, atoms_MD, shape.k, refit=True)
     yield Case("coding", "mp_refit", "float32", backend, refit, fvu(refit()), floor_s)
-    orthogonal = partial(orthogonal_matching_pursuit, x_BD, atoms_MD, shape.k)
     omp_s = products_s("float32") + shape.k * (shape.k + 1) / 2 * gram_row_s
     omp_backend = coder_backend(device, n_atoms=shape.m, k=shape.k, method="omp")
-    yield Case("coding", "omp", "float32", omp_backend, orthogonal, fvu(orthogonal()), omp_s)
+    choices: dict[str, Choice] = {"omp": "product", "ormp": "error"}
+    for config, choice in choices.items():
+        orthogonal = partial(orthogonal_matching_pursuit, x_BD, atoms_MD, shape.k, choice=choice)
+        yield Case("coding", config, "float32", omp_backend, orthogonal, fvu(orthogonal()), omp_s)
     code = matching_pursuit(x_BD, atoms_MD, shape.k)
     updated = update_atoms_sums(x_BD, code, atoms_MD)
     update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S

@@ -18,6 +18,7 @@ _CODERS: dict[str, Callable[..., Code]] = {
     "mp": matching_pursuit,
     "mp_refit": partial(matching_pursuit, refit=True),
     "omp": orthogonal_matching_pursuit,
+    "ormp": partial(orthogonal_matching_pursuit, choice="error"),
 }
 _EXACT_BATCHES = (1, 128)
 
@@ -28,7 +29,7 @@ def auto_backend(shape: Shape, device: torch.device) -> str:
 
 
 def coder(config: str, k: int, backend: str, device: torch.device) -> Coder:
-    """One of 'mp', 'mp_refit' and 'omp' on one backend."""
+    """One of 'mp', 'mp_refit', 'omp' and 'ormp' on one backend."""
     function = _CODERS[config]
 
     def prepare(x_ND: Tensor, atoms_MD: Tensor) -> Callable[[], Code]:

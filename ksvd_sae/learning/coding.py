@@ -20,7 +20,7 @@ class Coding:
 
     Attributes:
         k: most atoms a sample.
-        coder: 'mp', 'mp_refit', 'omp', 'projection', or 'matryoshka' (group by group).
+        coder: 'mp', 'mp_refit', 'omp', 'ormp', 'projection', or 'matryoshka' (group by group).
         rtol, max_steps, nonnegative: see ``matching_pursuit``.
         groups: sizes of the groups of a Matryoshka dictionary; the coder 'matryoshka' needs them, others ignore them.
     """
@@ -42,8 +42,8 @@ class Coding:
             raise ShapeError(
                 f"{where}: coder 'matryoshka' needs groups", cure="give the sizes of the groups, or coder 'mp'"
             )
-        if self.coder == "projection" and self.nonnegative:
-            raise ShapeError(f"{where}: a projection has signs", cure="use coder 'omp' for non-negative codes")
+        if self.coder in ("projection", "ormp") and self.nonnegative:
+            raise ShapeError(f"{where}: coder {self.coder!r} has signs", cure="use coder 'omp' for non-negative codes")
         if self.groups is not None:
             check_groups(self.groups, n_atoms, self.k, d_in)
 

@@ -58,6 +58,22 @@ def orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float
     return code
 
 
+def order_recursive_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float = 0.0) -> Array:
+    """One sample's code, dense (M,): every pick is the atom whose least squares with the picks so far errs least."""
+    code, coefficients = np.zeros(len(atoms)), np.zeros(0)
+    picked: list[int] = []
+    for _ in range(k):
+        if np.linalg.norm(sample - coefficients @ atoms[picked]) <= rtol * np.linalg.norm(sample):
+            break
+        trials = [[*picked, j] for j in range(len(atoms)) if j not in picked]
+        solved = [np.linalg.lstsq(atoms[trial].T, sample, rcond=None)[0] for trial in trials]
+        errors = [float(np.linalg.norm(sample - c @ atoms[t])) for t, c in zip(trials, solved, strict=True)]
+        best = int(np.argmin(errors))
+        picked, coefficients = trials[best], solved[best]
+    code[picked] = coefficients
+    return code
+
+
 def nonnegative_orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float = 0.0) -> Array:
     """One sample's code ≥ 0, dense (M,): Lawson & Hanson 1974 with at most k atoms (Nguyen et al. 2019).
 

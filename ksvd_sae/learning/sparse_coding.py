@@ -12,7 +12,7 @@ Samples are coded in chunks so that the products, the one array of size chunk ×
 import math
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,8 +23,9 @@ from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.least_squares import DEPENDENT, refit_code
 
-Coder = Literal["mp", "mp_refit", "omp", "projection"]
-CODERS: tuple[Coder, ...] = ("mp", "mp_refit", "omp", "projection")
+Coder = Literal["mp", "mp_refit", "omp", "ormp", "projection"]
+Choice = Literal["product", "error"]
+CODERS: tuple[Coder, ...] = ("mp", "mp_refit", "omp", "ormp", "projection")
 __all__ = [
     "CODERS",
     "Code",
@@ -50,7 +51,7 @@ def encode(
     backend: Backend = "auto",
     precision: Precision = "float32",
 ) -> Code:
-    """Code with the coder of that name: 'mp', 'mp_refit', 'omp', or 'projection' (orthonormal atoms)."""
+    """Code with the coder of that name: 'mp', 'mp_refit', 'omp', 'ormp', or 'projection' (orthonormal atoms)."""
     if coder not in CODERS:
         raise ShapeError(f"encode: no coder of the name {coder!r}", limit=", ".join(CODERS))
     if coder == "projection":
@@ -64,8 +65,9 @@ def encode(
         "backend": backend,
         "precision": precision,
     }
-    if coder == "omp":
-        return orthogonal_matching_pursuit(x_BD, atoms_MD, k, **options)
+    if coder in ("omp", "ormp"):
+        choice: Choice = "error" if coder == "ormp" else "product"
+        return orthogonal_matching_pursuit(x_BD, atoms_MD, k, choice=choice, **options)
     return matching_pursuit(x_BD, atoms_MD, k, max_steps=max_steps, refit=coder == "mp_refit", **options)
 
 
@@ -196,6 +198,7 @@ def orthogonal_matching_pursuit(
     atoms_MD: Tensor,
     k: int,
     *,
+    choice: Choice = "product",
     gram_MM: Tensor | None = None,
     rtol: float = 0.0,
     nonnegative: bool = False,
@@ -211,8 +214,15 @@ def orthogonal_matching_pursuit(
     nonnegative: least squares under z ≥ 0 after every pick, in which picked atoms may leave again (Lawson & Hanson
     1974; Nguyen et al. 2019).
 
-    Args, Returns, Raises: as ``matching_pursuit``. A sample stops early when its residual is
-        orthogonal to all atoms, or when the best atom depends on those it already has.
+    Args:
+        choice: 'product' picks the atom with the largest |product| with the residual; 'error' the one that lowers the
+            error of the refitted code the most, p² / (‖atom‖² − Σ_l w_l²): order-recursive matching pursuit, also
+            known as orthogonal least squares (Gharavi-Alkhansari & Huang 1998), and what SPAMS' ``omp`` computes.
+            It has no non-negative form here.
+        All else, Returns, Raises: as ``matching_pursuit``.
+
+    A sample stops early when its residual is orthogonal to all atoms, or when the best atom depends on those it
+    already has.
     Cost: O(B·M·(D + k²)) time; chunk·M floats (numba, and k·M a thread), chunk·M·(k + 2) (torch).
     """
     where_ = "orthogonal_matching_pursuit"
@@ -220,6 +230,15 @@ def orthogonal_matching_pursuit(
     check_precision(precision, x_BD)
     _check_limits(rtol, memory_bytes, where_)
     gram_MM = checked_gram(atoms_MD, gram_MM, where_).contiguous()
+    if choice not in get_args(Choice):
+        raise ShapeError(f"{where_}: no choice of the name {choice!r}", limit=", ".join(get_args(Choice)))
+    by_error = choice == "error"
+    if by_error and nonnegative:
+        raise ShapeError(
+            f"{where_}: choice 'error' has no non-negative form",
+            cause="what an atom takes off the error under z ≥ 0 has no closed form",
+            cure="use choice 'product' (coder 'omp')",
+        )
     code = Code.empty(x_BD, k)
     method: Method = "nonnegative_omp" if nonnegative else "omp"
     where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k, method=method)
@@ -227,7 +246,8 @@ def orthogonal_matching_pursuit(
     for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=k + 3 if where == "torch" else 1):
         x_CD = x_BD[rows]
         products_CM, energy_C = products(x_CD, atoms_MD, precision), (x_CD * x_CD).sum(dim=1)
-        pursue(products_CM, energy_C, gram_MM, k, rtol, nonnegative, code.values_BK[rows], code.support_BK[rows])
+        out = (code.values_BK[rows], code.support_BK[rows])
+        pursue(products_CM, energy_C, gram_MM, k, rtol, nonnegative, by_error, *out)
     return code
 
 

@@ -26,7 +26,7 @@ class _Strict(BaseModel):
 class CodingVariant(_Strict):
     """A way to code with a trained dictionary; what is left out is as trained."""
 
-    coder: Literal["mp", "mp_refit", "omp", "matryoshka"]
+    coder: Literal["mp", "mp_refit", "omp", "ormp", "matryoshka"]
     k: int | None = Field(None, ge=1)
     k_factor: float = Field(1.0, gt=0, description="times the k of training, if k is null")
     rtol: float = Field(0.0, ge=0)

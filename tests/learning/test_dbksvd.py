@@ -297,10 +297,10 @@ class TestEncodeAndDecode:
         x_BD = normal(50, 8)
         atoms_MD = normalize(normal(12, 8, 1), dim=1)
         errors = {}
-        for coder in ("mp", "mp_refit", "omp"):
+        for coder in ("mp", "mp_refit", "omp", "ormp"):
             ksvd = started(estimator(12, 4, coder=coder), atoms_MD)
             errors[coder] = float((ksvd.decode(ksvd.encode(x_BD)) - x_BD).norm())
-        assert errors["mp"] > errors["mp_refit"] > errors["omp"]
+        assert errors["mp"] > errors["mp_refit"] > errors["omp"] > errors["ormp"]
 
     def test_every_coder_learns_the_same(self) -> None:
         """The coder is for later: training codes by plain MP."""

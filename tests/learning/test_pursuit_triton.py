@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.kernels import pursuit_triton
-from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
+from ksvd_sae.learning.kernels import pursuit_triton, pursuit_triton_jit
+from ksvd_sae.learning.sparse_coding import Choice, Code, matching_pursuit, orthogonal_matching_pursuit
 from tests import tolerances
 from tests.learning import pursuit_cases
 from tests.strategies import Problem, generic
@@ -54,11 +54,12 @@ class TestWhyNot:
         x = torch.zeros(2, 6)
         with pytest.raises(ShapeError, match="take an atom out"):
             pursuit_triton.pursue_orthogonally(
-                x, x[:, 0], torch.eye(6), 3, 0.0, True, x[:, :3], torch.zeros(2, 3, dtype=torch.int32)
+                x, x[:, 0], torch.eye(6), 3, 0.0, True, False, x[:, :3], torch.zeros(2, 3, dtype=torch.int32)
             )
 
     def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "triton", None)
+        monkeypatch.delitem(sys.modules, pursuit_triton_jit.__name__)
         spec = importlib.util.spec_from_file_location("without_triton", pursuit_triton.__file__)
         assert spec is not None
         assert spec.loader is not None
@@ -127,7 +128,7 @@ class TestCompiledForH100:
     @pytest.mark.parametrize(("n_atoms", "k"), [(4096, 32), (16384, 80), (65536, 80)])
     def test_matching_pursuit(self, n_atoms: int, k: int, gram: str, tmp_path: Path) -> None:
         launch = pursuit_triton.launch(n_atoms, k) | {"NONNEGATIVE": False}
-        made = compiled(pursuit_triton._pursue, n_atoms, launch, gram, tmp_path)
+        made = compiled(pursuit_triton_jit.pursue_sample, n_atoms, launch, gram, tmp_path)
         self.assert_fits(made)
         if n_atoms == 4096:
             # Four programs an SM hide each other's waits.
@@ -141,19 +142,24 @@ class TestCompiledForH100:
         # What spills lies outside the loop over Gram rows: a few bytes a step.
         [(4096, 32, "fp32", 0), (4096, 32, "bf16", 0), (16384, 80, "fp32", 0), (16384, 80, "bf16", 32)],
     )
-    def test_orthogonal(self, n_atoms: int, k: int, gram: str, spilled_bytes: int, tmp_path: Path) -> None:
-        launch = pursuit_triton.launch_orthogonal(n_atoms, k)
-        self.assert_fits(compiled(pursuit_triton._pursue_orthogonally, n_atoms, launch, gram, tmp_path), spilled_bytes)
+    @pytest.mark.parametrize("by_error", [False, True], ids=["omp", "ormp"])
+    def test_orthogonal(
+        self, n_atoms: int, k: int, gram: str, spilled_bytes: int, by_error: bool, tmp_path: Path
+    ) -> None:
+        launch = pursuit_triton.launch_orthogonal(n_atoms, k) | {"BY_ERROR": by_error}
+        made = compiled(pursuit_triton_jit.pursue_sample_orthogonally, n_atoms, launch, gram, tmp_path)
+        self.assert_fits(made, max(spilled_bytes, 32 if by_error and gram == "bf16" else 0))
 
     @pytest.mark.parametrize("n_atoms", [1, 61])
     def test_odd_sizes(self, n_atoms: int, tmp_path: Path) -> None:
         for nonnegative in (False, True):
             launch = pursuit_triton.launch(n_atoms, 1) | {"NONNEGATIVE": nonnegative}
-            self.assert_fits(compiled(pursuit_triton._pursue, n_atoms, launch, "fp32", tmp_path))
+            self.assert_fits(compiled(pursuit_triton_jit.pursue_sample, n_atoms, launch, "fp32", tmp_path))
         launch = pursuit_triton.launch(n_atoms, 1, registers_m=0) | {"NONNEGATIVE": True, "BLOCK_M": 32}
-        self.assert_fits(compiled(pursuit_triton._pursue, n_atoms, launch, "fp32", tmp_path))
-        launch = pursuit_triton.launch_orthogonal(n_atoms, 1)
-        self.assert_fits(compiled(pursuit_triton._pursue_orthogonally, n_atoms, launch, "fp32", tmp_path))
+        self.assert_fits(compiled(pursuit_triton_jit.pursue_sample, n_atoms, launch, "fp32", tmp_path))
+        for by_error in (False, True):
+            launch = pursuit_triton.launch_orthogonal(n_atoms, 1) | {"BY_ERROR": by_error}
+            self.assert_fits(compiled(pursuit_triton_jit.pursue_sample_orthogonally, n_atoms, launch, "fp32", tmp_path))
 
 
 @pytest.mark.gpu
@@ -173,12 +179,13 @@ class TestOnGpuAtSize:
     def gpu(self) -> None:
         assert torch.cuda.is_available(), "these tests were asked for (-m gpu) on a machine without a GPU"
 
-    def assert_as_good(self, problem: Problem, orthogonal: bool) -> None:
+    def assert_as_good(self, problem: Problem, kind: str) -> None:
         cuda = torch.device("cuda")
-        mine = pursuit_cases.code(problem, cuda, orthogonal=orthogonal).code
+        mine = pursuit_cases.code(problem, cuda, kind).code
         x_BD, atoms_MD = problem.x_BD.to(cuda), problem.atoms_MD.to(cuda)
-        if orthogonal:
-            other = orthogonal_matching_pursuit(x_BD, atoms_MD, problem.k)
+        if kind != "mp":
+            choice: Choice = "error" if kind == "ormp" else "product"
+            other = orthogonal_matching_pursuit(x_BD, atoms_MD, problem.k, choice=choice, backend="torch")
         else:
             other = matching_pursuit(x_BD, atoms_MD, problem.k, backend="torch")
         mine_there = Code(mine.values_BK.to(cuda), mine.support_BK.to(cuda))
@@ -190,19 +197,20 @@ class TestOnGpuAtSize:
 
     @pytest.mark.parametrize(("d_in", "n_atoms", "k"), [(512, 4096, 32), (768, 16384, 80), (512, 20_000, 20)])
     def test_matching_pursuit(self, d_in: int, n_atoms: int, k: int) -> None:
-        self.assert_as_good(generic(2000, d_in, n_atoms, k, seed=1).to(torch.float32), orthogonal=False)
+        self.assert_as_good(generic(2000, d_in, n_atoms, k, seed=1).to(torch.float32), "mp")
 
     @pytest.mark.parametrize(("d_in", "n_atoms", "k"), [(512, 4096, 32), (512, 5000, 100)])
-    def test_orthogonal(self, d_in: int, n_atoms: int, k: int) -> None:
-        self.assert_as_good(generic(500, d_in, n_atoms, k, seed=2).to(torch.float32), orthogonal=True)
+    @pytest.mark.parametrize("kind", ["omp", "ormp"])
+    def test_orthogonal(self, d_in: int, n_atoms: int, k: int, kind: str) -> None:
+        self.assert_as_good(generic(500, d_in, n_atoms, k, seed=2).to(torch.float32), kind)
 
-    @pytest.mark.parametrize("orthogonal", [False, True], ids=["mp", "omp"])
-    def test_offsets_above_32_bits(self, orthogonal: bool) -> None:
+    @pytest.mark.parametrize("kind", ["mp", "omp", "ormp"])
+    def test_offsets_above_32_bits(self, kind: str) -> None:
         # 8.1 GiB of products: the last sample starts past entry 2^31.
         few = generic(64, 16, 2048, 3, seed=3).to(torch.float32)
         repeats = 2**31 // (2048 * 64) + 1
         many = Problem(few.x_BD.repeat(repeats, 1), few.atoms_MD, 3)
-        first = pursuit_cases.code(few, torch.device("cuda"), orthogonal=orthogonal).code
-        last = pursuit_cases.code(many, torch.device("cuda"), orthogonal=orthogonal).code
+        first = pursuit_cases.code(few, torch.device("cuda"), kind).code
+        last = pursuit_cases.code(many, torch.device("cuda"), kind).code
         assert torch.equal(last.support_BK[-64:], first.support_BK)
         assert torch.allclose(last.values_BK[-64:], first.values_BK, rtol=1e-5, atol=1e-6)

@@ -42,8 +42,8 @@ from tests.strategies import (
 Array = NDArray[np.float64]
 # "mp" takes the backend of the machine: numba in float32 on a CPU; "mp_torch" is the version that runs anywhere;
 # "+" is non-negative.
-SIGNED = ("mp", "mp_torch", "mp_refit", "mp_refit_torch", "omp", "omp_torch")
-GREEDY = (*SIGNED, *(f"{coder}+" for coder in SIGNED))
+BOTH = ("mp", "mp_torch", "mp_refit", "mp_refit_torch", "omp", "omp_torch")
+GREEDY = (*BOTH, "ormp", "ormp_torch", *(f"{coder}+" for coder in BOTH))
 
 
 def run(coder: str, problem: Problem, k: int | None = None, **options: Any) -> Code:
@@ -53,7 +53,9 @@ def run(coder: str, problem: Problem, k: int | None = None, **options: Any) -> C
     options |= {"nonnegative": coder.endswith("+"), "backend": "torch" if name.endswith("_torch") else "auto"}
     name = name.removesuffix("_torch")
     if "memory_bytes" in options:  # not an option of encode
-        pursue = cast(Callable[..., Code], orthogonal_matching_pursuit if name == "omp" else matching_pursuit)
+        if name == "ormp":
+            options["choice"] = "error"
+        pursue = cast(Callable[..., Code], matching_pursuit if name == "mp" else orthogonal_matching_pursuit)
         return pursue(problem.x_BD, problem.atoms_MD, k, **options)
     return encode(problem.x_BD, problem.atoms_MD, k, coder=cast(Coder, name), **options)
 
@@ -86,6 +88,9 @@ def reference_codes(problem: Problem, coder: str, rtol: float = 0.0) -> Array:
     signed = not coder.endswith("+")
     codes = np.zeros((len(x), len(atoms)))
     for row, sample in enumerate(x):
+        if coder.startswith("ormp"):
+            codes[row] = reference.order_recursive_matching_pursuit(sample, atoms, problem.k, rtol=rtol)
+            continue
         if coder.startswith("omp"):
             slow = (
                 reference.orthogonal_matching_pursuit if signed else reference.nonnegative_orthogonal_matching_pursuit
@@ -152,7 +157,7 @@ class TestAgainstReference:
         assert_agrees(subset, Code(code.values_BK[rows], code.support_BK[rows]), expected[same], torch.float32)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "omp_torch", "mp+", "mp_torch+", "omp+", "omp_torch+"])
+    @pytest.mark.parametrize("coder", [c for c in GREEDY if "refit" not in c])
     @pytest.mark.parametrize("rtol", [0.9, 0.5, 0.2])
     def test_rtol_stops_at_the_same_step(self, rtol: float, coder: str, dtype: torch.dtype) -> None:
         problem = generic(41, 9, 21, 7, seed=5).to(dtype)
@@ -161,6 +166,18 @@ class TestAgainstReference:
         stopped = code.l0().numpy() < problem.k
         assert stopped.any(), "the case must have samples that rtol stops"
         assert (errors(problem, code)[stopped] <= rtol + tolerances.CODE_ERROR[dtype]).all()
+
+    @pytest.mark.parametrize("backend", ["torch", "numba"])
+    def test_choice_by_error_is_not_the_choice_by_product(self, backend: Literal["torch", "numba"]) -> None:
+        """The second atom is near the first: its product with what is left is small, but so is what of it is new."""
+        first, near, new = (1.0, 0.0, 0.0), (0.8, 0.6, 0.0), (0.0, 0.0, 1.0)
+        atoms_MD = torch.tensor([first, near, new])
+        x_BD = torch.tensor([[2.0, 0.3, 0.25]])
+        supports = {
+            choice: orthogonal_matching_pursuit(x_BD, atoms_MD, 2, choice=choice, backend=backend).support_BK.tolist()
+            for choice in ("product", "error")
+        }
+        assert supports == {"product": [[0, 2]], "error": [[0, 1]]}
 
     @pytest.mark.parametrize("max_steps", [1, 2, 5, 30])
     def test_max_steps(self, max_steps: int) -> None:
@@ -180,14 +197,14 @@ class TestAgainstReference:
         assert errors(problem, eight_picks)[0] < 0.1 * errors(problem, two_picks)[0]
         assert_agrees(problem, eight_picks, reference_codes(problem, "mp"), torch.float64)
 
-    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp"])
+    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "ormp"])
     def test_ties_go_to_the_lowest_index(self, coder: str) -> None:
         atoms_MD = torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, -1, 0], [1, 0, 0]])
         code = run(coder, Problem(torch.tensor([[2.0, 2, 0], [0, 2, 2], [-3, 0, 0]]), atoms_MD, 1))
         assert code.support_BK.tolist() == [[1], [0], [1]]
         assert code.values_BK.tolist() == [[2], [2], [-3]]
 
-    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp"])
+    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "ormp"])
     def test_ties_of_atoms_that_are_far_apart(self, coder: str) -> None:
         """The compiled loop looks for the largest product in blocks of atoms."""
         atoms_MD = torch.eye(2)[[1] * 300]
@@ -303,6 +320,10 @@ class TestNonNegative:
         again = refit_code(problem.x_BD, code, problem.atoms_MD, nonnegative=True)
         assert_agrees(problem, again, reference_codes(problem, "mp_refit+"), torch.float64)
         assert bool((errors(problem, again) <= errors(problem, code) + tolerances.RISE[torch.float64]).all())
+
+    def test_choice_by_error_has_signs(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)'error' has no non-negative form.*cure"):
+            encode(X, ATOMS, 2, coder="ormp", nonnegative=True)
 
     def test_projection_has_signs(self) -> None:
         with pytest.raises(ShapeError, match="a projection has signs"):
@@ -422,7 +443,7 @@ class TestInvariants:
         assert torch.equal(scaled.support_BK, plain.support_BK)
         assert torch.equal(scaled.values_BK, plain.values_BK * 2.0**power)
 
-    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp"])
+    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "ormp"])
     @pytest.mark.parametrize("scale", [1e-25, 1e25])
     def test_any_scale_that_float32_holds_is_coded(self, coder: str, scale: float) -> None:
         """Squares of these overflow or vanish in float32; a silent zero code would look like a dead sample."""
@@ -438,6 +459,8 @@ class TestInvariants:
         """Flipping only for signed codes."""
         n_atoms = len(problem.atoms_MD)
         assume(problem.x_BD.shape[1] > 1)  # in one dimension all atoms tie
+        # By error all new atoms tie at the last pick of k = d.
+        assume(not (coder.startswith("ormp") and problem.k == problem.x_BD.shape[1]))
         draw = torch.Generator().manual_seed(seed)
         order = torch.randperm(n_atoms, generator=draw)
         signs_M = torch.randint(0, 2, (n_atoms,), generator=draw).double() * 2 - 1
@@ -456,7 +479,7 @@ class TestInvariants:
         assert (gap <= limit * scale).all()
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "omp_torch", "omp_torch+"])
+    @pytest.mark.parametrize("coder", ["mp", "mp_torch", "omp", "omp_torch", "omp_torch+", "ormp", "ormp_torch"])
     @pytest.mark.parametrize("memory_bytes", [1, 5_000, 50_000])
     def test_chunk_size_does_not_matter(self, memory_bytes: int, coder: str, dtype: torch.dtype) -> None:
         problem = generic(67, 11, 29, 5, seed=9).to(dtype)
@@ -560,7 +583,7 @@ class TestBadInput:
         x_BD, atoms_MD, k, error, words = BAD_INPUTS[case]
         with pytest.raises(error) as caught:
             run(coder, Problem(x_BD, atoms_MD, k))
-        operation = "orthogonal_matching_pursuit" if coder.startswith("omp") else "matching_pursuit"
+        operation = "orthogonal_matching_pursuit" if coder.startswith("o") else "matching_pursuit"
         message = str(caught.value)
         assert message.startswith(f"{operation}: ")
         assert [word for word in words if word not in message] == []
@@ -576,6 +599,10 @@ class TestBadInput:
     def test_limits(self, coder: str, options: dict[str, Any]) -> None:
         with pytest.raises(ShapeError, match=f"(?s){next(iter(options))} must be.*got.*cure"):
             run(coder, Problem(X, ATOMS, 2), **options)
+
+    def test_unknown_choice(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)'luck'.*product, error"):
+            orthogonal_matching_pursuit(X, ATOMS, 2, choice="luck")  # type: ignore[arg-type]
 
     def test_no_steps(self) -> None:
         with pytest.raises(ShapeError, match="max_steps"):

@@ -32,7 +32,8 @@ def coders(problem: Problem, device: torch.device) -> list[Coder]:
     def rebuild(code_MN: Any, atoms_MD: Tensor) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(code_MN.T @ atoms_MD.numpy()))
 
-    return [Coder(Who("spams", "omp", "C++", packages=_PACKAGES), prepare, rebuild)]
+    who = Who("spams", "omp", "C++", packages=_PACKAGES, note="its omp picks by error, as ormp does")
+    return [Coder(who, prepare, rebuild)]
 
 
 def trainers(problem: Problem, seed: int) -> list[Trainer]:

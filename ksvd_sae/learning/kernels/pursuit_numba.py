@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
+from ksvd_sae.learning.kernels import limits
 from ksvd_sae.learning.kernels.least_squares_numba import ROWS, settle, use_torch_threads
 
 _BLOCK = 128
@@ -79,7 +80,9 @@ def _pursue(products_CM, bits_CM, energy_C, gram_MM, k, steps, rtol2, mask, valu
 
 
 @njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
-def _pursue_orthogonally(products_CM, bits_CM, energy_C, gram_MM, k, rtol2, dependent, values_CK, support_CK):  # type: ignore[no-untyped-def]
+def _pursue_orthogonally(  # type: ignore[no-untyped-def]
+    products_CM, bits_CM, energy_C, gram_MM, diagonal_M, k, rtol2, dependent, by_error, least, values_CK, support_CK
+):
     zero = np.float32(0.0)
     n_rows, n_atoms = products_CM.shape
     for group in prange((n_rows + ROWS - 1) // ROWS):
@@ -88,13 +91,22 @@ def _pursue_orthogonally(products_CM, bits_CM, energy_C, gram_MM, k, rtol2, depe
         factor_KK = np.empty((k, k), np.float64)
         sizes_K = np.empty(k, np.float64)
         w_K = np.empty(k, np.float32)
+        # By error: what of each atom's square the picks leave, and what it would take off the error.
+        new_M, gain_M = np.empty(n_atoms, np.float32), np.empty(n_atoms, np.float32)
+        gain_bits = gain_M.view(np.int32)
         for row in range(group * ROWS, min((group + 1) * ROWS, n_rows)):
             p, bits, values_K, support_K = products_CM[row], bits_CM[row], values_CK[row], support_CK[row]
             left = energy_C[row]
             enough = rtol2 * left
             count = 0
+            if by_error:
+                new_M[:] = diagonal_M
             while count < k and left > enough and left > zero:
-                atom = _largest(bits, _MAGNITUDE)
+                if by_error and count:
+                    _gains(p, new_M, least, gain_M)
+                    atom = _largest(gain_bits, _ALL_BITS)
+                else:
+                    atom = _largest(bits, _MAGNITUDE)
                 square = float(gram_MM[atom, atom])
                 for s in range(count):
                     w_K[s] = along_KM[s, atom]
@@ -111,6 +123,8 @@ def _pursue_orthogonally(products_CM, bits_CM, energy_C, gram_MM, k, rtol2, depe
                 count += 1
                 if count < k:
                     _orthonormalise(along_KM, count - 1, w_K, gram_MM[atom], np.float32(1.0 / pivot), p, a)
+                    if by_error:
+                        _subtract_squares(new_M, along_KM[count - 1])
                     # Exactly orthogonal to what is picked: never picked again.
                     for s in range(count):
                         p[support_K[s]] = zero
@@ -120,6 +134,19 @@ def _pursue_orthogonally(products_CM, bits_CM, energy_C, gram_MM, k, rtol2, depe
                     total -= factor_KK[other, s] * sizes_K[other]
                 sizes_K[s] = total / factor_KK[s, s]
                 values_K[s] = np.float32(sizes_K[s])
+
+
+@njit(fastmath=_FAST, inline="always")
+def _gains(p, new_M, least, gain_M):  # type: ignore[no-untyped-def]
+    """gain = p² / new: what the error falls by if the atom joins the picks."""
+    for i in range(p.shape[0]):
+        gain_M[i] = p[i] * p[i] / max(new_M[i], least)
+
+
+@njit(fastmath=_FAST, inline="always")
+def _subtract_squares(new_M, along_M):  # type: ignore[no-untyped-def]
+    for i in range(new_M.shape[0]):
+        new_M[i] -= along_M[i] * along_M[i]
 
 
 @njit(fastmath=_FAST, inline="always")
@@ -232,16 +259,23 @@ def pursue_orthogonally(
     k: int,
     rtol: float,
     nonnegative: bool,
+    by_error: bool,
     values_CK: Tensor,
     support_CK: Tensor,
 ) -> None:
-    """Orthogonal matching pursuit from the products of a chunk, which it may overwrite; arguments as ``pursue``."""
+    """Orthogonal matching pursuit from the products of a chunk, which it may overwrite; arguments as ``pursue``.
+
+    by_error: pick what lowers the error of the refitted code the most (order-recursive matching pursuit).
+    """
     use_torch_threads()
     eps = float(np.finfo(np.float32).eps)
     products, energy, gram = products_CM.numpy(), energy_C.numpy(), gram_MM.numpy()
-    values, support, dependent = values_CK.numpy(), support_CK.numpy(), 4 * eps**0.5
+    values, support, dependent = values_CK.numpy(), support_CK.numpy(), limits.dependent(eps)
     rtol2 = np.float32(max(rtol**2, eps**2))
     if nonnegative:
         _pursue_orthogonally_nonnegative(products, energy, gram, k, rtol2, dependent, values, support)
     else:
-        _pursue_orthogonally(products, products.view(np.int32), energy, gram, k, rtol2, dependent, values, support)
+        diagonal, bits, least = np.diagonal(gram).copy(), products.view(np.int32), np.float32(limits.least_new(eps))
+        _pursue_orthogonally(
+            products, bits, energy, gram, diagonal, k, rtol2, dependent, by_error, least, values, support
+        )

@@ -6,6 +6,7 @@ Arguments and results as in pursuit_numba.py: products of a chunk in, values and
 import torch
 from torch import Tensor
 
+from ksvd_sae.learning.kernels import limits
 from ksvd_sae.learning.least_squares import settle, support_gram
 
 
@@ -73,17 +74,24 @@ def pursue_orthogonally(
     k: int,
     rtol: float,
     nonnegative: bool,
+    by_error: bool,
     values_out_CK: Tensor,
     support_out_CK: Tensor,
 ) -> None:
-    """Orthogonal matching pursuit on one chunk, written into the last two arguments."""
-    pursue_ = _pursue_nonnegative if nonnegative else _pursue_signed
+    """Orthogonal matching pursuit on one chunk, written into the last two arguments.
+
+    by_error: pick what lowers the error of the refitted code the most.
+    """
     enough_C = energy_C * max(rtol**2, torch.finfo(energy_C.dtype).eps ** 2)
-    values_out_CK[:], support_out_CK[:] = pursue_(products_CM, energy_C, enough_C, gram_MM, k)
+    if nonnegative:
+        code = _pursue_nonnegative(products_CM, energy_C, enough_C, gram_MM, k)
+    else:
+        code = _pursue_signed(products_CM, energy_C, enough_C, gram_MM, k, by_error)
+    values_out_CK[:], support_out_CK[:] = code
 
 
 def _pursue_signed(
-    products_CM: Tensor, left_C: Tensor, enough_C: Tensor, gram_MM: Tensor, k: int
+    products_CM: Tensor, left_C: Tensor, enough_C: Tensor, gram_MM: Tensor, k: int, by_error: bool
 ) -> tuple[Tensor, Tensor]:
     n, n_atoms = products_CM.shape
     active_C = left_C > 0
@@ -94,9 +102,15 @@ def _pursue_signed(
     support_CK = torch.zeros(n, k, dtype=torch.int64, device=products_CM.device)
     used_CK = torch.zeros(n, k, dtype=torch.bool, device=products_CM.device)
     picked_CM = torch.zeros(n, n_atoms, dtype=torch.bool, device=products_CM.device)
-    dependent = 4 * torch.finfo(products_CM.dtype).eps ** 0.5
+    eps = torch.finfo(products_CM.dtype).eps
+    dependent, least_new = limits.dependent(eps), limits.least_new(eps)
+    # By error: what of each atom's square the picks leave.
+    new_CM = gram_MM.diagonal().repeat(n, 1) if by_error else None
     for step in range(k):
-        atom_C = products_CM.abs().masked_fill_(picked_CM, -1).argmax(dim=1)
+        size_CM = products_CM.abs()
+        if new_CM is not None and step:
+            size_CM = size_CM.square() / new_CM.clamp(min=least_new)
+        atom_C = size_CM.masked_fill_(picked_CM, -1).argmax(dim=1)
         product_C = products_CM.gather(1, atom_C[:, None]).squeeze(1)
         w_Cs = orthonormal_CKM[:, :step].gather(2, atom_C[:, None, None].expand(-1, step, 1)).squeeze(2)
         w_Cs = w_Cs * used_CK[:, :step]
@@ -113,6 +127,8 @@ def _pursue_signed(
         orthonormal_CKM[:, step] = torch.where(active_C[:, None], mine_CM, 0)
         z_C = torch.where(active_C, product_C / pivot_C, 0)
         products_CM = torch.addcmul(products_CM, orthonormal_CKM[:, step], z_C[:, None], value=-1)
+        if new_CM is not None:
+            new_CM -= orthonormal_CKM[:, step].square()
         along_CK[:, step], left_C = z_C, left_C - z_C * z_C
         cholesky_CKK[:, step, :step] = torch.where(active_C[:, None], w_Cs, 0)
         cholesky_CKK[:, step, step] = pivot_C
