@@ -26,7 +26,7 @@ from ksvd_sae.errors import ConfigError, ManifestError
 from ksvd_sae.offline import bbc_news
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
-from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, train_dictionary
+from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
@@ -162,8 +162,7 @@ class Run:
         if is_finished(folder, TRAIN_STAGE, key):
             logger.info("train %s: reusing %s", name, folder)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            clear_unfinished(folder)
             started = time.perf_counter()
             facts = train_dictionary(config, shards, folder, self.setting(config))
             facts.setdefault("seconds", round(time.perf_counter() - started, 1))

@@ -1,5 +1,6 @@
 """One dictionary from shards, by its config: DB-KSVD, a SAE, PCA or a random control."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ from ksvd_sae.learning.weighting import Weighting, make_weighting
 from ksvd_sae.progress import progress
 
 TRAIN_LOG = "train_log.jsonl"
+# Where a DB-KSVD training stands, from which it goes on if it was stopped.
+CHECKPOINT = "training.safetensors"
+CHECKPOINT_BATCHES = 64
 # Goes up when the same config learns another dictionary than before: finished trainings are found by it.
 ALGORITHM = {"db_ksvd": 2}
 
@@ -66,10 +70,25 @@ class TrainingSetting:
         self.wrap(dictionary).save_model(folder / "sae")
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Leave of a training that was stopped what it can go on from: its checkpoint and its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name in (CHECKPOINT, TRAIN_LOG):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def train_dictionary(
     config: DictionaryConfig, shards: ActivationShards, folder: Path, setting: TrainingSetting
 ) -> dict[str, Any]:
-    """Learn what the config asks for and save it in ``folder``; returns facts for the manifest."""
+    """Learn what the config asks for and save it in ``folder``; returns facts for the manifest.
+
+    A DB-KSVD training goes on from the checkpoint that it finds there.
+    """
     if isinstance(config, DBKSVDConfig):
         return _train_db_ksvd(config, shards, folder, setting)
     if isinstance(config, SAEConfig):
@@ -88,9 +107,9 @@ def estimator(
     setting: TrainingSetting,
     *,
     on_batch: Callable[[BatchLog], None] | None = None,
-    log_path: Path | None = None,
+    folder: Path | None = None,
 ) -> DoubleBatchKSVD:
-    """The estimator that the config asks for, not yet fitted."""
+    """The estimator that the config asks for, not yet fitted; log and checkpoints go into ``folder``."""
     return DoubleBatchKSVD(
         config.n_atoms,
         config.k,
@@ -110,7 +129,9 @@ def estimator(
         max_steps=config.max_steps_factor * config.k,
         seed=setting.seed,
         device=str(setting.device),
-        log_path=log_path,
+        log_path=None if folder is None else folder / TRAIN_LOG,
+        checkpoint_path=None if folder is None else folder / CHECKPOINT,
+        checkpoint_every=None if folder is None else CHECKPOINT_BATCHES,
         on_batch=on_batch,
     )
 
@@ -126,7 +147,7 @@ def _train_db_ksvd(
             advance(entry.samples_seen - seen, f"FVU {entry.fvu:.4f} L0 {entry.l0:.1f} dead {entry.dead}")
             seen = entry.samples_seen
 
-        ksvd = estimator(config, shards, setting, on_batch=on_batch, log_path=folder / TRAIN_LOG).fit(shards)
+        ksvd = estimator(config, shards, setting, on_batch=on_batch, folder=folder).fit(shards, resume=True)
     setting.save(Dictionary.from_estimator(ksvd), folder)
     return {
         "samples_seen": ksvd.samples_seen,

@@ -1,6 +1,7 @@
 """The stages of a run from a harvest on: what is finished is reused, what does not fit is refused, nothing is lost."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
-from ksvd_sae import pipeline
+from ksvd_sae import pipeline, trainers
 from ksvd_sae.activations.gradients import GRADIENTS_FILE, GradientMoments, gradients_folder, gradients_key
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key
 from ksvd_sae.config import DictionaryConfig, RunConfig, parse_config
@@ -21,6 +22,7 @@ from ksvd_sae.errors import KsvdSaeError, ManifestError
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
 from ksvd_sae.pipeline import Run, TrainedDictionary
 from ksvd_sae.provenance import MANIFEST, content_hash, file_sha256, write_json, write_manifest
+from ksvd_sae.trainers import TRAIN_LOG
 from tests.tiny_saes import one_thread
 from tests.tiny_shards import raw_activations, write_harvest
 from tests.tolerances import UNIT_NORM
@@ -309,8 +311,8 @@ def test_interrupted_training_is_done_again(
     owner, name = (DoubleBatchKSVD, "fit") if kind == "db-ksvd" else (SAETrainer, "fit")
     original = getattr(owner, name)
 
-    def stopped(self: Any, *args: Any) -> None:
-        original(self, *args)
+    def stopped(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
         raise error
 
     with monkeypatch.context() as patch:
@@ -331,6 +333,36 @@ def test_interrupted_training_is_done_again(
     compared = {name for name in weights if name.endswith(".safetensors")}
     assert compared
     assert {name: weights[name] for name in compared} == {name: snapshot(again.folder)[name] for name in compared}
+
+
+def test_stopped_db_ksvd_goes_on_from_its_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left after being killed: the batches before the checkpoint are not done again, and no bit differs."""
+    raw = {**RAW["dictionaries"]["db-ksvd"], "passes": 3, "batch_samples": 400}
+    monkeypatch.setattr(trainers, "CHECKPOINT_BATCHES", 2)
+    run = run_in(place, only(long=raw))
+    (whole,) = run.train()
+    wanted, log = snapshot(whole.folder), (whole.folder / TRAIN_LOG).read_text().splitlines()
+    shutil.rmtree(whole.folder)
+    seen: list[int] = []
+
+    def count_and_stop(entry: Any) -> None:
+        seen.append(entry.samples_seen)
+        if len(seen) == 5:
+            raise StopError
+
+    first = trainers.estimator
+    monkeypatch.setattr(trainers, "estimator", lambda *a, on_batch, **o: first(*a, on_batch=count_and_stop, **o))
+    with pytest.raises(StopError):
+        run.train()
+    assert (whole.folder / trainers.CHECKPOINT).exists()
+    (again,) = run.train()
+    assert seen[5] == seen[4], "the fifth batch came after the last checkpoint"
+    assert len(seen) == len(log) + 1
+    assert not (again.folder / trainers.CHECKPOINT).exists()
+    assert {name: bits for name, bits in snapshot(again.folder).items() if name.endswith(".safetensors")} == {
+        name: bits for name, bits in wanted.items() if name.endswith(".safetensors")
+    }
+    assert len((again.folder / TRAIN_LOG).read_text().splitlines()) == len(log)
 
 
 def test_one_that_fails_leaves_those_before_it(place: Path, trainings: list[str]) -> None:

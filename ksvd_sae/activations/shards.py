@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,12 @@ class ActivationShards:
         """
         if batch_samples < 1:
             raise ShapeError("batches: batch_samples must be at least 1", got=batch_samples)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        order = list(range(len(self._entries)))
-        if generator is not None:
-            order = torch.randperm(len(self._entries), generator=generator).tolist()
         waiting: list[Tensor] = []
         n_waiting = 0
-        for index in order:
+        for index, rows_N in self._shuffled(seed):
             shard_ND = self.read_shard(index)
-            if generator is not None:
-                shard_ND = shard_ND[torch.randperm(len(shard_ND), generator=generator)]
+            if rows_N is not None:
+                shard_ND = shard_ND[rows_N]
             while len(shard_ND):
                 taken = shard_ND[: batch_samples - n_waiting]
                 shard_ND = shard_ND[len(taken) :]
@@ -127,6 +124,21 @@ class ActivationShards:
                     waiting, n_waiting = [], 0
         if waiting:
             yield torch.cat(waiting).float()
+
+    def _shuffled(self, seed: int | None) -> Iterator[tuple[int, Tensor | None]]:
+        """Shards, and the order of the samples in each (None: as stored)."""
+        if seed is None:
+            yield from ((index, None) for index in range(len(self._entries)))
+            return
+        generator = torch.Generator().manual_seed(seed)
+        for index in torch.randperm(len(self._entries), generator=generator).tolist():
+            yield index, torch.randperm(self._entries[index]["n_samples"], generator=generator)
+
+    def order(self, seed: int) -> Tensor:
+        """Positions on disk of the samples in the order in which ``batches`` gives them under this seed."""
+        starts = [0, *accumulate(entry["n_samples"] for entry in self._entries)]
+        parts = [starts[index] + rows_N for index, rows_N in self._shuffled(seed) if rows_N is not None]
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
     def tensor(self) -> Tensor:
         """The whole part as one (N, d_in) float32 tensor."""

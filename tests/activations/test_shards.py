@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STATISTICS_FILE, ActivationShards, write_shard
 from ksvd_sae.errors import KsvdSaeError, ManifestError, ShapeError, ShardError
+from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
 from ksvd_sae.provenance import MANIFEST
 from tests.activations.conftest import KEY, StoreHarvest
 from tests.strategies import generator
@@ -102,6 +103,25 @@ def test_seeds_give_orders(store_harvest: StoreHarvest) -> None:
     # Both the shards and the samples in them change places.
     assert any(order[0] >= 16 for order in orders)
     assert all(order[:16] != sorted(order[:16]) for order in orders)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_order_is_that_of_the_batches(store_harvest: StoreHarvest, seed: int) -> None:
+    """Training that keeps the samples on its device goes through them by it."""
+    shards = store_harvest(*numbered(5, 9, 2))
+    given = torch.cat(list(shards.batches(4, seed=seed)))
+    assert torch.equal(shards.tensor()[shards.order(seed)], given)
+    assert not torch.equal(shards.tensor(), given)
+
+
+def test_kept_on_the_device_changes_no_bit(store_harvest: StoreHarvest) -> None:
+    x_ND = torch.randn(90, 6, generator=generator(1))
+    shards = store_harvest(*x_ND.split([30, 50, 10]))
+    fitted = [
+        DoubleBatchKSVD(12, 2, passes=3, batch_samples=32, keep_on_device=keep, device="cpu").fit(shards)
+        for keep in (False, True)
+    ]
+    assert torch.equal(fitted[0].atoms_MD, fitted[1].atoms_MD)
 
 
 @pytest.mark.parametrize("batch_samples", [0, -1])
