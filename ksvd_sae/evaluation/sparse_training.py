@@ -18,6 +18,9 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor
 from typing_extensions import override
 
+# A prime: no column of the pre-activations is in the sample more often than others.
+_SAMPLE_STRIDE, _SAMPLE_MARGIN = 61, 1.3
+
 
 def sparse_steps_pay(device: torch.device) -> bool:
     """Whether these classes are for this device: a CPU with MKL. A GPU does the dense products faster."""
@@ -129,6 +132,20 @@ def _auxiliary_loss(
     return sae.cfg.aux_loss_coefficient * min(len(dead_X) / most, 1.0) * error_BD.square().sum(dim=-1).mean()
 
 
+def largest(ranks_N: Tensor, n: int) -> Tensor:
+    """Indices of the n largest, where none below 0 need be told apart.
+
+    A sample of them gives a bound by which nearly all can be left out (a third of topk's time for 41,000 of 4 million);
+    where it lets too few through, topk sees all.
+    """
+    sample_S = ranks_N[::_SAMPLE_STRIDE]
+    bound = sample_S.topk(min(len(sample_S), 1 + int(_SAMPLE_MARGIN * n / _SAMPLE_STRIDE)), sorted=False).values.min()
+    candidates_C = (ranks_N > bound.clamp(min=0)).nonzero().flatten()
+    if len(candidates_C) < n:
+        return ranks_N.relu().topk(n, sorted=False).indices
+    return candidates_C[ranks_N[candidates_C].topk(n, sorted=False).indices]
+
+
 class SparseTopKTrainingSAE(TopKTrainingSAE):
     """``TopKTrainingSAE``; the step in sparse arithmetic."""
 
@@ -147,7 +164,7 @@ class SparseBatchTopKTrainingSAE(BatchTopKTrainingSAE):
 
     def chosen(self, ranks_BM: Tensor) -> Tensor:
         """Flat indices of the k·B largest of the batch."""
-        return ranks_BM.relu().flatten().topk(int(self.cfg.k * len(ranks_BM)), sorted=False).indices
+        return largest(ranks_BM.flatten(), int(self.cfg.k * len(ranks_BM)))
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -161,7 +178,7 @@ class SparseMatryoshkaTrainingSAE(MatryoshkaBatchTopKTrainingSAE):
 
     def chosen(self, ranks_BM: Tensor) -> Tensor:
         """Flat indices of the k·B largest of the batch."""
-        return ranks_BM.relu().flatten().topk(int(self.cfg.k * len(ranks_BM)), sorted=False).indices
+        return largest(ranks_BM.flatten(), int(self.cfg.k * len(ranks_BM)))
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

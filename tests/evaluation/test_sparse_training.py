@@ -14,6 +14,7 @@ from ksvd_sae.evaluation.sparse_training import (
     SparseBatchTopKTrainingSAE,
     SparseMatryoshkaTrainingSAE,
     SparseTopKTrainingSAE,
+    largest,
     sparse_steps_pay,
 )
 from tests.strategies import generator
@@ -79,6 +80,28 @@ def test_step(kind: str, k: int, dead: str) -> None:
         assert float((mine.grad - true.grad).abs().max()) < SPARSE_STEP * scale, name
     for mine, true in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize(
+    "case", ["normal", "few positive", "none positive", "sorted", "hidden from the sample", "in the sample alone"]
+)
+@pytest.mark.parametrize("n", [1, 400, 9000])
+def test_largest_is_topk(case: str, n: int) -> None:
+    """Also where the sample that bounds it tells nothing, or the wrong thing, about the rest."""
+    ranks_N = torch.randn(20_000, generator=generator(6))
+    if case == "few positive":
+        ranks_N -= 2.5
+    elif case == "none positive":
+        ranks_N = -ranks_N.abs()
+    elif case == "sorted":
+        ranks_N = ranks_N.sort(descending=True).values
+    elif "sample" in case:
+        sampled_N = torch.arange(len(ranks_N)) % 61 == 0
+        ranks_N += 5.0 * (sampled_N == (case == "in the sample alone"))
+    found_n = largest(ranks_N, n)
+    assert len(found_n.unique()) == n
+    wanted = ranks_N.relu().topk(n).values
+    assert torch.equal(ranks_N[found_n].relu().sort(descending=True).values, wanted)
 
 
 def test_where_it_pays() -> None:
