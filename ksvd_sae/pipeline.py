@@ -152,6 +152,10 @@ class Run:
             key["gradients"] = content_hash(self._gradients_key)
         return self.cache / "dictionaries" / f"{config.kind}-{content_hash(key)}", key
 
+    def training_key(self, config: DictionaryConfig) -> str:
+        """Short name of what the dictionary follows from: config, activations, algorithm."""
+        return self._training(config)[0].name
+
     def _seed(self, config: DictionaryConfig) -> int:
         own: int | None = getattr(config, "seed", None)
         return self.config.seed if own is None else own

@@ -37,14 +37,16 @@ def measure_efficiency(run: Run, passes: list[int], path: Path) -> list[dict[str
 
     Args:
         passes: over the shards, one SAE training for each.
-    seconds: of training alone. Rows that the file has already (same dictionary and samples) are not measured again.
+    seconds: of training alone. What the file has rows of (by a hash of the training) is not measured again; rows of
+        trainings that are not asked for stay in the file and are not returned.
     """
     train, heldout = run.shards("train"), run.shards("heldout")
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def add(name: str, samples: int, seconds: float, fvu: float) -> None:
+    def add(name: str, key: str, samples: int, seconds: float, fvu: float) -> None:
         row = {
+            "key": key,
             "dictionary": name,
             "samples_seen": samples,
             "seconds": round(seconds, 2),
@@ -55,21 +57,26 @@ def measure_efficiency(run: Run, passes: list[int], path: Path) -> list[dict[str
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
-    done = {row["dictionary"] for row in rows}
+    done = {row["key"] for row in rows}
+    wanted = set()
     for name, config in run.config.dictionaries.items():
-        if isinstance(config, DBKSVDConfig) and name not in done:
-            for samples, seconds, fvu in _trace(run, config, train, heldout):
-                add(name, samples, seconds, fvu)
+        if isinstance(config, DBKSVDConfig):
+            key = run.training_key(config)
+            wanted.add(key)
+            if key not in done:
+                for samples, seconds, fvu in _trace(run, config, train, heldout):
+                    add(name, key, samples, seconds, fvu)
         elif isinstance(config, SAEConfig):
             for n_passes in passes:
                 own = config.model_copy(update={"passes": n_passes})
-                trained = run.train_one(f"{name}-{n_passes}-passes", own, train)
-                facts = trained.manifest
-                if any(r["dictionary"] == name and r["samples_seen"] == facts["samples_seen"] for r in rows):
+                key = run.training_key(own)
+                wanted.add(key)
+                if key in done:
                     continue
+                trained = run.train_one(f"{name}-{n_passes}-passes", own, train)
                 fvu = heldout_metrics(run.load_sae(trained), heldout.batches(_HELDOUT_BATCH)).scores["fvu"]
-                add(name, facts["samples_seen"], facts["seconds"], fvu)
-    return rows
+                add(name, key, trained.manifest["samples_seen"], trained.manifest["seconds"], fvu)
+    return [row for row in rows if row["key"] in wanted]
 
 
 def _trace(
