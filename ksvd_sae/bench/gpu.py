@@ -4,7 +4,8 @@
 paper's shapes), first checks that coders and update give on the GPU what they give on the CPU, then times them, appends
 rows to results/bench/gpu.jsonl and prints a table. Suites: ``coding`` (each coder and precision, and the torch backend
 beside Triton's), ``update``, ``batch`` (coding and update of one batch, as training does it) and ``train`` (all of the
-paper's 2.6 million samples × 3 passes, data on the device). Not measured yet: every row.
+paper's 2.6 million samples × 3 passes, data on the device). `ksvd-sae bench table` shows which
+goals nobody has measured.
 
 Floors: products at the device's rate for their precision, one Gram row read a step, three gathers of K·D floats a
 sample for the update, at the copy rate. The rates are an H200's: on another device the share is of an H200's floor.
@@ -51,6 +52,28 @@ class Case:
     work: Callable[[], Any]
     fvu: float
     floor_s: float
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a row of some suite, case and method must reach; the fastest of its precisions counts.
+
+    most_s: seconds that the row's n samples may take.
+    """
+
+    what: str
+    suite: str
+    case: str
+    config: str
+    most_s: float
+
+
+GOALS = (
+    Goal("coding and update of a batch ≤ 40 ms", "batch", "gemma-2-2b-4k", "db-ksvd", 0.040),
+    Goal("coding alone ≥ 3 million samples/s", "coding", "gemma-2-2b-4k", "mp", 65_536 / 3e6),
+    Goal("2.6 million samples × 3 passes ≤ 10 s", "train", "gemma-2-2b-4k", "db-ksvd", 10.0),
+    Goal("m = 16,384, k = 80, same data ≤ 60 s", "train", "gemma-2-2b-16k", "db-ksvd", 60.0),
+)
 
 
 def check(device: torch.device) -> list[str]:

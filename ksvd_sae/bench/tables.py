@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.bench import rows as row_files
+from ksvd_sae.bench.gpu import GOALS
 from ksvd_sae.bench.rows import OURS
 from ksvd_sae.bench.scaling import slope
 from ksvd_sae.bench.settings import ALL
@@ -45,10 +46,10 @@ def render(folder: Path) -> str:
             cause="no benchmark has run there",
             cure="run `ksvd-sae bench all`, or give the folder above bench/ with --results",
         )
-    order = [*(name for name in _ORDER if name in files), *(name for name in files if name not in _ORDER)]
+    order = [*(name for name in _ORDER if name in files or name == "gpu"), *(n for n in files if n not in _ORDER)]
     sections = [INTRO]
     for name in order:
-        found = latest(row_files.read(files[name]))
+        found = latest(row_files.read(files[name])) if name in files else []
         sections.append(f"## {name}")
         sections += _SECTIONS.get(name, _plain)(found)
     return "\n\n".join(sections) + "\n"
@@ -195,12 +196,32 @@ def _exponent(x: Sequence[float], y: Sequence[float | None]) -> str:
     return "n/a" if fitted is None else f"{fitted.exponent:.2f} ± {fitted.interval:.2f}"
 
 
+def _gpu(found: list[Row]) -> list[str]:
+    """The goals, reached or not, or not measured; then the rows."""
+    body = []
+    for goal in GOALS:
+        on_gpu = [row for row in found if row["device"] != "cpu"]
+        names = (goal.suite, goal.case, goal.config)
+        times = [row for row in on_gpu if (row["suite"], row["case"], row.get("config")) == names]
+        best = min(times, key=lambda row: row["median_s"], default=None)
+        if best is None:
+            body.append([goal.what, "not measured", "", ""])
+        else:
+            reached = "yes" if best["median_s"] <= goal.most_s else "no"
+            body.append([goal.what, f"{_number(1e3 * best['median_s'])} ms, {best['dtype']}", reached, best["device"]])
+    goals = markdown(["goal on an H200", "measured", "reached", "device"], body, text=4)
+    where = "Planted samples of the paper's shapes, d = 2,304; measured by `python -m ksvd_sae.bench gpu` on a GPU."
+    return [where, goals, *(_plain(found) if found else [])]
+
+
 def _plain(found: list[Row]) -> list[str]:
-    """Rows that no other section knows: those of the GPU script."""
+    """Rows as they are."""
     head = [
         "suite",
         "case",
         "device",
+        "coder",
+        "dtype",
         "backend",
         "n",
         "d",
@@ -215,7 +236,7 @@ def _plain(found: list[Row]) -> list[str]:
     body = []
     for row in found:
         sizes = [f"{row[name]:,}" for name in ("n", "d", "m", "k")]
-        names = [str(row[name]) for name in ("suite", "case", "device", "backend")]
+        names = [str(row.get(name, "")) for name in ("suite", "case", "device", "config", "dtype", "backend")]
         scores = [
             _number(1e3 * row["median_s"]),
             _share(row),
@@ -224,7 +245,7 @@ def _plain(found: list[Row]) -> list[str]:
             row["commit"],
         ]
         body.append([*names, *sizes, *scores])
-    return [markdown(head, body, text=4)]
+    return [markdown(head, body, text=6)]
 
 
 def _names(row: Row) -> list[str]:
@@ -272,4 +293,5 @@ _SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "update": _update,
     "train": _train,
     "scaling": _scaling,
+    "gpu": _gpu,
 }

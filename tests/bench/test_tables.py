@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ksvd_sae.bench import rows, tables
+from ksvd_sae.bench.gpu import GOALS
 from ksvd_sae.bench.rows import Who, row
 from ksvd_sae.cli import app
 
@@ -84,8 +85,43 @@ def test_rows_of_the_gpu_script_without_the_newer_fields(tmp_path: Path) -> None
     }
     old |= {"n": 8, "d": 4, "m": 4, "k": 2, "median_s": 0.1, "fvu": 0.5, "peak_mib": None, "floor_s": None}
     rows.append(tmp_path / "gpu.jsonl", [old])
-    _, _, body = cells(tables.render(tmp_path), "## gpu")
-    assert body == ["coding", "gemma", "H200", "torch", "8", "4", "4", "2", "100", "n/a", "0.5000", "n/a", "abc"]
+    _, _, body = cells("\n\n| suite" + tables.render(tmp_path).split("| suite")[1], "\n")
+    assert body == [
+        "coding",
+        "gemma",
+        "H200",
+        "",
+        "",
+        "torch",
+        "8",
+        "4",
+        "4",
+        "2",
+        "100",
+        "n/a",
+        "0.5000",
+        "n/a",
+        "abc",
+    ]
+
+
+def test_goals_of_the_gpu_are_reached_missed_or_not_measured(tmp_path: Path) -> None:
+    rows.append(tmp_path / "coding.jsonl", [coding("spams", [1.0])])
+    text = tables.render(tmp_path)
+    assert text.count("| not measured") == len(GOALS)
+    batch, _, training, _ = GOALS
+    found = []
+    runs = ((batch, "H200", 0.9), (batch, "H200", 0.03), (training, "H200", 11), (batch, "cpu", 0.001))
+    for goal, device, seconds in runs:
+        facts = {"suite": goal.suite, "case": goal.case, "config": goal.config, "device": device, "backend": "triton"}
+        facts |= {"dtype": f"float{len(found)}", "commit": "abc", "impl": "ksvd_sae", "n": 8, "d": 4, "m": 4, "k": 2}
+        found.append({**facts, "median_s": seconds, "fvu": 0.5, "peak_mib": None, "floor_s": None})
+    rows.append(tmp_path / "gpu.jsonl", found)
+    text = tables.render(tmp_path)
+    assert text.count("| not measured") == len(GOALS) - 2
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ") and "≤" in line}
+    assert [cell.strip() for cell in lines[batch.what].split("|")[2:5]] == ["30 ms, float1", "yes", "H200"]
+    assert [cell.strip() for cell in lines[training.what].split("|")[3:5]] == ["no", "H200"]
 
 
 # ---------------------------------------------------------------- the command
