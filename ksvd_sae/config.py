@@ -107,6 +107,9 @@ class DBKSVDConfig(_Learned):
     nonnegative: bool = False
     rtol: float = Field(0.0, ge=0.0)
     max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32", description="of the products in training's coding; tf32 needs a GPU"
+    )
     coder: Literal["mp", "mp_refit", "omp", "ormp", "matryoshka"] = Field(
         "mp", description="how the dictionary codes when evaluated"
     )

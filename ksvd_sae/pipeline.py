@@ -26,13 +26,11 @@ from ksvd_sae.errors import ConfigError, ManifestError
 from ksvd_sae.offline import bbc_news
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
-from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary
+from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
 EVALUATE_STAGE = "evaluate"
-# What changes how a dictionary is coded but not how it is learned.
-_CODING_ONLY = {"coder"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ class Run:
     def _training(self, config: DictionaryConfig) -> tuple[Path, dict[str, Any]]:
         key = {
             "harvest": content_hash(self._harvest_key),
-            "dictionary": config.model_dump(mode="json", exclude=_CODING_ONLY | {"seed"}),
+            "dictionary": training_fields(config),
             "seed": self._seed(config),
         }
         if config.kind in ALGORITHM:

@@ -25,6 +25,16 @@ CHECKPOINT = "training.safetensors"
 CHECKPOINT_BATCHES = 64
 # Goes up when the same config learns another dictionary than before: finished trainings are found by it.
 ALGORITHM = {"db_ksvd": 2}
+# What configs got later, with the value at which trainings come out as before: left out of keys there.
+_ADDED = {"precision": "float32"}
+# The coder is for afterwards; the seed is in keys by itself, as a run has one too.
+_NOT_OF_TRAINING = {"coder", "seed"}
+
+
+def training_fields(config: DictionaryConfig, *, seed: bool = False) -> dict[str, Any]:
+    """What of a config its dictionary follows from, for keys; the seed if asked for."""
+    fields = config.model_dump(mode="json", exclude=_NOT_OF_TRAINING - ({"seed"} if seed else set()))
+    return {name: value for name, value in fields.items() if name not in _ADDED or value != _ADDED[name]}
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,7 @@ def estimator(
         nonnegative=config.nonnegative,
         rtol=config.rtol,
         max_steps=config.max_steps_factor * config.k,
+        precision=config.precision,
         seed=setting.seed,
         device=str(setting.device),
         log_path=None if folder is None else folder / TRAIN_LOG,

@@ -203,6 +203,16 @@ def test_another_config_trains_in_another_folder(place: Path, trainings: list[st
     assert snapshot(first.folder) == before
 
 
+def test_options_that_came_later_are_not_in_older_keys() -> None:
+    """Dictionaries learned before there was a choice of precision are still found."""
+    config = config_with().dictionaries["db-ksvd"]
+    assert "precision" not in trainers.training_fields(config)
+    assert "coder" not in trainers.training_fields(config)
+    rounded = trainers.training_fields(config.model_copy(update={"precision": "bfloat16"}))
+    assert rounded["precision"] == "bfloat16"
+    assert trainers.training_fields(config, seed=True)["seed"] is None
+
+
 def test_another_seed_needs_another_harvest(place: Path) -> None:
     """The harvest shuffles by the seed, so what is learned on it depends on it too."""
     with pytest.raises(ManifestError, match=r"(?s)no manifest\.json there.*ksvd-sae harvest"):

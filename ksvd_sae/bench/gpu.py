@@ -136,6 +136,10 @@ def measure(shape: Shape, device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
+def _precisions(device: torch.device) -> list[Precision]:
+    return ["float32", "tf32", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+
+
 def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -> Iterator[Case]:
     variance = float((x_BD - x_BD.mean(dim=0)).double().square().sum())
 
@@ -147,7 +151,7 @@ def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -
 
     gram_row_s = 4 * shape.n * shape.m / _COPY_BYTES_PER_S
     backend = coder_backend(device, n_atoms=shape.m, k=shape.k)
-    precisions: list[Precision] = ["float32", "tf32", "bfloat16"] if device.type == "cuda" else ["float32", "bfloat16"]
+    precisions = _precisions(device)
     for precision in precisions:
         pursue = partial(matching_pursuit, x_BD, atoms_MD, shape.k, precision=precision)
         # The kernel reads a bfloat16 Gram matrix in that precision.
@@ -169,12 +173,14 @@ def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -
     update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
     update = partial(update_atoms_sums, x_BD, code, atoms_MD)
     yield Case("update", "sums", "float32", "torch", update, updated.error_after / variance, update_s)
-    ksvd = DoubleBatchKSVD(shape.m, shape.k, device=str(device)).partial_fit(x_BD)
-    both = partial(ksvd.partial_fit, x_BD)
-    yield Case("batch", "db-ksvd", "float32", backend, both, ksvd.log[-1].fvu, floor_s + update_s)
+    for precision in precisions:
+        ksvd = DoubleBatchKSVD(shape.m, shape.k, precision=precision, device=str(device)).partial_fit(x_BD)
+        both = partial(ksvd.partial_fit, x_BD)
+        batch_s = products_s(precision) + shape.k * gram_row_s + update_s
+        yield Case("batch", "db-ksvd", precision, backend, both, ksvd.log[-1].fvu, batch_s)
 
 
-def measure_training(shape: Shape, device: torch.device, n_batches: int) -> dict[str, Any]:
+def measure_training(shape: Shape, device: torch.device, n_batches: int, precision: Precision) -> dict[str, Any]:
     """A row for a whole training on data that lie on the device: n is all samples, median_s the one training's time."""
     _, atoms_MD = planted(Shape("", 1, shape.d, shape.m, shape.k), device=device)
     batches = [planted(shape, 1 + i, device, atoms_MD)[0] for i in range(n_batches)]
@@ -182,7 +188,7 @@ def measure_training(shape: Shape, device: torch.device, n_batches: int) -> dict
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    ksvd = DoubleBatchKSVD(shape.m, shape.k, passes=_PASSES, device=str(device))
+    ksvd = DoubleBatchKSVD(shape.m, shape.k, passes=_PASSES, precision=precision, device=str(device))
     started = time.perf_counter()
     ksvd.fit(lambda: iter(batches))
     if device.type == "cuda":
@@ -192,8 +198,8 @@ def measure_training(shape: Shape, device: torch.device, n_batches: int) -> dict
     steps = _PASSES * n_batches
     gram_s = 4 * shape.n * shape.m * shape.k / _COPY_BYTES_PER_S
     update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
-    floor_s = steps * (2 * shape.n * shape.m * shape.d / _FLOP_PER_S["float32"] + gram_s + update_s)
-    case = Case("train", "db-ksvd", "float32", backend, lambda: None, ksvd.log[-1].fvu, floor_s)
+    floor_s = steps * (2 * shape.n * shape.m * shape.d / _FLOP_PER_S[precision] + gram_s + update_s)
+    case = Case("train", "db-ksvd", precision, backend, lambda: None, ksvd.log[-1].fvu, floor_s)
     whole = Shape(shape.case, n_batches * shape.n, shape.d, shape.m, shape.k)
     return _row(whole, device, case, [seconds], peak)
 
@@ -239,9 +245,10 @@ def main(device_name: str, *, small: bool, output: Path) -> None:
         append(output, rows)
         _show(rows)
     for shape in SMALL if small else PAPER:
-        rows = [measure_training(shape, device, _SMALL_BATCHES if small else _BATCHES)]
-        append(output, rows)
-        _show(rows)
+        for precision in _precisions(device):
+            rows = [measure_training(shape, device, _SMALL_BATCHES if small else _BATCHES, precision)]
+            append(output, rows)
+            _show(rows)
     print("checks:", "passed" if not problems else "; ".join(problems))
     if problems:
         raise SystemExit(1)

@@ -11,7 +11,7 @@ from ksvd_sae.bench.peers import Coder, Updater
 from ksvd_sae.bench.problems import Problem, Shape
 from ksvd_sae.bench.rows import OURS, Who
 from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums
-from ksvd_sae.learning.backends import coder_backend
+from ksvd_sae.learning.backends import Precision, coder_backend
 from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
 
 _CODERS: dict[str, Callable[..., Code]] = {
@@ -28,20 +28,23 @@ def auto_backend(shape: Shape, device: torch.device) -> str:
     return coder_backend(device, n_atoms=shape.m, k=shape.k)
 
 
-def coder(config: str, k: int, backend: str, device: torch.device) -> Coder:
-    """One of 'mp', 'mp_refit', 'omp' and 'ormp' on one backend."""
+def coder(config: str, k: int, backend: str, device: torch.device, precision: Precision = "float32") -> Coder:
+    """One of 'mp', 'mp_refit', 'omp' and 'ormp' on one backend; ``precision`` is that of the products."""
     function = _CODERS[config]
 
     def prepare(x_ND: Tensor, atoms_MD: Tensor) -> Callable[[], Code]:
-        return lambda: function(x_ND, atoms_MD, k, backend=backend)
+        return lambda: function(x_ND, atoms_MD, k, backend=backend, precision=precision)
 
-    return Coder(Who(OURS, config, backend, device=device), prepare, lambda code, atoms_MD: code.reconstruct(atoms_MD))
+    who = Who(OURS, config, backend, precision, device)
+    return Coder(who, prepare, lambda code, atoms_MD: code.reconstruct(atoms_MD))
 
 
 def coders(problem: Problem, device: torch.device) -> list[Coder]:
-    """Every coder on the backend that 'auto' takes, and on torch."""
-    backends = dict.fromkeys((auto_backend(problem.shape, device), "torch"))
-    return [coder(config, problem.shape.k, backend, device) for config in _CODERS for backend in backends]
+    """Every coder on the backend that 'auto' takes, and on torch; matching pursuit also from rounded products."""
+    auto, k = auto_backend(problem.shape, device), problem.shape.k
+    found = [coder(config, k, backend, device) for config in _CODERS for backend in dict.fromkeys((auto, "torch"))]
+    rounded: list[Precision] = ["tf32", "bfloat16"] if device.type == "cuda" else ["bfloat16"]
+    return [*found, *(coder("mp", k, auto, device, precision) for precision in rounded)]
 
 
 def updaters(problem: Problem, device: torch.device) -> list[Updater]:

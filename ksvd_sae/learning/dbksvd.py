@@ -18,6 +18,7 @@ from torch import Tensor
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import NotFittedError, ShapeError
 from ksvd_sae.learning.averaging import Average
+from ksvd_sae.learning.backends import PRECISIONS, Precision
 from ksvd_sae.learning.checks import check_samples
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import AnyCoder, Coding
@@ -63,6 +64,7 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         groups: sizes of Matryoshka groups, or None for one dictionary; see matryoshka.py.
         nonnegative: codes without negative coefficients.
         rtol, max_steps: see ``matching_pursuit``.
+        precision: of the products in training's coding: 'float32', 'tf32' (CUDA) or 'bfloat16'; see backends.py.
         coder: the coder of ``encode`` and of the dictionary: one of ``encode``'s, or 'matryoshka' with groups.
             Training always codes by plain MP, with groups group by group.
         seed: same seed, same data, same thread count: the same bits on CPU. On CUDA nothing here adds up in the order
@@ -104,6 +106,7 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         nonnegative: bool = False,
         rtol: float = 0.0,
         max_steps: int | None = None,
+        precision: Precision = "float32",
         coder: AnyCoder = "mp",
         seed: int = 0,
         device: str = "auto",
@@ -118,7 +121,7 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         self.update, self.atom_batch, self.init = update, atom_batch, init
         self.redraw, self.duplicate_cosine, self.average = redraw, duplicate_cosine, average
         self.centre, self.weighting, self.groups, self.nonnegative = centre, weighting, groups, nonnegative
-        self.rtol, self.max_steps, self.coder, self.seed = rtol, max_steps, coder, seed
+        self.rtol, self.max_steps, self.precision, self.coder, self.seed = rtol, max_steps, precision, coder, seed
         self.device, self.keep_on_device, self.log_path, self.on_batch = device, keep_on_device, log_path, on_batch
         self.checkpoint_path, self.checkpoint_every = checkpoint_path, checkpoint_every
 
@@ -129,7 +132,7 @@ class DoubleBatchKSVD(ScikitLearnConventions):
             d_in: also check what depends on the width of the samples.
         """
         where = "DoubleBatchKSVD"
-        choices = {"update": ("sums", "exact"), "init": ("data", "random"), "redraw": REDRAWS}
+        choices = {"update": ("sums", "exact"), "init": ("data", "random"), "redraw": REDRAWS, "precision": PRECISIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 got = f"{name}={getattr(self, name)!r}"

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning.backends import Precision
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.sparse_coding import matching_pursuit
 
@@ -116,13 +117,20 @@ def stages(
     max_steps: int | None = None,
     rtol: float = 0.0,
     nonnegative: bool = False,
+    precision: Precision = "float32",
 ) -> Iterator[Stage]:
-    """Code group by group; arguments as ``matryoshka_encode``."""
+    """Code group by group; arguments as ``matryoshka_encode`` and ``matching_pursuit``."""
     check_groups(groups, len(atoms_MD), k, x_BD.shape[1])
     target_BD = x_BD
     for rows, budget in zip(group_slices(groups), group_budgets(k, len(groups)), strict=True):
         code = matching_pursuit(
-            target_BD, atoms_MD[rows], budget, max_steps=max_steps, rtol=rtol, nonnegative=nonnegative
+            target_BD,
+            atoms_MD[rows],
+            budget,
+            max_steps=max_steps,
+            rtol=rtol,
+            nonnegative=nonnegative,
+            precision=precision,
         )
         yield Stage(rows, target_BD, code)
         if rows.stop < len(atoms_MD):

@@ -12,6 +12,7 @@ from torch import Tensor
 from ksvd_sae.errors import ActivationError
 from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums
 from ksvd_sae.learning.averaging import Average
+from ksvd_sae.learning.backends import Precision
 from ksvd_sae.learning.matryoshka import Stage, stages
 from ksvd_sae.learning.redraw import ENOUGH_IDLE, Redraw, draw_atoms, near_duplicates
 from ksvd_sae.learning.sparse_coding import matching_pursuit
@@ -86,6 +87,7 @@ class StepOptions:
     rtol: float
     max_steps: int | None
     nonnegative: bool
+    precision: Precision
     redraw: Redraw
     duplicate_cosine: float | None
 
@@ -141,6 +143,7 @@ def _coded(x_BD: Tensor, atoms_MD: Tensor, options: StepOptions) -> Iterable[Sta
         "max_steps": options.max_steps,
         "rtol": options.rtol,
         "nonnegative": options.nonnegative,
+        "precision": options.precision,
     }
     if options.groups is not None:
         return stages(x_BD, atoms_MD, options.groups, options.k, **options_of_mp)

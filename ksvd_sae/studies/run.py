@@ -22,7 +22,7 @@ from ksvd_sae.evaluation.splice import SpliceEvaluator
 from ksvd_sae.pipeline import Run, TrainedDictionary
 from ksvd_sae.provenance import commit, content_hash
 from ksvd_sae.studies.grid import Cell, CodingVariant, StudyConfig, cells
-from ksvd_sae.trainers import ALGORITHM
+from ksvd_sae.trainers import ALGORITHM, training_fields
 
 logger = logging.getLogger(__name__)
 ROWS = "rows.jsonl"
@@ -108,7 +108,7 @@ class Study:
                 "model": run.model.model_dump(mode="json"),
                 "text": run.text.model_dump(mode="json"),
                 "harvest": run.harvest.model_dump(mode="json"),
-                "dictionary": cell.dictionary.model_dump(mode="json", exclude={"coder"}),
+                "dictionary": training_fields(cell.dictionary, seed=True),
                 "algorithm": ALGORITHM.get(cell.dictionary.kind),
                 "coding": coding,
                 "contexts": [self.config.contexts, self.config.context_tokens],

@@ -359,6 +359,27 @@ class TestNonnegative:
         assert signed.encode(x_ND).values_BK.min() < 0
 
 
+class TestPrecision:
+    @pytest.mark.parametrize("groups", [None, (8, 12)])
+    def test_bfloat16_products_learn_nearly_as_well(self, groups: tuple[int, ...] | None) -> None:
+        """Atoms are chosen from rounded products; the update sees the samples themselves."""
+        x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
+        full, rounded = (
+            estimator(20, 4, passes=6, batch_samples=200, groups=groups, precision=precision).fit(x_ND)
+            for precision in ("float32", "bfloat16")
+        )
+        assert not torch.equal(full.atoms_MD, rounded.atoms_MD)
+        assert rounded.log[-1].fvu <= full.log[-1].fvu * (1 + tolerances.BFLOAT16) + tolerances.BFLOAT16**2
+
+    def test_unknown(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)precision='int8'.*float32, tf32, bfloat16"):
+            estimator(20, 3, precision="int8").fit(normal(100, 12))
+
+    def test_tf32_needs_a_gpu(self) -> None:
+        with pytest.raises(ShapeError, match="tf32 is a mode of CUDA"):
+            estimator(20, 3, precision="tf32").fit(normal(100, 12))
+
+
 class TestAverage:
     def test_is_the_weighted_mean_of_the_atoms_after_each_batch(self) -> None:
         x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
