@@ -37,6 +37,11 @@ class Shape:
     m: int
     k: int
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """n, d, m and k, as a row has them."""
+        return {"n": self.n, "d": self.d, "m": self.m, "k": self.k}
+
 
 @dataclass(frozen=True)
 class Problem:
