@@ -1,6 +1,6 @@
 """What the machine can do at these shapes, measured in the same run, and the least time that follows from it.
 
-floor = products / (measured rate of the float32 matrix product) + bytes / (measured rate of a copy), with
+floor = products / (measured rate of the matrix product in that precision) + bytes / (measured rate of a copy), with
 
 coding:  products = 2·n·m·d flops (samples times atoms); bytes = 4·n·k·m (a Gram row for each pick). What every greedy
          coder that works on the Gram matrix does at the least: OMP's orthogonalisation, and the repeated picks of
@@ -28,9 +28,13 @@ _GEMM_ROWS = 4096
 _SHORTEST_S = 0.01
 
 
-def coding_floor_s(shape: Shape, device: torch.device) -> float:
-    """Seconds to code shape.n samples, see the module's docstring."""
-    products = 2 * shape.n * shape.m * shape.d / gemm_flop_per_s(shape.n, shape.d, shape.m, device)
+def coding_floor_s(shape: Shape, device: torch.device, precision: str = "float32") -> float:
+    """Seconds to code shape.n samples, see the module's docstring.
+
+    Args: precision: 'tf32' and 'bfloat16' are rated as such, all else as float32.
+    """
+    rate = gemm_flop_per_s(shape.n, shape.d, shape.m, device, precision)
+    products = 2 * shape.n * shape.m * shape.d / rate
     gram_bytes = _FLOAT32_BYTES * shape.m**2
     return products + _FLOAT32_BYTES * shape.n * shape.k * shape.m / copy_bytes_per_s(gram_bytes, device)
 
@@ -42,12 +46,18 @@ def update_floor_s(shape: Shape, device: torch.device) -> float:
 
 
 @lru_cache
-def gemm_flop_per_s(n: int, d: int, m: int, device: torch.device) -> float:
-    """Rate of a float32 product (n, d) × (d, m), on at most 4,096 rows: the best of five."""
+def gemm_flop_per_s(n: int, d: int, m: int, device: torch.device, precision: str = "float32") -> float:
+    """Rate of a product (n, d) × (d, m), on at most 4,096 rows: the best of five."""
     rows = min(n, _GEMM_ROWS)
-    a, b = torch.randn(rows, d, device=device), torch.randn(m, d, device=device)
-    out = torch.empty(rows, m, device=device)
-    return 2 * rows * d * m / _best_s(lambda: torch.mm(a, b.T, out=out), device)
+    how: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if precision == "bfloat16" else torch.float32}
+    a, b = torch.randn(rows, d, **how), torch.randn(m, d, **how)
+    out = torch.empty(rows, m, **how)
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    try:
+        return 2 * rows * d * m / _best_s(lambda: torch.mm(a, b.T, out=out), device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 @lru_cache

@@ -75,7 +75,9 @@ def _job(contender: Coder, problem: Problem, n: int, n_common: int) -> Job:
     def score(result: Any) -> dict[str, Any]:
         rebuilt_ND = contender.rebuild(result, problem.atoms_MD.to(device)).cpu()
         error = partial(_error, problem.x_ND, rebuilt_ND)
-        floor_s = ceilings.coding_floor_s(replace(problem.shape, n=n), device) if contender.greedy else None
+        floor_s = None
+        if contender.greedy:
+            floor_s = ceilings.coding_floor_s(replace(problem.shape, n=n), device, contender.who.dtype)
         return {"fvu": error(n), "fvu_common": error(n_common), "n_common": n_common, "floor_s": floor_s}
 
     return Job(contender.who, n, lambda _: call(), score)
