@@ -16,7 +16,7 @@ KINDS = list(ENTITY_ATTRIBUTES)
 
 
 def test_entities_and_attributes_are_those_saebench_asks_for() -> None:
-    assert ENTITY_ATTRIBUTES == RAVELEvalConfig().entity_attribute_selection
+    assert RAVELEvalConfig().entity_attribute_selection == ENTITY_ATTRIBUTES
 
 
 @pytest.mark.parametrize("kind", KINDS)
