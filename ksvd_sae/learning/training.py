@@ -187,12 +187,17 @@ def variance_of(x_BD: Tensor) -> float:
 
     Raises: ActivationError where all samples are the same.
     """
-    variance = float((x_BD - x_BD.mean(dim=0)).double().pow(2).sum())
+    variance = _energy(x_BD - x_BD.mean(dim=0))
     # Rounding leaves a variance of about 1e-14 of the energy where all samples are the same.
-    if not variance > 1e-12 * float(x_BD.double().square().sum()):
+    if not variance > 1e-12 * _energy(x_BD):
         raise ActivationError(
             "DoubleBatchKSVD: all samples of the batch are the same: there is nothing to learn",
             cause="a hook that gives constants, or padding tokens",
             cure="check the hook name and the text",
         )
     return variance
+
+
+def _energy(x_BD: Tensor) -> float:
+    """Σ‖x‖²: norms as precise as the samples, their squares in float64."""
+    return float(torch.linalg.vector_norm(x_BD, dim=1).double().square().sum())
