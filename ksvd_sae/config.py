@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from ksvd_sae.errors import ConfigError
+from ksvd_sae.eval_config import EvaluationConfig, Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """The language model and the place in it."""
 
     name: str = Field(description="a TransformerLens model name")
@@ -30,7 +27,7 @@ class ModelConfig(_Strict):
     dtype: Dtype = "float32"
 
 
-class TextConfig(_Strict):
+class TextConfig(Strict):
     """Where documents come from."""
 
     source: Literal["hub", "folder", "bbc-news"] = Field(
@@ -48,7 +45,7 @@ class TextConfig(_Strict):
         return self
 
 
-class HarvestConfig(_Strict):
+class HarvestConfig(Strict):
     """How activations are collected."""
 
     train_tokens: int = Field(gt=0)
@@ -66,7 +63,7 @@ class HarvestConfig(_Strict):
     gradient_batch_contexts: int = Field(4, ge=1)
 
 
-class WeightingConfig(_Strict):
+class WeightingConfig(Strict):
     """The metric that a dictionary is learned in; see ksvd_sae/learning/weighting.py. A bare name is short for kind."""
 
     kind: Literal["none", "std", "fisher_diag", "fisher"] = "none"
@@ -79,7 +76,7 @@ class WeightingConfig(_Strict):
         return {"kind": value} if isinstance(value, str) else value
 
 
-class _Learned(_Strict):
+class _Learned(Strict):
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
     seed: int | None = Field(None, description="of the training alone; null takes the run's")
@@ -179,14 +176,14 @@ class JumpReLUSAEConfig(SAEConfig):
     pre_act_loss_coefficient: float | None = Field(None, gt=0, description="against dead latents; null leaves it out")
 
 
-class PCAConfig(_Strict):
+class PCAConfig(Strict):
     """Control: the first k principal components, coded by projection."""
 
     kind: Literal["pca"] = "pca"
     k: int = Field(gt=0)
 
 
-class RandomConfig(_Strict):
+class RandomConfig(Strict):
     """Control: random unit atoms, coded by the same coder as DB-KSVD."""
 
     kind: Literal["random"] = "random"
@@ -210,36 +207,7 @@ DictionaryConfig = Annotated[
 ]
 
 
-class CoreConfig(_Strict):
-    """SAEBench's core eval."""
-
-    dataset: str = Field("Skylion007/openwebtext", description="a Hub data set; heldout: the held-out documents")
-    context_tokens: int = Field(128, ge=2)
-    batch_contexts: int = Field(16, ge=1)
-    reconstruction_batches: int = Field(200, ge=1)
-    sparsity_batches: int = Field(2000, ge=1)
-
-
-class SparseProbingConfig(_Strict):
-    """SAEBench's sparse probing."""
-
-    datasets: list[str] | None = Field(None, description="null: SAEBench's eight; bbc-news: the five BBC classes")
-    train_set_size: int = Field(4000, ge=4)
-    test_set_size: int = Field(1000, ge=4)
-    context_tokens: int = Field(128, ge=2)
-    llm_batch_contexts: int = Field(32, ge=1)
-    k_values: list[int] = Field(default_factory=lambda: [1, 2, 5])
-    seed: int = 42
-
-
-class EvaluationConfig(_Strict):
-    """The evals to run; null leaves one out, and the table says so."""
-
-    core: CoreConfig | None = Field(default_factory=lambda: CoreConfig())
-    sparse_probing: SparseProbingConfig | None = Field(default_factory=lambda: SparseProbingConfig())
-
-
-class RunConfig(_Strict):
+class RunConfig(Strict):
     """One experiment. Its name is its folder under results/."""
 
     name: str = Field(pattern=_NAME)

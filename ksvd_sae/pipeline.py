@@ -23,7 +23,7 @@ from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, RunConfig, SAEConfig
 from ksvd_sae.device import resolve_device
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ConfigError, ManifestError
-from ksvd_sae.offline import bbc_news
+from ksvd_sae.offline import bbc_news, biographies
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
 from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
@@ -213,7 +213,7 @@ class Run:
             logger.info("evaluate: reusing %s", self._evaluation_folder)
             return self.evaluated()
         from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, tidy_rows
-        from ksvd_sae.evaluation.saebench import EvalSetting, Panelist
+        from ksvd_sae.evaluation.runner import EvalSetting, Panelist
 
         started = time.perf_counter()
         trained = self.trained()
@@ -313,6 +313,11 @@ class Run:
         probing = self.config.evaluation.sparse_probing
         if probing is not None and bbc_news.NAME in (probing.datasets or []):
             bbc_news.write_probing_dataset(folder / bbc_news.NAME)
+        scr = self.config.evaluation.scr
+        if scr is not None and biographies.NAME in (scr.datasets or []):
+            # SAEBench takes a quarter of a set from each profession and gender, and twice that where they are biased.
+            sizes = (size // 2 + 1 for size in (scr.train_set_size, scr.test_set_size))
+            biographies.write_dataset(folder / biographies.NAME, *sizes)
         digest = hashlib.sha256()
         for path in sorted(folder.rglob("*.jsonl")):
             digest.update(path.read_bytes())

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sae_bench.evals.core import main as core
+from sae_bench.evals.scr_and_tpp import main as scr
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
 
 
@@ -94,3 +95,25 @@ def collected_errors(logger_name: str, messages: list[str]) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+@contextmanager
+def bias_in_bios_datasets(professions: dict[str, dict[str, int]]) -> Iterator[None]:
+    """Let SCR read data sets that are laid out as LabHC/bias_in_bios under their own names.
+
+    SAEBench knows columns and labels of its two data sets only, and takes spurious correlations from names that hold
+    'bias_in_bios'.
+
+    Args: professions: data set name -> profession -> its number.
+    """
+    layouts, genders = dataset_info.dataset_metadata, scr.COLUMN2_VALS_LOOKUP
+    before = dict(layouts), dict(genders)
+    for name, numbers in professions.items():
+        layouts[name] = {**layouts["LabHC/bias_in_bios"], "column1_mapping": numbers}
+        genders[name] = genders["LabHC/bias_in_bios_class_set1"]
+    try:
+        yield
+    finally:
+        for known, was in zip((layouts, genders), before, strict=True):
+            known.clear()
+            known.update(was)

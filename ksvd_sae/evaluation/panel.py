@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.config import EvaluationConfig
+from ksvd_sae.eval_config import EvaluationConfig
 from ksvd_sae.evaluation.metrics import heldout_metrics
-from ksvd_sae.evaluation.saebench import EvalSetting, Panelist, read_metrics, run_core, run_sparse_probing
-from ksvd_sae.offline import bbc_news
+from ksvd_sae.evaluation.runner import EvalSetting, Panelist, read_metrics
+from ksvd_sae.evaluation.saebench import run_core, run_scr, run_sparse_probing
+from ksvd_sae.offline import bbc_news, biographies
 from ksvd_sae.provenance import content_hash, write_json
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,10 @@ def evaluate_saebench(
         files = run_sparse_probing(panel, probing, classes, setting, output / "sparse_probing")
         data = "SAEBench's eight data sets" if probing.datasets is None else ", ".join(probing.datasets)
         results.append(_results("sparse_probing", data, probing.test_set_size, files))
+    if config.scr is not None:
+        files = run_scr(panel, config.scr, {biographies.NAME: biographies.PROFESSIONS}, setting, output)
+        data = "SAEBench's two data sets" if config.scr.datasets is None else ", ".join(config.scr.datasets)
+        results.append(_results("scr", data, config.scr.test_set_size, files))
     return results
 
 

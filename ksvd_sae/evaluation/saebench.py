@@ -1,54 +1,12 @@
-"""SAEBench's own evals on a panel of SAEs; every missing score is an error.
+"""SAEBench's own evals on a panel of SAEs: what each is told, and where its data come from."""
 
-Results stay in SAEBench's JSON format. A result's file name ends in the hash of all that it follows from
-(the dictionary, the eval's settings, the data, SAEBench's version), so a result is reused only when it is the same.
-"""
-
-import contextlib
-import io
-import json
-import logging
-import math
-import sys
-import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ksvd_sae.config import CoreConfig, SparseProbingConfig
-from ksvd_sae.errors import EvaluationError
-from ksvd_sae.provenance import content_hash, versions, write_json
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Panelist:
-    """One SAE or dictionary under evaluation.
-
-    name: as in the tables. content: hash of what it is. load: gives a fresh SAELens SAE (evals change it in place).
-    """
-
-    name: str
-    content: str
-    load: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class EvalSetting:
-    """Where evals run and what they read.
-
-    data_folder: holds a folder for each local data set, by name. data_hash: of the local data sets.
-    """
-
-    model_name: str
-    dtype: str
-    device: str
-    data_folder: Path
-    data_hash: str
-    artifacts: Path
+from ksvd_sae.eval_config import CoreConfig, ScrConfig, SparseProbingConfig
+from ksvd_sae.evaluation.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.provenance import content_hash
 
 
 def run_core(
@@ -83,7 +41,7 @@ def run_core(
                 device=setting.device,
             )
 
-    return _run("core", panel, {"config": config.model_dump(), "dataset": dataset}, setting, output, evaluate)
+    return run_eval("core", panel, {"config": config.model_dump(), "dataset": dataset}, setting, output, evaluate)
 
 
 def run_sparse_probing(
@@ -120,134 +78,74 @@ def run_sparse_probing(
     output = output.resolve()
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
-        _drop_half_written(artifacts)
+        drop_half_written(artifacts)
         with working_directory(setting.data_folder), labelled_text_datasets(classes):
             probing.run_eval(
                 eval_config, saes, setting.device, str(output), artifacts_path=str(artifacts), save_activations=True
             )
 
-    return _run("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
+    return run_eval("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
 
 
-def _run(
-    eval_name: str,
-    panel: list[Panelist],
-    key: dict[str, Any],
-    setting: EvalSetting,
-    output: Path,
-    evaluate: Callable[[list[tuple[str, Any]], list[str]], None],
+def run_scr(
+    panel: list[Panelist], config: ScrConfig, data: dict[str, dict[str, int]], setting: EvalSetting, output: Path
 ) -> dict[str, Path]:
-    """Evaluate the panelists that have no result yet; one that fails takes no other with it."""
-    output.mkdir(parents=True, exist_ok=True)
-    key = {
-        **key,
-        "eval": eval_name,
-        "model": setting.model_name,
-        "dtype": setting.dtype,
-        "data": setting.data_hash,
-        "sae_bench": versions().get("sae-bench"),
-    }
-    stems = {p.name: f"{p.name}-{content_hash({**key, 'dictionary': p.content})}" for p in panel}
-    files = {name: _result_file(output, stem) for name, stem in stems.items()}
-    missing = [p for p in panel if not _is_result(files[p.name])]
-    for name in sorted({p.name for p in panel} - {p.name for p in missing}):
-        logger.info("%s of %s: reusing %s", eval_name, name, files[name].name)
-    reasons: list[str] = []
-    waiting: list[tuple[str, Any]] = []
-    for panelist in missing:
-        try:
-            waiting.append((stems[panelist.name], panelist.load()))
-        except Exception as error:
-            reasons.append(f"loading {panelist.name}: {type(error).__name__}: {error}")
-    if waiting:
-        logger.info("%s of %s", eval_name, ", ".join(p.name for p in missing))
-    while waiting:
-        try:
-            with _chatter():
-                evaluate(waiting, reasons)
-            break
-        # Whatever an eval throws is reported with what it was doing. SAEs are scored in order, so the first one
-        # without a result is the one that failed: the rest are tried again without it.
-        except Exception as error:
-            logger.debug("%s failed", eval_name, exc_info=True)
-            undone = [(stem, sae) for stem, sae in waiting if not _result_file(output, stem).exists()]
-            failed = undone[0][0] if undone else "after the last score"
-            reasons.append(f"{failed}: {type(error).__name__}: {error}")
-            waiting = undone[1:]
-    lost = [p.name for p in panel if not files[p.name].exists()]
-    if lost or reasons:
-        raise EvaluationError(
-            f"{eval_name}: no score for {', '.join(lost) or 'some'}",
-            cause="; ".join(reasons) or "SAEBench wrote no result and gave no reason",
-            cure="results that were finished are kept; run again after mending the cause (-v shows the traceback)",
-        )
-    for path in files.values():
-        _make_json_valid(path)
-    return files
+    """SAEBench's spurious correlation removal.
+
+    A dictionary of fewer latents than some ``n_values`` is scored at the others; SAEBench cannot ablate more latents
+    than there are.
+
+    Args: data: local data sets laid out as bias_in_bios (in ``setting.data_folder``): name -> professions -> number.
+    Returns, Raises: as ``run_core``.
+    """
+    from sae_bench.evals.scr_and_tpp import main as scr
+    from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+
+    from ksvd_sae.evaluation.adapters import bias_in_bios_datasets, working_directory
+
+    options: dict[str, Any] = {}
+    if config.datasets is not None:
+        options["dataset_names"] = config.datasets
+    if config.pairs is not None:
+        options["column1_vals_lookup"] = config.pairs
+    shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
+    artifacts = setting.artifacts.resolve() / f"scr-{content_hash({**shared, 'data': setting.data_hash})}"
+    # SAEBench puts the eval's name below the folder that it is given.
+    output = output.resolve()
+
+    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+        drop_half_written(artifacts)
+        _drop_without_probes(artifacts)
+        # In the panel's order, which tells whoever asks which of them failed.
+        for n_values, some in groupby(saes, lambda named: _within(config.n_values, named[1])):
+            eval_config = ScrAndTppEvalConfig(
+                random_seed=config.seed,
+                perform_scr=True,
+                train_set_size=config.train_set_size,
+                test_set_size=config.test_set_size,
+                context_length=config.context_tokens,
+                probe_epochs=config.probe_epochs,
+                sae_batch_size=config.sae_batch_texts,
+                llm_batch_size=config.llm_batch_contexts,
+                llm_dtype=setting.dtype,
+                model_name=setting.model_name,
+                n_values=list(n_values),
+                **options,
+            )
+            with working_directory(setting.data_folder), bias_in_bios_datasets(data):
+                scr.run_eval(eval_config, list(some), setting.device, str(output), artifacts_path=str(artifacts))
+
+    return run_eval("scr", panel, {"config": config.model_dump()}, setting, output / "scr", evaluate)
 
 
-@contextmanager
-def _chatter() -> Iterator[None]:
-    """SAEBench prints to stdout as it goes; that belongs to the log, where -v shows it."""
-    printed = io.StringIO()
-    quiet = not logger.isEnabledFor(logging.DEBUG)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(printed if quiet else sys.stderr))
-        if quiet:
-            stack.enter_context(contextlib.redirect_stderr(printed))
-        yield
-
-
-def _result_file(output: Path, stem: str) -> Path:
-    return output / f"{stem}_custom_sae_eval_results.json"
-
-
-def _is_result(path: Path) -> bool:
-    """Whether the file is a whole result; one that is not is removed, or SAEBench would skip it as done."""
-    try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict) and isinstance(found.get("eval_result_metrics"), dict):
-            return True
-    except (OSError, ValueError):
-        pass
-    path.unlink(missing_ok=True)
-    return False
-
-
-def _drop_half_written(artifacts: Path) -> None:
-    """Remove activation files that an interrupted run left unfinished: SAEBench would stumble over them."""
-    for path in artifacts.rglob("*.pt") if artifacts.exists() else ():
-        if not zipfile.is_zipfile(path):
-            logger.warning("sparse_probing: %s was left half written; making it again", path)
+def _drop_without_probes(artifacts: Path) -> None:
+    """Remove activations whose probes an interrupted run did not write, or not to the end: SAEBench would stumble."""
+    for path in artifacts.rglob("*_activations.pt"):
+        probes = path.with_name(path.name.removesuffix("activations.pt") + "probes.pkl")
+        # The last byte of a whole pickle says so; nothing is loaded here.
+        if not probes.exists() or probes.read_bytes()[-1:] != b".":
             path.unlink()
 
 
-def _make_json_valid(path: Path) -> None:
-    """SAEBench writes NaN and Infinity, which are no JSON: they become null."""
-    text = path.read_text()
-    if any(word in text for word in ("NaN", "Infinity")):
-        write_json(path, _nulled(json.loads(text)))
-
-
-def _nulled(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _nulled(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_nulled(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_metrics(path: Path) -> dict[str, float | None]:
-    """The metrics of a result file by name, groups flattened; None where the value was not finite.
-
-    Fields of SAEBench's format that this eval did not compute (null as written by SAEBench) are left out:
-    only core writes values that are not finite, and it writes all of its fields.
-    """
-    result = json.loads(path.read_text())
-    keep_null = result.get("eval_type_id") == "core"
-    return {
-        metric: value
-        for group in result["eval_result_metrics"].values()
-        for metric, value in group.items()
-        if isinstance(value, int | float) or (value is None and keep_null)
-    }
+def _within(n_values: list[int], sae: Any) -> tuple[int, ...]:
+    return tuple(n for n in n_values if n <= sae.cfg.d_sae)

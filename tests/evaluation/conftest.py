@@ -13,17 +13,20 @@ from typing import Any
 import datasets
 import pytest
 from sae_bench.evals.core import main as core
+from sae_bench.evals.scr_and_tpp import main as scr
 from sae_bench.evals.sparse_probing import main as probing
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.evaluation.saebench import EvalSetting, Panelist
+from ksvd_sae.evaluation.runner import EvalSetting, Panelist
 from tests.tiny_saes import COLOURS, METALS, MODEL_NAME, TREES, WORDS, one_thread, tiny_model
 from tests.tiny_shards import raw_activations, write_harvest
 
 TEXT = "tiny-text"
 ONE_TEXT = "one-text"
 CLASSES = "three-classes"
+BIASED = "tiny-bias_in_bios"
+PROFESSIONS = {"nurse": 3, "professor": 7}
 # Fills a context of 12 tokens behind <bos>, so all contexts of ONE_TEXT are the same.
 THE_TEXT = " ".join(WORDS[:11])
 COMMIT = "c0ffee" + 34 * "0"
@@ -61,6 +64,15 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(n)
         ]
         _write_rows(folder / CLASSES / f"{split}.jsonl", labelled)
+        # Professions differ in their colours, genders in their metals; trees are noise.
+        biased = [
+            {"hard_text": " ".join([*draw.choices(work, k=3), *draw.choices(marks, k=2), *draw.choices(TREES, k=3)])}
+            | {"profession": number, "gender": gender}
+            for number, work in zip(PROFESSIONS.values(), (COLOURS[:3], COLOURS[3:]), strict=True)
+            for gender, marks in enumerate((METALS[:3], METALS[3:]))
+            for _ in range(n)
+        ]
+        _write_rows(folder / BIASED / f"{split}.jsonl", biased)
     return folder
 
 
@@ -75,7 +87,7 @@ def model_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", load)
     # SAEBench collects garbage after every SAE: a second each time, in a process with so many modules.
-    for module in (core, probing):
+    for module in (core, probing, scr):
         monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0))
     # Data sets that are not streamed are converted once, into the user's cache.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

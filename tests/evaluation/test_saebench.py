@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import torch
 from sae_bench.evals.core import main as core
+from sae_bench.evals.scr_and_tpp import main as scr
 from sae_bench.evals.sparse_probing import main as probing
 from sae_bench.evals.sparse_probing import probe_training
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, general_utils
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from ksvd_sae.config import CoreConfig, SparseProbingConfig
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evaluation.saebench import EvalSetting, read_metrics, run_core, run_sparse_probing
+from ksvd_sae.eval_config import CoreConfig, ScrConfig, SparseProbingConfig
+from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
+from ksvd_sae.evaluation.saebench import run_core, run_scr, run_sparse_probing
 from ksvd_sae.sae import DBKSVDSAE
-from tests.evaluation.conftest import CLASSES, COMMIT, ONE_TEXT, TEXT, THE_TEXT, CountedPanel
+from tests.evaluation.conftest import BIASED, CLASSES, COMMIT, ONE_TEXT, PROFESSIONS, TEXT, THE_TEXT, CountedPanel
 from tests.tiny_saes import CONTEXT_TOKENS, HOOK, identity_sae, tiny_db_ksvd_sae, tiny_model, tiny_topk_sae
 from tests.tolerances import SPLICED_LOSS
 
@@ -37,6 +39,16 @@ PROBING = SparseProbingConfig(
     context_tokens=CONTEXT_TOKENS,
     llm_batch_contexts=16,
     k_values=[1, 5],
+)
+SCR = ScrConfig(
+    datasets=[BIASED],
+    pairs={BIASED: [("professor", "nurse")]},
+    train_set_size=40,
+    test_set_size=20,
+    context_tokens=CONTEXT_TOKENS,
+    llm_batch_contexts=16,
+    probe_epochs=3,
+    n_values=[2, 5, 20],
 )
 LABELS = {CLASSES: ["0", "1", "2"]}
 Runner = Callable[..., dict[str, Path]]
@@ -54,7 +66,12 @@ def run_probing_on(
     return run_sparse_probing(counted.panelists(), config, LABELS, setting, output)
 
 
-evals = pytest.mark.parametrize("run", [run_core_on, run_probing_on], ids=["core", "sparse_probing"])
+def run_scr_on(counted: CountedPanel, setting: EvalSetting, output: Path, config: ScrConfig = SCR) -> dict[str, Path]:
+    return run_scr(counted.panelists(), config, {BIASED: PROFESSIONS}, setting, output)
+
+
+CACHED = (run_probing_on, run_scr_on)
+evals = pytest.mark.parametrize("run", [run_core_on, run_probing_on, run_scr_on], ids=["core", "sparse_probing", "scr"])
 
 
 @pytest.fixture
@@ -190,6 +207,60 @@ def _quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 quickly = pytest.mark.usefixtures("_quick_probes")
 
 
+# ---------------------------------------------------------------- SCR: the numbers
+
+
+def test_scr_results(setting: EvalSetting, model_loads: list[str], tmp_path: Path) -> None:
+    """Gender and profession are in different words, so there is something to remove, and something to keep.
+
+    A dictionary of 16 latents cannot have 20 of them ablated: that score is not there, the others are.
+    """
+    makers = {"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae, "identity": identity_sae}
+    config = SCR.model_copy(update={"probe_epochs": 20})
+    files = run_scr_on(CountedPanel(makers), setting, tmp_path, config)
+    scores = {}
+    for name, path in files.items():
+        assert path.parent == tmp_path / "scr"
+        result = strict_json(path)
+        assert result["eval_type_id"] == "scr"
+        assert [d["dataset_name"] for d in result["eval_result_details"]] == [f"{BIASED}_scr_professor_nurse_results"]
+        found = scores[name] = read_metrics(path)
+        sizes = [2, 5] if makers[name]().cfg.d_sae < 20 else [2, 5, 20]
+        assert set(found) == {f"scr_{kind}_threshold_{n}" for kind in ("dir1", "dir2", "metric") for n in sizes}
+        assert all(value is not None and math.isfinite(value) for value in found.values())
+    assert len({json.dumps(found) for found in scores.values()}) == len(makers)
+    assert "20" not in str(set(scores["identity"])), "the case must have a dictionary that is too small"
+
+
+@pytest.mark.parametrize("left", ["no probes", "half of the probes", "half of the activations"])
+def test_scr_of_an_interrupted_run_starts_over(left: str, setting: EvalSetting, tmp_path: Path) -> None:
+    files = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
+    whole = read_metrics(files["topk-sae"])
+    (activations,), (probes,) = (list(setting.artifacts.rglob(f"*.{kind}")) for kind in ("pt", "pkl"))
+    broken = activations if "activations" in left else probes
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    if left == "no probes":
+        broken.unlink()
+    files["topk-sae"].unlink()
+    again = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
+    assert read_metrics(again["topk-sae"]) == whole
+
+
+@evals
+@quickly
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_are_on_or_off_as_before(run: Runner, enabled: bool, setting: EvalSetting, tmp_path: Path) -> None:
+    with torch.set_grad_enabled(enabled):
+        run(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
+        assert torch.is_grad_enabled() == enabled
+
+
+def test_scr_leaves_saebench_as_it_was(setting: EvalSetting, tmp_path: Path) -> None:
+    known, genders = dict(dataset_info.dataset_metadata), dict(scr.COLUMN2_VALS_LOOKUP)
+    run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
+    assert (known, genders) == (dataset_info.dataset_metadata, scr.COLUMN2_VALS_LOOKUP)
+
+
 # ---------------------------------------------------------------- both: reuse
 
 
@@ -233,15 +304,16 @@ def test_changed_content_is_computed_anew(
         (run_core_on, {"context_tokens": 10}),
         (run_core_on, {"dataset": ONE_TEXT}),
         (run_probing_on, {"train_set_size": 36}),
+        (run_scr_on, {"n_values": [2, 4]}),
     ],
-    ids=["batches", "context", "data set", "probe's training set"],
+    ids=["batches", "context", "data set", "probe's training set", "SCR's sizes"],
 )
 def test_changed_config_is_computed_anew(
     run: Runner, change: dict[str, Any], setting: EvalSetting, tmp_path: Path
 ) -> None:
     counted = CountedPanel({"topk-sae": tiny_topk_sae})
     files = run(counted, setting, tmp_path / "out")
-    config = (CORE if run is run_core_on else PROBING).model_copy(update=change)
+    config = {run_core_on: CORE, run_probing_on: PROBING, run_scr_on: SCR}[run].model_copy(update=change)
     again = run(counted, setting, tmp_path / "out", config)
     assert counted.loads == ["topk-sae", "topk-sae"]
     assert again != files
@@ -257,11 +329,11 @@ def test_changed_data_is_computed_anew(
     counted = CountedPanel({"topk-sae": tiny_topk_sae})
     files = run(counted, setting, tmp_path / "out")
     cached = set(setting.artifacts.rglob("*.pt"))
-    assert bool(cached) == (run is run_probing_on)
+    assert bool(cached) == (run in CACHED)
     again = run(counted, replace(setting, data_hash="another"), tmp_path / "out")
     assert again != files
     assert counted.loads == ["topk-sae", "topk-sae"]
-    assert bool(set(setting.artifacts.rglob("*.pt")) - cached) == (run is run_probing_on)
+    assert bool(set(setting.artifacts.rglob("*.pt")) - cached) == (run in CACHED)
 
 
 @quickly
@@ -340,7 +412,7 @@ def test_one_that_fails_leaves_the_others_result(
     assert "broken" in first_line
     assert "topk-sae" not in first_line
     assert "this code is broken" in str(caught.value)
-    kept = list((tmp_path / "out").glob("*.json"))
+    kept = list((tmp_path / "out").rglob("*.json"))
     assert [path.name.split("-")[0] for path in kept] == ["topk"]
     # Mended, only the broken one is computed.
     counted.loads.clear()
@@ -363,7 +435,7 @@ def test_one_that_cannot_be_loaded_leaves_the_others_result(
     with pytest.raises(EvaluationError, match="no such dictionary") as caught:
         run(CountedPanel({name: makers[name] for name in order}), setting, tmp_path / "out")
     assert "topk-sae" not in str(caught.value).splitlines()[0]
-    assert len(list((tmp_path / "out").glob("topk-sae-*.json"))) == 1
+    assert len(list((tmp_path / "out").rglob("topk-sae-*.json"))) == 1
 
 
 def test_core_on_a_data_set_that_is_not_there(
