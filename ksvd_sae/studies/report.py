@@ -1,7 +1,7 @@
 """What a study found: a table with error bars over seeds and figures of error against behaviour."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from scipy import stats
@@ -23,6 +23,7 @@ _METRICS: dict[str, tuple[str, int, bool]] = {
     "fisher_error": ("Fisher error ↓", 2, True),
     "dead_fraction": ("dead ↓", 3, True),
 }
+_ERRORS = {"fvu": "FVU (raw space)", "fisher_error": "Fisher error"}
 _WEIGHTING_MARKERS = {"none": "o", "std": "^", "fisher_diag": "s", "fisher": "D"}
 
 
@@ -73,7 +74,33 @@ def markdown(table: pd.DataFrame, study_name: str) -> str:
             lines.append([row["entry"], coded, f"{row['samples_seen']:,.0f}", str(row["seeds"]), *cells])
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"## Layer {layer}, k = {k}\n\n{body}")
+    parts.append(_explained(table))
     return "\n\n".join(parts) + "\n"
+
+
+def correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Pearson correlation of nats lost with FVU and with the Fisher error over the settings of each layer and k.
+
+    Columns: layer, k, settings, and one for each error (NaN for fewer than three settings).
+    """
+    lines = []
+    for (layer, k), group in table.groupby(["layer", "k"], sort=True):
+        line = {"layer": layer, "k": k, "settings": len(group)}
+        for error in _ERRORS:
+            known = group[[error, "nats_lost"]].dropna()
+            line[error] = float(known[error].corr(known["nats_lost"])) if len(known) > 2 else float("nan")
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _explained(table: pd.DataFrame) -> str:
+    lines = ["| layer | k | settings | FVU | Fisher error |", "|---:|---:|---:|---:|---:|"]
+    for row in correlations(table).to_dict("records"):
+        texts = ["n/a" if row[error] != row[error] else f"{row[error]:.3f}" for error in _ERRORS]
+        lines.append(f"| {row['layer']} | {row['k']} | {row['settings']} | {texts[0]} | {texts[1]} |")
+    return "## What goes with nats lost\n\nPearson correlation over the settings of a layer and k.\n\n" + "\n".join(
+        lines
+    )
 
 
 def _text(mean: float, ci: float, digits: int) -> str:
@@ -82,7 +109,7 @@ def _text(mean: float, ci: float, digits: int) -> str:
     return f"{mean:.{digits}f}" if ci != ci else f"{mean:.{digits}f} ± {ci:.{digits}f}"
 
 
-def frontier_plot(table: pd.DataFrame, path: Path) -> Path:
+def frontier_plot(table: pd.DataFrame, path: Path, error: Literal["fvu", "fisher_error"] = "fvu") -> Path:
     """Error against nats lost, a panel a layer and k; colour: method, marker: weighting, filling: coder."""
     panels = list(table.groupby(["layer", "k"], sort=True))
     families = list(dict.fromkeys(family(name) for name in sorted(table["entry"])))
@@ -96,9 +123,9 @@ def frontier_plot(table: pd.DataFrame, path: Path) -> Path:
         for axes, ((layer, k), group) in zip(grid.flat, panels, strict=False):
             for row in group.to_dict("records"):
                 axes.errorbar(
-                    row["fvu"],
+                    row[error],
                     row["nats_lost"],
-                    xerr=None if row["fvu_ci"] != row["fvu_ci"] else row["fvu_ci"],
+                    xerr=None if row[f"{error}_ci"] != row[f"{error}_ci"] else row[f"{error}_ci"],
                     yerr=None if row["nats_lost_ci"] != row["nats_lost_ci"] else row["nats_lost_ci"],
                     color=colours[family(row["entry"])],
                     marker=_WEIGHTING_MARKERS[row["weighting"]],
@@ -108,7 +135,7 @@ def frontier_plot(table: pd.DataFrame, path: Path) -> Path:
                     fillstyle={"mp": "none", "refit": "left"}.get(row["coding"], "full"),
                 )
             axes.set_title(f"layer {layer}, k = {k}")
-            axes.set_xlabel("FVU (raw space)")
+            axes.set_xlabel(_ERRORS[error])
             axes.set_ylabel("nats lost")
         _legend(drawn, colours, sorted(set(table["weighting"])))
     return path
@@ -138,7 +165,7 @@ def _legend(drawn: Any, colours: dict[str, str], weightings: list[str]) -> None:
 
 
 def write_report(study: Study) -> Path:
-    """summary.csv, table.md and frontier.png in the study's folder; returns the table's path."""
+    """summary.csv, table.md, frontier.png and, with gradients, fisher.png in the study's folder; the table's path."""
     table = summarise(study.rows())
     study.folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(study.folder / SUMMARY) as temporary:
@@ -146,4 +173,6 @@ def write_report(study: Study) -> Path:
     with atomic_path(study.folder / TABLE) as temporary:
         temporary.write_text(markdown(table, study.config.name))
     frontier_plot(table, study.folder / "frontier.png")
+    if table["fisher_error"].notna().any():
+        frontier_plot(table, study.folder / "fisher.png", "fisher_error")
     return study.folder / TABLE

@@ -9,7 +9,7 @@ from scipy import stats
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.studies.efficiency import efficiency_plot
-from ksvd_sae.studies.report import family, frontier_plot, half_width, markdown, summarise
+from ksvd_sae.studies.report import correlations, family, frontier_plot, half_width, markdown, summarise
 
 
 def row(entry: str = "db-ksvd", seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def test_one_seed_has_no_interval() -> None:
 def test_settings_are_kept_apart_and_sorted_by_behaviour() -> None:
     rows = [row(), row("topk-sae", nats_lost=0.3), row(coding="omp", nats_lost=0.4), row(layer=13), row(k=10)]
     text = markdown(summarise(rows), "some-study")
-    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    heads = [line for line in text.splitlines() if line.startswith("## Layer")]
     assert heads == ["## Layer 9, k = 10", "## Layer 9, k = 20", "## Layer 13, k = 20"]
     block = text.split("## Layer 9, k = 20")[1].split("##")[0]
     assert block.index("topk-sae") < block.index("omp") < block.index("db-ksvd | mp")
@@ -60,6 +60,23 @@ def test_settings_are_kept_apart_and_sorted_by_behaviour() -> None:
 
 def test_a_value_that_is_missing_is_said() -> None:
     assert "n/a" in markdown(summarise([row(kl=None)]), "x")
+
+
+def test_what_goes_with_nats_lost() -> None:
+    """Nats lost are the Fisher error and nothing else; FVU goes its own way. A layer of two settings says nothing."""
+    rows = [
+        row(entry, layer=layer, fvu=fvu, fisher_error=nats * 2 + 0.1, nats_lost=nats)
+        for layer in (9, 13)
+        for entry, fvu, nats in (("a", 0.1, 0.5), ("b", 0.2, 0.3), ("c", 0.3, 0.6), ("d", 0.4, 0.2))[: layer // 4]
+    ][:6]
+    found = correlations(summarise(rows)).set_index("layer")
+    assert found.loc[9, "settings"] == 2
+    assert np.isnan(found.loc[9, "fvu"])
+    assert found.loc[13, "fisher_error"] == pytest.approx(1)
+    assert found.loc[13, "fvu"] == pytest.approx(np.corrcoef([0.1, 0.2, 0.3], [0.5, 0.3, 0.6])[0, 1])
+    text = markdown(summarise(rows), "x").split("## What goes with nats lost")[1]
+    assert "| 9 | 20 | 2 | n/a | n/a |" in text
+    assert "| 13 | 20 | 3 | 0.327 | 1.000 |" in text
 
 
 def test_no_rows() -> None:
@@ -74,6 +91,8 @@ def test_family() -> None:
 def test_plots_are_drawn(tmp_path: Path) -> None:
     rows = [row(seed=s, entry=e, fvu=0.1 + i) for s in range(2) for i, e in enumerate(("db-ksvd", "topk-sae-std"))]
     paths = [frontier_plot(summarise(rows), tmp_path / "frontier.png")]
+    seen = [{**r, "fisher_error": 0.4 + r["fvu"]} for r in rows]
+    paths.append(frontier_plot(summarise(seen), tmp_path / "fisher.png", "fisher_error"))
     points = [{"dictionary": "a", "samples_seen": 10**i, "seconds": 2.0**i, "fvu": 1 / (i + 1)} for i in range(3)]
     paths.append(efficiency_plot(points, tmp_path / "efficiency.png"))
     for path in paths:
