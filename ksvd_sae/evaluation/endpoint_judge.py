@@ -17,7 +17,7 @@ from typing import Any
 
 import openai
 
-from ksvd_sae.errors import EvaluationError
+from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.evaluation.judges import Messages
 from ksvd_sae.provenance import content_hash
 
@@ -67,6 +67,12 @@ class EndpointJudge:
         tries: int = 6,
         wait: Callable[[float], None] = time.sleep,
     ):
+        if tries < 1 or (requests_per_minute is not None and requests_per_minute < 1):
+            raise ConfigError(
+                f"judge {model}: tries and requests_per_minute must be at least 1",
+                got=f"tries = {tries}, requests_per_minute = {requests_per_minute}",
+                cure="leave requests_per_minute out for no limit",
+            )
         self.model, self.base_url, self._key_variable = model, base_url, key_variable
         self._timeout_s, self._tries, self._wait = timeout_s, tries, wait
         self._path, self._lock = folder / ANSWERS, threading.Lock()

@@ -4,6 +4,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import CoreConfig, ScrConfig, SparseProbingConfig
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, drop_half_written, run_eval
 from ksvd_sae.provenance import content_hash
@@ -118,6 +119,13 @@ def run_scr(
         _drop_without_probes(artifacts)
         # In the panel's order, which tells whoever asks which of them failed.
         for n_values, some in groupby(saes, lambda named: _within(config.n_values, named[1])):
+            if not n_values:
+                raise EvaluationError(
+                    "scr: a dictionary has fewer latents than the least of n_values",
+                    limit=f"n_values: {config.n_values}",
+                    cause="the dictionary cannot have that many latents ablated",
+                    cure="add a smaller number to evaluation.scr.n_values",
+                )
             eval_config = ScrAndTppEvalConfig(
                 random_seed=config.seed,
                 perform_scr=True,

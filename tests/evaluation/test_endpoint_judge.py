@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ksvd_sae.errors import EvaluationError
+from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.evaluation.endpoint_judge import ANSWERS, EndpointJudge
 
 KEY = "sk-secret-4711"
@@ -205,6 +205,12 @@ def test_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_local_endpoints_need_none(endpoint: Endpoint, tmp_path: Path) -> None:
     endpoint.replies = [said("a cat")]
     assert EndpointJudge("m", tmp_path, base_url=endpoint.url, key_variable="NO_KEY").answer(QUESTION, 30) == "a cat"
+
+
+@pytest.mark.parametrize("options", [{"tries": 0}, {"requests_per_minute": 0}], ids=str)
+def test_limits_of_nothing(options: dict[str, int], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)at least 1.*cure"):
+        EndpointJudge("m", tmp_path, **options)  # type: ignore[arg-type]
 
 
 def test_pace(endpoint: Endpoint, waits: list[float], tmp_path: Path) -> None:

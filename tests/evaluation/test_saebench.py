@@ -232,6 +232,16 @@ def test_scr_results(setting: EvalSetting, model_loads: list[str], tmp_path: Pat
     assert "20" not in str(set(scores["identity"])), "the case must have a dictionary that is too small"
 
 
+def test_scr_of_a_dictionary_smaller_than_every_size(setting: EvalSetting, tmp_path: Path) -> None:
+    """No score is an error, not a result without scores; the others keep theirs."""
+    makers = {"topk-sae": tiny_topk_sae, "identity": identity_sae}
+    assert identity_sae().cfg.d_sae < 20 <= tiny_topk_sae().cfg.d_sae
+    with pytest.raises(EvaluationError, match=r"(?s)no score for identity.*fewer latents.*n_values") as caught:
+        run_scr_on(CountedPanel(makers), setting, tmp_path, SCR.model_copy(update={"n_values": [20]}))
+    assert "topk-sae" not in str(caught.value).splitlines()[0]
+    assert len(list((tmp_path / "scr").glob("topk-sae-*.json"))) == 1
+
+
 @pytest.mark.parametrize("left", ["no probes", "half of the probes", "half of the activations"])
 def test_scr_of_an_interrupted_run_starts_over(left: str, setting: EvalSetting, tmp_path: Path) -> None:
     files = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
