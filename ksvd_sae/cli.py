@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ksvd_sae.config import load_config
-from ksvd_sae.errors import KsvdSaeError
+from ksvd_sae.errors import ConfigError, KsvdSaeError
 
 if TYPE_CHECKING:
     from ksvd_sae.bench.settings import Settings
@@ -138,6 +138,7 @@ def run(
 def study(
     config: Annotated[Path, typer.Argument(help="the study's YAML")],
     minutes: Annotated[float | None, typer.Option(help="begin no new training after this time")] = None,
+    layer: Annotated[int | None, typer.Option(help="only this layer: a process for each shares the work")] = None,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
@@ -148,8 +149,10 @@ def study(
 
     _set_up_logging(verbose)
     grid, runs = load_study(config)
+    if layer not in (None, *grid.layers):
+        raise ConfigError(f"study: no layer {layer}", limit=f"layers: {grid.layers}", cure="give one of these")
     found = Study(grid, runs, results)
-    n_rows = found.run(minutes)
+    n_rows = found.run(minutes, layer)
     left = sum(len(codings) for _, codings in found.missing())
     _out.print(f"{n_rows} new rows, {left} still to measure")
     _out.print(f"report: {write_report(found)}", highlight=False, markup=False, soft_wrap=True)

@@ -73,15 +73,18 @@ class Study:
             if left:
                 yield cell, left
 
-    def run(self, minutes: float | None = None) -> int:
+    def run(self, minutes: float | None = None, layer: int | None = None) -> int:
         """Train and measure what is missing; returns how many rows came.
 
-        Args: minutes: begin no new cell after this time.
+        Args: minutes: begin no new cell after this time.  layer: only this one, so that processes can share a study;
+            None: all.
         Raises: whatever training or measuring raises; rows so far are on disk.
         """
         started, n_rows = time.monotonic(), 0
         benches: dict[int, _Bench] = {}
         for cell, codings in list(self.missing()):
+            if layer not in (None, cell.layer):
+                continue
             if minutes is not None and time.monotonic() - started > 60 * minutes:
                 logger.info("study %s: %g minutes are over, %d rows this time", self.config.name, minutes, n_rows)
                 break

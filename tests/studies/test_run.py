@@ -57,6 +57,15 @@ def test_every_cell_once(tmp_path: Path) -> None:
     assert {row["coding"] for row in rows if row["kind"] == "topk_sae"} == {"own"}
 
 
+def test_processes_share_a_study_by_layer(tmp_path: Path) -> None:
+    n_first = study(tmp_path, layers=[1, 2]).run(layer=1)
+    assert {row["layer"] for row in study(tmp_path, layers=[1, 2]).rows()} == {1}
+    n_second = study(tmp_path, layers=[1, 2]).run(layer=2)
+    assert n_first > 0
+    assert n_second > 0
+    assert study(tmp_path, layers=[1, 2]).run() == 0
+
+
 def test_goes_on_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Bench, "fail_at", 4)
     with pytest.raises(RuntimeError):
