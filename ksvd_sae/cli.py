@@ -148,14 +148,15 @@ def study(
     from ksvd_sae.studies.run import Study
 
     _set_up_logging(verbose)
-    grid, runs = load_study(config)
-    if layer not in (None, *grid.layers):
-        raise ConfigError(f"study: no layer {layer}", limit=f"layers: {grid.layers}", cure="give one of these")
-    found = Study(grid, runs, results)
-    n_rows = found.run(minutes, layer)
-    left = sum(len(codings) for _, codings in found.missing())
-    _out.print(f"{n_rows} new rows, {left} still to measure")
-    _out.print(f"report: {write_report(found)}", highlight=False, markup=False, soft_wrap=True)
+    with _errors_as_messages(verbose):
+        grid, runs = load_study(config)
+        if layer not in (None, *grid.layers):
+            raise ConfigError(f"study: no layer {layer}", limit=f"layers: {grid.layers}", cure="give one of these")
+        found = Study(grid, runs, results)
+        n_rows = found.run(minutes, layer)
+        left = sum(len(codings) for _, codings in found.missing())
+        _out.print(f"{n_rows} new rows, {left} still to measure")
+        _out.print(f"report: {write_report(found)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: ksvd-sae efficiency eval_configs/data-efficiency.yaml --passes 1 --passes 4")

@@ -400,3 +400,17 @@ def test_doctor_finds_versions_that_do_not_fit(
     assert problem in shown
     assert mend in shown
     assert "working set" not in shown
+
+
+# ---------------------------------------------------------------- studies
+
+
+def test_study_without_a_file_is_a_message() -> None:
+    assert "no such file" in said("study", "nowhere.yaml")
+
+
+def test_study_of_a_layer_that_it_has_not_is_a_message() -> None:
+    grid = Path(__file__).parents[1] / "eval_configs" / "study-engine.yaml"
+    message = said("study", str(grid), "--layer", "7")
+    assert "no layer 7" in message
+    assert "[9, 13]" in message
