@@ -23,7 +23,8 @@ from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, RunConfig, SAEConfig
 from ksvd_sae.device import resolve_device
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ConfigError, ManifestError
-from ksvd_sae.offline import bbc_news, biographies
+from ksvd_sae.offline import bbc_news
+from ksvd_sae.offline.eval_data import write_eval_data
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
 from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
@@ -310,14 +311,7 @@ class Run:
         target = folder / self.heldout_name / "train.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(heldout, target)
-        probing = self.config.evaluation.sparse_probing
-        if probing is not None and bbc_news.NAME in (probing.datasets or []):
-            bbc_news.write_probing_dataset(folder / bbc_news.NAME)
-        scr = self.config.evaluation.scr
-        if scr is not None and biographies.NAME in (scr.datasets or []):
-            # SAEBench takes a quarter of a set from each profession and gender, and twice that where they are biased.
-            sizes = (size // 2 + 1 for size in (scr.train_set_size, scr.test_set_size))
-            biographies.write_dataset(folder / biographies.NAME, *sizes)
+        write_eval_data(folder, self.config.evaluation)
         digest = hashlib.sha256()
         for path in sorted(folder.rglob("*.jsonl")):
             digest.update(path.read_bytes())

@@ -11,7 +11,9 @@ from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.eval_config import EvaluationConfig
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, read_metrics
-from ksvd_sae.evaluation.saebench import run_core, run_scr, run_sparse_probing
+from ksvd_sae.evaluation.saebench.core import run_core
+from ksvd_sae.evaluation.saebench.scr import run_scr
+from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
 from ksvd_sae.offline import bbc_news, biographies
 from ksvd_sae.provenance import content_hash, write_json
 
@@ -59,23 +61,42 @@ def evaluate_saebench(
     Args: heldout_name: the local data set that ``core.dataset: heldout`` stands for.
     Raises: EvaluationError if any score is missing; finished results stay.
     """
-    results = []
-    if config.core is not None:
-        dataset = heldout_name if config.core.dataset == "heldout" else config.core.dataset
-        files = run_core(panel, config.core, dataset, setting, output / "core")
-        n = config.core.reconstruction_batches * config.core.batch_contexts * (config.core.context_tokens - 1)
-        results.append(_results("core", dataset, n, files))
-    if config.sparse_probing is not None:
-        probing = config.sparse_probing
-        classes = {bbc_news.NAME: [str(i) for i in range(len(bbc_news.CLASSES))]}
-        files = run_sparse_probing(panel, probing, classes, setting, output / "sparse_probing")
-        data = "SAEBench's eight data sets" if probing.datasets is None else ", ".join(probing.datasets)
-        results.append(_results("sparse_probing", data, probing.test_set_size, files))
-    if config.scr is not None:
-        files = run_scr(panel, config.scr, {biographies.NAME: biographies.PROFESSIONS}, setting, output)
-        data = "SAEBench's two data sets" if config.scr.datasets is None else ", ".join(config.scr.datasets)
-        results.append(_results("scr", data, config.scr.test_set_size, files))
-    return results
+    evals = (_core, _sparse_probing, _scr)
+    found = (evaluate(panel, config, setting, heldout_name, output) for evaluate in evals)
+    return [results for results in found if results is not None]
+
+
+def _core(
+    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
+) -> EvalResults | None:
+    if (core := config.core) is None:
+        return None
+    dataset = heldout_name if core.dataset == "heldout" else core.dataset
+    files = run_core(panel, core, dataset, setting, output / "core")
+    return _results(
+        "core", dataset, core.reconstruction_batches * core.batch_contexts * (core.context_tokens - 1), files
+    )
+
+
+def _sparse_probing(
+    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
+) -> EvalResults | None:
+    if (probing := config.sparse_probing) is None:
+        return None
+    classes = {bbc_news.NAME: [str(i) for i in range(len(bbc_news.CLASSES))]}
+    files = run_sparse_probing(panel, probing, classes, setting, output / "sparse_probing")
+    data = "SAEBench's eight data sets" if probing.datasets is None else ", ".join(probing.datasets)
+    return _results("sparse_probing", data, probing.test_set_size, files)
+
+
+def _scr(
+    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
+) -> EvalResults | None:
+    if (scr := config.scr) is None:
+        return None
+    files = run_scr(panel, scr, {biographies.NAME: biographies.PROFESSIONS}, setting, output)
+    data = "SAEBench's two data sets" if scr.datasets is None else ", ".join(scr.datasets)
+    return _results("scr", data, scr.test_set_size, files)
 
 
 def _results(eval_name: str, data: str, n: int, files: dict[str, Path]) -> EvalResults:

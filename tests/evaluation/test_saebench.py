@@ -22,7 +22,9 @@ from transformer_lens import HookedTransformer
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import CoreConfig, ScrConfig, SparseProbingConfig
 from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
-from ksvd_sae.evaluation.saebench import run_core, run_scr, run_sparse_probing
+from ksvd_sae.evaluation.saebench.core import run_core
+from ksvd_sae.evaluation.saebench.scr import run_scr
+from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
 from ksvd_sae.sae import DBKSVDSAE
 from tests.evaluation.conftest import BIASED, CLASSES, COMMIT, ONE_TEXT, PROFESSIONS, TEXT, THE_TEXT, CountedPanel
 from tests.tiny_saes import CONTEXT_TOKENS, HOOK, identity_sae, tiny_db_ksvd_sae, tiny_model, tiny_topk_sae

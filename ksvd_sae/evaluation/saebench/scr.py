@@ -1,91 +1,13 @@
-"""SAEBench's own evals on a panel of SAEs: what each is told, and where its data come from."""
+"""SAEBench's spurious correlation removal."""
 
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.eval_config import CoreConfig, ScrConfig, SparseProbingConfig
+from ksvd_sae.eval_config import ScrConfig
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, drop_half_written, run_eval
 from ksvd_sae.provenance import content_hash
-
-
-def run_core(
-    panel: list[Panelist], config: CoreConfig, dataset: str, setting: EvalSetting, output: Path
-) -> dict[str, Path]:
-    """SAEBench's core eval: loss recovered, KL, L0.
-
-    Args: dataset: a Hub name, or the name of a folder in ``setting.data_folder``.
-    Returns: the result file of each panelist.
-    Raises: EvaluationError naming every panelist without a result, and why.
-    """
-    from sae_bench.evals.core import main as core
-
-    from ksvd_sae.evaluation.adapters import collected_errors, nan_stays_nan, working_directory
-
-    output = output.resolve()
-
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
-        with working_directory(setting.data_folder), nan_stays_nan(), collected_errors(core.__name__, reasons):
-            core.multiple_evals(
-                selected_saes=saes,
-                n_eval_reconstruction_batches=config.reconstruction_batches,
-                n_eval_sparsity_variance_batches=config.sparsity_batches,
-                eval_batch_size_prompts=config.batch_contexts,
-                compute_featurewise_density_statistics=True,
-                compute_featurewise_weight_based_metrics=True,
-                exclude_special_tokens_from_reconstruction=True,
-                dataset=dataset,
-                context_size=config.context_tokens,
-                output_folder=str(output),
-                dtype=setting.dtype,
-                device=setting.device,
-            )
-
-    return run_eval("core", panel, {"config": config.model_dump(), "dataset": dataset}, setting, output, evaluate)
-
-
-def run_sparse_probing(
-    panel: list[Panelist],
-    config: SparseProbingConfig,
-    classes: dict[str, list[str]],
-    setting: EvalSetting,
-    output: Path,
-) -> dict[str, Path]:
-    """SAEBench's sparse probing.
-
-    Args: classes: local data sets of text and label (in ``setting.data_folder``) and their labels.
-    Returns, Raises: as ``run_core``.
-    """
-    from sae_bench.evals.sparse_probing import main as probing
-    from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
-
-    from ksvd_sae.evaluation.adapters import labelled_text_datasets, working_directory
-
-    eval_config = SparseProbingEvalConfig(
-        random_seed=config.seed,
-        probe_train_set_size=config.train_set_size,
-        probe_test_set_size=config.test_set_size,
-        context_length=config.context_tokens,
-        llm_batch_size=config.llm_batch_contexts,
-        llm_dtype=setting.dtype,
-        model_name=setting.model_name,
-        k_values=config.k_values,
-        **({} if config.datasets is None else {"dataset_names": config.datasets}),
-    )
-    # SAEBench reuses LLM activations by the data set's name alone: the folder carries the rest.
-    shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
-    artifacts = setting.artifacts.resolve() / f"sparse_probing-{content_hash({**shared, 'data': setting.data_hash})}"
-    output = output.resolve()
-
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
-        drop_half_written(artifacts)
-        with working_directory(setting.data_folder), labelled_text_datasets(classes):
-            probing.run_eval(
-                eval_config, saes, setting.device, str(output), artifacts_path=str(artifacts), save_activations=True
-            )
-
-    return run_eval("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
 
 
 def run_scr(
@@ -97,7 +19,7 @@ def run_scr(
     than there are.
 
     Args: data: local data sets laid out as bias_in_bios (in ``setting.data_folder``): name -> professions -> number.
-    Returns, Raises: as ``run_core``.
+    Returns, Raises: as ``core.run_core``.
     """
     from sae_bench.evals.scr_and_tpp import main as scr
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig

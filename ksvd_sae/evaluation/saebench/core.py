@@ -1,0 +1,42 @@
+"""SAEBench's core: loss recovered, KL, L0."""
+
+from pathlib import Path
+from typing import Any
+
+from ksvd_sae.eval_config import CoreConfig
+from ksvd_sae.evaluation.runner import EvalSetting, Panelist, run_eval
+
+
+def run_core(
+    panel: list[Panelist], config: CoreConfig, dataset: str, setting: EvalSetting, output: Path
+) -> dict[str, Path]:
+    """SAEBench's core eval: loss recovered, KL, L0.
+
+    Args: dataset: a Hub name, or the name of a folder in ``setting.data_folder``.
+    Returns: the result file of each panelist.
+    Raises: EvaluationError naming every panelist without a result, and why.
+    """
+    from sae_bench.evals.core import main as core
+
+    from ksvd_sae.evaluation.adapters import collected_errors, nan_stays_nan, working_directory
+
+    output = output.resolve()
+
+    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+        with working_directory(setting.data_folder), nan_stays_nan(), collected_errors(core.__name__, reasons):
+            core.multiple_evals(
+                selected_saes=saes,
+                n_eval_reconstruction_batches=config.reconstruction_batches,
+                n_eval_sparsity_variance_batches=config.sparsity_batches,
+                eval_batch_size_prompts=config.batch_contexts,
+                compute_featurewise_density_statistics=True,
+                compute_featurewise_weight_based_metrics=True,
+                exclude_special_tokens_from_reconstruction=True,
+                dataset=dataset,
+                context_size=config.context_tokens,
+                output_folder=str(output),
+                dtype=setting.dtype,
+                device=setting.device,
+            )
+
+    return run_eval("core", panel, {"config": config.model_dump(), "dataset": dataset}, setting, output, evaluate)
