@@ -11,13 +11,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ksvd_sae.activations.language import ActivationReader, hook_layer
+from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.errors import ActivationError, ConfigError, EvaluationError, ShapeError
+from ksvd_sae.evaluation.runs_from_hook import RunsFromHook, Started
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -70,14 +71,11 @@ class SpliceScores:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some contexts, and where their runs start again."""
+    """Some contexts: where their run starts again, and the activations to be rebuilt."""
 
-    tokens_BL: Tensor
+    started: Started
     replaced_BL: Tensor
     x_ND: Tensor
-    # Residual stream at the layer where the run starts again; None: from the tokens.
-    start_BLD: Tensor | None
-    options: dict[str, Any]
 
 
 class SpliceEvaluator:
@@ -125,7 +123,7 @@ class SpliceEvaluator:
     ):
         self._reader = ActivationReader(model, hook)
         self.model, self.hook = model, hook
-        self._layer, self._direct = _resume(hook, model.cfg.n_layers)
+        self._runs = RunsFromHook(model, hook)
         tokens_BL = _checked_tokens(tokens_BL).to(model.cfg.device)
         if ablation not in get_args(Ablation):
             raise ConfigError("splice: unknown ablation", got=repr(ablation), limit=" or ".join(get_args(Ablation)))
@@ -186,41 +184,21 @@ class SpliceEvaluator:
 
     # ------------------------------------------------------------ running the model
 
-    @torch.no_grad()
     def _first_run(self, tokens_BL: Tensor) -> tuple[_Batch, Tensor]:
         """The clean run, and what later runs start from."""
-        kept: list[Tensor] = []
-
-        def keep(activation: Tensor, hook: Any) -> None:
-            kept.append(activation.detach().clone())
-
-        model = self.model
-        with model.hooks(fwd_hooks=[(self.hook, keep)]):
-            embedded_BLD, _, shortformer, mask = model.input_to_embed(tokens_BL)
-            options = {"shortformer_pos_embed": shortformer, "attention_mask": mask}
-            start_BLD = embedded_BLD
-            if self._layer is not None:
-                start_BLD = model(embedded_BLD, start_at_layer=0, stop_at_layer=self._layer, **options)
-            final_BLD = self._finish(start_BLD, options)
-        self._reader.check_rows(kept, tokens_BL)
+        started, activation, final_BLD = self._runs.first(tokens_BL)
+        self._reader.check_rows([] if activation is None else [activation], tokens_BL)
+        assert activation is not None
         ordinary_BL = self._reader.ordinary(tokens_BL)
-        x_BLD = kept[0].flatten(2).float()
+        x_BLD = activation.flatten(2).float()
         if not bool(torch.isfinite(x_BLD[ordinary_BL]).all()):
             raise ActivationError(
                 f"splice: activations of {self.hook} hold NaN or infinity",
-                cause=f"overflow in {model.cfg.dtype}, or broken weights",
+                cause=f"overflow in {self.model.cfg.dtype}, or broken weights",
                 cure="set model.dtype to bfloat16 or float32",
             )
         replaced_BL = ordinary_BL & (torch.linalg.vector_norm(x_BLD, dim=2) <= self._limit)
-        start = None if self._layer is None else start_BLD
-        return _Batch(tokens_BL, replaced_BL, x_BLD[replaced_BL], start, options), final_BLD
-
-    def _finish(self, start_BLD: Tensor, options: dict[str, Any]) -> Tensor:
-        """From a layer to what the unembedding gets."""
-        n_layers = self.model.cfg.n_layers
-        first = 0 if self._layer is None else self._layer
-        final_BLD: Tensor = self.model(start_BLD, start_at_layer=first, stop_at_layer=n_layers, **options)
-        return final_BLD if self.model.cfg.normalization_type is None else self.model.ln_final(final_BLD)
+        return _Batch(started, replaced_BL, x_BLD[replaced_BL]), final_BLD
 
     @torch.no_grad()
     def _spliced(self, reconstruct: Reconstruct, name: str) -> Tensor:
@@ -228,24 +206,14 @@ class SpliceEvaluator:
         final_PD = []
         for batch in self._batches:
             rebuilt_ND = _checked_rows(reconstruct(batch.x_ND.clone()), batch.x_ND, name)
-            final_BLD = self._run_again(batch, partial(_replace_rows, batch.replaced_BL, rebuilt_ND))
-            final_PD.append(self._predicting(batch.tokens_BL, final_BLD))
+            final_BLD = self._runs.again(batch.started, partial(_replace_rows, batch.replaced_BL, rebuilt_ND))
+            final_PD.append(self._predicting(batch.started.tokens_BL, final_BLD))
         return torch.cat(final_PD)
 
-    @torch.no_grad()
     def _zeroed(self) -> Tensor:
         """The same when every token's activation is zero."""
-        return torch.cat([self._predicting(b.tokens_BL, self._run_again(b, torch.zeros_like)) for b in self._batches])
-
-    def _run_again(self, batch: _Batch, change: Callable[[Tensor], Tensor]) -> Tensor:
-        if self._direct:
-            assert batch.start_BLD is not None
-            return self._finish(change(batch.start_BLD), batch.options)
-        with self.model.hooks(fwd_hooks=[(self.hook, lambda activation, hook: change(activation))]):
-            start_BLD = batch.start_BLD
-            if start_BLD is None:
-                start_BLD = self.model.input_to_embed(batch.tokens_BL)[0]
-            return self._finish(start_BLD, batch.options)
+        started = [batch.started for batch in self._batches]
+        return torch.cat([self._predicting(s.tokens_BL, self._runs.again(s, torch.zeros_like)) for s in started])
 
     def _predicting(self, tokens_BL: Tensor, final_BLD: Tensor) -> Tensor:
         """The rows whose prediction counts."""
@@ -303,16 +271,6 @@ class SpliceEvaluator:
                 cure="set model.dtype to bfloat16 or float32",
             )
         return ce_P, kl_P
-
-
-def _resume(hook: str, n_layers: int) -> tuple[int | None, bool]:
-    """The layer that a spliced run starts at (None: the embedding), and whether its input is what the hook gives."""
-    layer = hook_layer(hook)
-    if layer is None:
-        return (n_layers if hook.startswith("ln_final.") else None), False
-    if hook == f"blocks.{layer}.hook_resid_post":
-        return layer + 1, True
-    return layer, hook == f"blocks.{layer}.hook_resid_pre"
 
 
 def _replace_rows(replaced_BL: Tensor, rebuilt_ND: Tensor, activation: Tensor) -> Tensor:
