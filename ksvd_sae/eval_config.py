@@ -65,3 +65,7 @@ class EvaluationConfig(Strict):
     core: CoreConfig | None = Field(default_factory=lambda: CoreConfig())
     sparse_probing: SparseProbingConfig | None = Field(default_factory=lambda: SparseProbingConfig())
     scr: ScrConfig | None = None
+    llm_cache_gb: float = Field(
+        10.0, ge=0, description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing"
+    )
+    llm_memory_gb: float = Field(2.0, ge=0, description="memory for the untouched model's probabilities (core)")

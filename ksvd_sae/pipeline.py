@@ -213,10 +213,11 @@ class Run:
         if is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
             logger.info("evaluate: reusing %s", self._evaluation_folder)
             return self.evaluated()
+        from ksvd_sae.evaluation.llm_cache import TensorCache
         from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, tidy_rows
         from ksvd_sae.evaluation.runner import EvalSetting, Panelist
 
-        started = time.perf_counter()
+        started, evaluation = time.perf_counter(), self.config.evaluation
         trained = self.trained()
         panel = [Panelist(t.name, t.content, partial(self.load_sae, t)) for t in trained]
         data_folder, data_hash = self.local_data()
@@ -227,11 +228,13 @@ class Run:
             data_folder=data_folder,
             data_hash=data_hash,
             artifacts=self.cache / "artifacts",
+            cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
+            memory_bytes=int(evaluation.llm_memory_gb * 1e9),
         )
         output = self.cache / "evaluations"
         heldout = evaluate_heldout(panel, self.shards("heldout"), content_hash(self._harvest_key), output / "heldout")
         results = [replace(heldout, data=self.heldout_name)]
-        results += evaluate_saebench(panel, self.config.evaluation, setting, self.heldout_name, output)
+        results += evaluate_saebench(panel, evaluation, setting, self.heldout_name, output)
         facts = {t.name: self._facts(t, heldout.metrics[t.name]) for t in trained}
         rows = [row for result in results for row in tidy_rows(result, facts, self.config.seed)]
         rows += [row for t in trained for row in self._training_rows(t, facts[t.name])]

@@ -102,6 +102,8 @@ FOLDED_SAE = 1e-4
 SPARSE_TRAINING = 2e-2
 # A step's loss and gradients, as a fraction of the largest gradient: float32 sums in another order.
 SPARSE_STEP = 1e-4
+# Core's losses and metrics from shared runs: the same float32 sums in chunks and in another order.
+SHARED_CORE = {"rtol": 1e-5, "atol": 1e-5}
 # Codes of an orthonormal basis rebuild a float32 sample to rounding: squared, 1e-14, with room for the mean.
 PERFECT_FVU = 1e-9
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evaluation.llm_cache import TensorCache
 from ksvd_sae.provenance import content_hash, versions, write_json
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ class EvalSetting:
     """Where evals run and what they read.
 
     data_folder: holds a folder for each local data set, by name. data_hash: of the local data sets.
+    cache: for what the language model gives, shared by the panel; None: SAEBench asks the model for each SAE anew.
+    memory_bytes: for what is too large for the cache.
     """
 
     model_name: str
@@ -50,6 +53,8 @@ class EvalSetting:
     data_folder: Path
     data_hash: str
     artifacts: Path
+    cache: TensorCache | None = None
+    memory_bytes: int = 2 << 30
 
 
 def run_eval(

@@ -1,5 +1,6 @@
 """SAEBench's core: loss recovered, KL, L0."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ def run_core(
     from sae_bench.evals.core import main as core
 
     from ksvd_sae.evaluation.adapters import collected_errors, nan_stays_nan, working_directory
+    from ksvd_sae.evaluation.shared_core import shared_core_runs
 
     output = output.resolve()
 
+    def shared() -> AbstractContextManager[None]:
+        return nullcontext() if setting.cache is None else shared_core_runs(setting.cache, setting.memory_bytes)
+
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
-        with working_directory(setting.data_folder), nan_stays_nan(), collected_errors(core.__name__, reasons):
+        errors = collected_errors(core.__name__, reasons)
+        with working_directory(setting.data_folder), nan_stays_nan(), errors, shared():
             core.multiple_evals(
                 selected_saes=saes,
                 n_eval_reconstruction_batches=config.reconstruction_batches,
