@@ -5,7 +5,7 @@
     KsvdSaeError
     ├── ConfigError            a YAML file or a --set value
     ├── ShapeError             sizes that do not fit each other (also a ValueError)
-    ├── DictionaryError        atoms that are no dictionary: not unit norm, NaN (also a ValueError)
+    ├── DictionaryError        atoms that are no dictionary (not unit norm, NaN), or lack a view (also a ValueError)
     ├── WeightingError         second moments that give no invertible map (also a ValueError)
     ├── NotFittedError         encode before fit (also a ValueError, and an AttributeError as in scikit-learn)
     ├── TextError              text that is missing, empty or too short

@@ -7,6 +7,11 @@ these: HookedSAETransformer, ActivationsStore, SAEBench.
 SAEBench wants decoder rows of unit norm in raw space. A weighted dictionary has unit rows in weighted space; here each
 row is W_dec_j = atom_j·W⁻¹ / n_j, n_j its norm, and codes are multiplied by n_j: the same reconstruction.
 
+A signed code f has two views. 'signed' is f itself, a latent an atom. 'split' is [f₊, f₋], f₊ = max(f, 0) and
+f₋ = max(−f, 0), over the decoder [D; −D]: two latents an atom, none negative, as many of them nonzero, and the same
+reconstruction bit for bit. Evals that take a latent to be active only above 0 (SAEBench's core, autointerp and
+absorption) read the split view right and the signed one by half.
+
 SAELens finds classes by name in a registry that this module's import fills; ``import ksvd_sae`` sees to
 it. A process that has not imported it cannot know the name, so the name on disk says what to do.
 """
@@ -23,7 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.errors import DictionaryError, ShapeError
 from ksvd_sae.learning.coding import ANY_CODERS, AnyCoder, Coding
 from ksvd_sae.provenance import write_json
 
@@ -38,6 +43,7 @@ class DBKSVDSAEConfig(SAEConfig):
 
     k, coder, rtol, max_steps, nonnegative, groups: see ``ksvd_sae.learning.coding``.
     weighting: 'none', or the shape of the map that is applied before coding: 'diagonal' or 'full'.
+    split: whether latents are [f₊, f₋]; d_sae is then twice the number of atoms, while k and groups count atoms.
     """
 
     k: int = 20
@@ -47,6 +53,7 @@ class DBKSVDSAEConfig(SAEConfig):
     nonnegative: bool = False
     groups: list[int] | None = None
     weighting: Literal["none", "diagonal", "full"] = "none"
+    split: bool = False
 
     @override
     @classmethod
@@ -59,6 +66,20 @@ class DBKSVDSAEConfig(SAEConfig):
             raise ShapeError("DBKSVDSAEConfig: unknown coder", got=self.coder, limit=", ".join(ANY_CODERS))
         if self.weighting not in ("none", "diagonal", "full"):
             raise ShapeError("DBKSVDSAEConfig: unknown weighting", got=self.weighting, limit="none, diagonal, full")
+        if self.split and self.nonnegative:
+            raise DictionaryError(
+                "DBKSVDSAEConfig: a non-negative code has no split view",
+                cause="it is non-negative as it comes: its negative half would always be zero",
+                cure="take the view 'signed', which is the code as it comes",
+            )
+        if self.split and self.d_sae % 2:
+            raise ShapeError(
+                "DBKSVDSAEConfig: the split view has two latents an atom", got=f"d_sae = {self.d_sae}", limit="even"
+            )
+
+    @property
+    def n_atoms(self) -> int:
+        return self.d_sae // 2 if self.split else self.d_sae
 
     @property
     def coding(self) -> Coding:
@@ -67,11 +88,12 @@ class DBKSVDSAEConfig(SAEConfig):
 
 
 class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
-    """A dictionary that codes by pursuit. Codes are signed unless every one happens to be positive.
+    """A dictionary that codes by pursuit. Codes are signed, or cut into their positive and negative part (cfg.split).
 
-    Parameters: W_dec (d_sae, d_in) unit rows; b_dec (d_in,); W_enc = W_decᵀ, b_enc = 0: kept because SAEBench
-    and SAELens read them, not used by ``encode``; weighting (d_in,) or (d_in, d_in) if the config says so: the map
-    that centred activations go through before they are coded.
+    Parameters: W_dec (d_sae, d_in) unit rows, of which in the split view the second half is minus the first; b_dec
+    (d_in,); W_enc = W_decᵀ, b_enc = 0: kept because SAEBench and SAELens read them, not used by ``encode``; weighting
+    (d_in,) or (d_in, d_in) if the config says so: the map that centred activations go through before they are coded.
+    Raises: DictionaryError by ``encode`` and ``decode`` if the halves of a split W_dec are no longer opposites.
     """
 
     b_enc: nn.Parameter
@@ -86,12 +108,37 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     def initialize_weights(self) -> None:
         super().initialize_weights()
         with torch.no_grad():
-            self.W_dec.data = torch.nn.functional.normalize(self.W_dec.data, dim=1)
+            rows_MD = torch.nn.functional.normalize(self.W_dec.data[: self.cfg.n_atoms], dim=1)
+            self.W_dec.data = self._both_signs(rows_MD)
             self.W_enc.data = self.W_dec.data.T.contiguous()
         self.b_enc = nn.Parameter(torch.zeros(self.cfg.d_sae, dtype=self.dtype, device=self.device))
         if self.cfg.weighting != "none":
             ones_D = torch.ones(self.cfg.d_in, dtype=self.dtype, device=self.device)
             self.weighting = nn.Parameter(ones_D if self.cfg.weighting == "diagonal" else torch.diag(ones_D))
+
+    def _both_signs(self, rows_MD: Tensor) -> Tensor:
+        """The decoder of these atoms: [D; −D] in the split view."""
+        return torch.cat([rows_MD, -rows_MD]) if self.cfg.split else rows_MD
+
+    @property
+    def atoms_MD(self) -> Tensor:
+        """The rows of W_dec that are coded with: all of them, or the first half in the split view.
+
+        Raises: DictionaryError if the second half is not minus the first, bit for bit. Casting, and scaling rows or the
+            whole, keeps it so.
+        """
+        if not self.cfg.split:
+            return self.W_dec
+        rows_MD, opposite_MD = self.W_dec[: self.cfg.n_atoms], self.W_dec.detach()[self.cfg.n_atoms :]
+        if not torch.equal(opposite_MD, -rows_MD.detach()):
+            n_wrong = int((opposite_MD != -rows_MD.detach()).any(dim=1).sum())
+            raise DictionaryError(
+                f"DBKSVDSAE in the split view: {n_wrong} of the last {self.cfg.n_atoms} rows of W_dec are not the "
+                "opposites of the first",
+                cause="W_dec was changed in one half only, or one half was trained",
+                cure="write both halves: W_dec = [D; −D]; to train atoms, train the signed view and split it then",
+            )
+        return rows_MD
 
     @override
     def encode(self, x: Tensor) -> Tensor:
@@ -100,14 +147,21 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         atoms_MD, norms_M, gram_MM = self._unit_atoms()
         flat_BD = self._weighted(sae_in.detach().reshape(-1, self.cfg.d_in).float())
         code = self.cfg.coding.encode(flat_BD, atoms_MD, gram_MM)
-        dense_BM = code.to_dense(self.cfg.d_sae) / norms_M
-        acts = dense_BM.to(sae_in.dtype).reshape(*sae_in.shape[:-1], self.cfg.d_sae)
+        dense_BM = (code.to_dense(self.cfg.n_atoms) / norms_M).to(sae_in.dtype)
+        latents_BF = torch.cat([dense_BM.relu(), (-dense_BM).relu()], dim=1) if self.cfg.split else dense_BM
+        acts = latents_BF.reshape(*sae_in.shape[:-1], self.cfg.d_sae)
         return self.hook_sae_acts_post(self.hook_sae_acts_pre(acts))
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """(..., d_sae) to (..., d_in)."""
-        sae_out = self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+        """(..., d_sae) to (..., d_in).
+
+        The split view multiplies f₊ − f₋ by the atoms: half the work, and no bit differs from the signed view's.
+        """
+        atoms_MD = self.atoms_MD
+        if self.cfg.split:
+            feature_acts = feature_acts[..., : self.cfg.n_atoms] - feature_acts[..., self.cfg.n_atoms :]
+        sae_out = self.hook_sae_recons(feature_acts @ atoms_MD + self.b_dec)
         sae_out = self.run_time_activation_norm_fn_out(sae_out)
         return self.reshape_fn_out(sae_out, self.d_head)
 
@@ -124,14 +178,14 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         Without weighting the norms are 1 to rounding in float32, off by up to 1/256 in bfloat16. W_dec is compared with
         the copy that was prepared: SAELens writes through ``.data``, which no version counter sees.
         """
-        rows_MD = self.W_dec.detach()
-        seen_MD = self._prepared_of
-        same = seen_MD is not None and seen_MD.device == rows_MD.device and seen_MD.dtype == rows_MD.dtype
-        if self._prepared is None or seen_MD is None or not same or not torch.equal(seen_MD, rows_MD):
-            weighted_MD = self._weighted(rows_MD.float())
+        rows_FD = self.W_dec.detach()
+        seen_FD = self._prepared_of
+        same = seen_FD is not None and seen_FD.device == rows_FD.device and seen_FD.dtype == rows_FD.dtype
+        if self._prepared is None or seen_FD is None or not same or not torch.equal(seen_FD, rows_FD):
+            weighted_MD = self._weighted(self.atoms_MD.detach().float())
             norms_M = torch.linalg.vector_norm(weighted_MD, dim=1)
             atoms_MD = weighted_MD / norms_M[:, None]
-            self._prepared, self._prepared_of = (atoms_MD, norms_M, atoms_MD @ atoms_MD.T), rows_MD.clone()
+            self._prepared, self._prepared_of = (atoms_MD, norms_M, atoms_MD @ atoms_MD.T), rows_FD.clone()
         return self._prepared
 
     @override
@@ -151,6 +205,7 @@ def sae_from_dictionary(
     context_size: int = 128,
     device: str = "cpu",
     dtype: str = "float32",
+    view: Literal["signed", "split"] = "signed",
     **metadata: Any,
 ) -> DBKSVDSAE:
     """Wrap a dictionary for SAELens and SAEBench.
@@ -159,12 +214,16 @@ def sae_from_dictionary(
         model_name: TransformerLens name of the model the activations came from.
         hook_name: the hook they were read at.
         context_size: tokens a context, for SAELens' ActivationsStore.
+        view: 'signed', the code as it comes, or 'split', its positive and negative parts as two latents an atom.
         metadata: anything else to keep in ``cfg.metadata`` (JSON values).
+    Raises: ShapeError (no such view), DictionaryError (the split view of a non-negative dictionary).
     """
-    weighting = dictionary.weighting
+    if view not in ("signed", "split"):
+        raise ShapeError("sae_from_dictionary: unknown view", got=repr(view), limit="'signed' or 'split'")
+    weighting, split = dictionary.weighting, view == "split"
     cfg = DBKSVDSAEConfig(
         d_in=dictionary.d_in,
-        d_sae=dictionary.n_atoms,
+        d_sae=2 * dictionary.n_atoms if split else dictionary.n_atoms,
         dtype=dtype,
         device=device,
         # hook_z has heads; the harvest flattens them, and so must HookedSAETransformer.
@@ -176,6 +235,7 @@ def sae_from_dictionary(
         nonnegative=dictionary.nonnegative,
         groups=None if dictionary.groups is None else list(dictionary.groups),
         weighting="none" if weighting is None else "diagonal" if weighting.is_diagonal else "full",
+        split=split,
         metadata=SAEMetadata(
             model_name=model_name,
             hook_name=hook_name,
@@ -190,8 +250,8 @@ def sae_from_dictionary(
         if weighting is not None:
             raw_MD = torch.nn.functional.normalize(raw_MD, dim=1)
             sae.weighting.copy_(weighting.matrix)
-        sae.W_dec.copy_(raw_MD)
-        sae.W_enc.copy_(raw_MD.T)
+        sae.W_dec.copy_(sae._both_signs(raw_MD))
+        sae.W_enc.copy_(sae.W_dec.T)
         sae.b_dec.copy_(dictionary.centre_D)
     return sae
 

@@ -18,9 +18,10 @@ class HeldoutMetrics:
 
     Attributes:
         scores: fvu = Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over all tokens and dimensions; l0 = mean nonzero latents a token;
-            dead_fraction = latents that no token used; density_over_1_percent / _10_percent = fraction of latents
-            that more than 1 % / 10 % of the tokens use; coherence_max, coherence_mean_max = largest, and mean over
-            atoms of the largest, |cosine| between an atom and another.
+            dead_fraction = latents that no token used, of all d_sae; density_over_1_percent / _10_percent = fraction of
+            latents that more than 1 % / 10 % of the tokens use; coherence_max, coherence_mean_max = largest, and mean
+            over atoms of the largest, |cosine| between an atom and another. In the split view of a signed dictionary
+            each sign of an atom is a latent by itself, but no other atom.
         density_F: fraction of tokens that use each latent, either sign.
         n_tokens: tokens seen.
     """
@@ -35,7 +36,8 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
     """Measure a SAELens SAE on raw activations.
 
     Args:
-        sae: anything with ``encode``, ``decode``, ``W_dec`` (d_sae, d_in).
+        sae: anything with ``encode``, ``decode``, ``W_dec`` (d_sae, d_in); coherence is of its ``atoms_MD`` if it has
+            any, else of W_dec.
         batches: (B, d_in) tensors.
     Raises: ShapeError (d_in does not match, no tokens), ActivationError (no variance).
     """
@@ -80,7 +82,8 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
         "dead_fraction": float((fired_F == 0).double().mean()),
         "density_over_1_percent": float((density_F > 0.01).double().mean()),
         "density_over_10_percent": float((density_F > 0.1).double().mean()),
-        **coherence(sae.W_dec.detach()),
+        # A split dictionary's decoder holds every atom twice, with either sign: the cosine of the two says nothing.
+        **coherence(getattr(sae, "atoms_MD", sae.W_dec).detach()),
     }
     return HeldoutMetrics(scores, density_F, n)
 
