@@ -16,6 +16,9 @@ from ksvd_sae.errors import ConfigError
 from ksvd_sae.eval_config import EvaluationConfig, Strict
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+# How a signed code is given to evals; see ksvd_sae/sae.py.
+View = Literal["signed", "split"]
+SPLIT_SUFFIX = ".split"
 
 
 class ModelConfig(Strict):
@@ -76,6 +79,14 @@ class WeightingConfig(Strict):
         return {"kind": value} if isinstance(value, str) else value
 
 
+class _Viewed(Strict):
+    view: Literal["signed", "split", "both"] = Field(
+        "signed",
+        description="what evals see of signed codes; signed: codes as they come; split: an atom's positive and "
+        "negative part as two latents; both: each in a row of its own",
+    )
+
+
 class _Learned(Strict):
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
@@ -83,7 +94,7 @@ class _Learned(Strict):
     weighting: WeightingConfig = Field(default_factory=lambda: WeightingConfig())
 
 
-class DBKSVDConfig(_Learned):
+class DBKSVDConfig(_Learned, _Viewed):
     """A DB-KSVD dictionary (arXiv 2505.18441)."""
 
     kind: Literal["db_ksvd"] = "db_ksvd"
@@ -115,6 +126,8 @@ class DBKSVDConfig(_Learned):
     def _signs(self) -> "DBKSVDConfig":
         if self.nonnegative and self.coder == "ormp":
             raise ValueError("coder 'ormp' has signs; for nonnegative codes use 'omp'")
+        if self.nonnegative and self.view != "signed":
+            raise ValueError(f"view {self.view!r} needs signs to split; leave view out, as nonnegative codes have none")
         return self
 
 
@@ -176,14 +189,14 @@ class JumpReLUSAEConfig(SAEConfig):
     pre_act_loss_coefficient: float | None = Field(None, gt=0, description="against dead latents; null leaves it out")
 
 
-class PCAConfig(Strict):
+class PCAConfig(_Viewed):
     """Control: the first k principal components, coded by projection."""
 
     kind: Literal["pca"] = "pca"
     k: int = Field(gt=0)
 
 
-class RandomConfig(Strict):
+class RandomConfig(_Viewed):
     """Control: random unit atoms, coded by the same coder as DB-KSVD."""
 
     kind: Literal["random"] = "random"
@@ -205,6 +218,17 @@ DictionaryConfig = Annotated[
     | RandomConfig,
     Field(discriminator="kind"),
 ]
+
+
+def views(config: DictionaryConfig) -> tuple[View, ...]:
+    """The views in which a dictionary is evaluated; 'signed' stands for codes as they come, a SAE's too."""
+    wanted: Literal["signed", "split", "both"] = getattr(config, "view", "signed")
+    return ("signed", "split") if wanted == "both" else (wanted,)
+
+
+def view_name(name: str, view: View) -> str:
+    """What a dictionary's view is called where a name must say it by itself: in the names of result files."""
+    return f"{name}{SPLIT_SUFFIX}" if view == "split" else name
 
 
 class RunConfig(Strict):
@@ -235,6 +259,17 @@ class RunConfig(Strict):
                 raise ValueError(
                     f"dictionaries.{name}: n_atoms = {n_atoms} is above harvest.train_tokens = "
                     f"{self.harvest.train_tokens}; harvest more tokens or ask for fewer atoms"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _views(self) -> "RunConfig":
+        for name, dictionary in self.dictionaries.items():
+            taken = view_name(name, "split")
+            if "split" in views(dictionary) and taken in self.dictionaries:
+                raise ValueError(
+                    f"dictionaries.{taken}: its results would have the names of the split view of {name!r}; "
+                    "give it another name"
                 )
         return self
 

@@ -19,7 +19,7 @@ import torch
 from ksvd_sae.activations.gradients import GradientMoments, gradients_key, open_gradients
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, RunConfig, SAEConfig
+from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, RunConfig, SAEConfig, View, view_name, views
 from ksvd_sae.device import resolve_device
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ConfigError, ManifestError
@@ -36,18 +36,29 @@ EVALUATE_STAGE = "evaluate"
 
 @dataclass(frozen=True)
 class TrainedDictionary:
-    """A finished training: its name in this run, config, folder and manifest."""
+    """A finished training: its name in this run, config, folder, manifest, and the view that its codes are given in."""
 
     name: str
     config: DictionaryConfig
     folder: Path
     manifest: dict[str, Any]
+    view: View = "signed"
+
+    def in_views(self) -> "list[TrainedDictionary]":
+        """The same in each view that the config asks for, signed first."""
+        return [replace(self, view=view) for view in views(self.config)]
+
+    @property
+    def panelist(self) -> str:
+        """Its name among what is evaluated, which says the view too."""
+        return view_name(self.name, self.view)
 
     @property
     def content(self) -> str:
         """Hash of the dictionary as it codes."""
-        coder = getattr(self.config, "coder", None)
-        return content_hash({"trained": self.manifest["hash"], "coder": coder})
+        key = {"trained": self.manifest["hash"], "coder": getattr(self.config, "coder", None)}
+        # Only here: scores from before there were views stay valid.
+        return content_hash(key if self.view == "signed" else {**key, "view": self.view})
 
 
 class Run:
@@ -186,19 +197,19 @@ class Run:
             gradient_moments=self.gradient_moments,
         )
 
-    def wrap(self, dictionary: Dictionary) -> Any:
+    def wrap(self, dictionary: Dictionary, view: View = "signed") -> Any:
         """The dictionary as a SAELens SAE of this run's model and hook."""
-        return self.setting().wrap(dictionary)
+        return self.setting().wrap(dictionary, view)
 
     def load_sae(self, trained: TrainedDictionary) -> Any:
-        """The trained dictionary as a SAELens SAE with the coder that the config asks for."""
+        """The trained dictionary as a SAELens SAE in its view, with the coder that the config asks for."""
         if isinstance(trained.config, SAEConfig):
             from ksvd_sae.evaluation.baselines import load_sae
 
             return load_sae(trained.folder, self.device)
         dictionary = Dictionary.load(trained.folder)
         coder = getattr(trained.config, "coder", dictionary.coder)
-        sae = self.wrap(replace(dictionary, coder=coder))
+        sae = self.wrap(replace(dictionary, coder=coder), trained.view)
         # Evals give activations with the heads flattened.
         sae.turn_off_forward_pass_hook_z_reshaping()
         return sae
@@ -206,8 +217,9 @@ class Run:
     # ------------------------------------------------------------ evaluate
 
     def evaluate(self) -> dict[str, Any]:
-        """Every eval of the config on every dictionary, each result computed once; returns the stage's manifest.
+        """Every eval of the config on every view of every dictionary, each result computed once.
 
+        Returns: the stage's manifest.
         Raises: EvaluationError if a score is missing (finished ones are kept), ManifestError if a stage before is.
         """
         if is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
@@ -218,8 +230,8 @@ class Run:
         from ksvd_sae.evaluation.runner import EvalSetting, Panelist
 
         started, evaluation = time.perf_counter(), self.config.evaluation
-        trained = self.trained()
-        panel = [Panelist(t.name, t.content, partial(self.load_sae, t)) for t in trained]
+        trained = [viewed for t in self.trained() for viewed in t.in_views()]
+        panel = [Panelist(t.panelist, t.content, partial(self.load_sae, t)) for t in trained]
         data_folder, data_hash = self.local_data()
         setting = EvalSetting(
             model_name=self.config.model.name,
@@ -235,9 +247,9 @@ class Run:
         heldout = evaluate_heldout(panel, self.shards("heldout"), content_hash(self._harvest_key), output / "heldout")
         results = [replace(heldout, data=self.heldout_name)]
         results += evaluate_saebench(panel, evaluation, setting, self.heldout_name, output)
-        facts = {t.name: self._facts(t, heldout.metrics[t.name]) for t in trained}
+        facts = {t.panelist: self._facts(t, heldout.metrics[t.panelist]) for t in trained}
         rows = [row for result in results for row in tidy_rows(result, facts, self.config.seed)]
-        rows += [row for t in trained for row in self._training_rows(t, facts[t.name])]
+        rows += [row for t in trained for row in self._training_rows(t, facts[t.panelist])]
         return write_manifest(
             self._evaluation_folder,
             EVALUATE_STAGE,
@@ -251,11 +263,14 @@ class Run:
 
     @property
     def _evaluation_key(self) -> dict[str, Any]:
+        # Left out where there is none: evaluations from before there were views stay finished.
+        other_views = {name: views(c) for name, c in self.config.dictionaries.items() if views(c) != ("signed",)}
         return {
             "harvest": content_hash(self._harvest_key),
             "evaluation": self.config.evaluation.model_dump(mode="json"),
             "dictionaries": {name: content_hash(self._training(c)[1]) for name, c in self.config.dictionaries.items()},
             "coders": {name: getattr(c, "coder", None) for name, c in self.config.dictionaries.items()},
+            **({"views": {name: list(found) for name, found in other_views.items()}} if other_views else {}),
         }
 
     @property
@@ -269,9 +284,11 @@ class Run:
     def _facts(self, trained: TrainedDictionary, heldout: dict[str, float | None]) -> dict[str, Any]:
         config = trained.config
         signed = not (isinstance(config, SAEConfig) or getattr(config, "nonnegative", False))
+        n_atoms = getattr(config, "n_atoms", config.k)
         return {
-            "view": "signed" if signed else "non-negative",
-            "d_sae": getattr(config, "n_atoms", config.k),
+            "dictionary": trained.name,
+            "view": trained.view if signed else "non-negative",
+            "d_sae": 2 * n_atoms if trained.view == "split" else n_atoms,
             "k": config.k,
             "l0": heldout["l0"],
         }
@@ -280,7 +297,6 @@ class Run:
         """samples_seen and seconds of a training, as rows of the table."""
         return [
             {
-                "dictionary": trained.name,
                 **facts,
                 "eval": "training",
                 "data": self.heldout_name.removesuffix("-heldout"),

@@ -10,7 +10,7 @@ import torch
 
 from ksvd_sae.activations.gradients import GradientMoments
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, PCAConfig, RandomConfig, SAEConfig, WeightingConfig
+from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, PCAConfig, RandomConfig, SAEConfig, View, WeightingConfig
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
@@ -27,8 +27,8 @@ CHECKPOINT_BATCHES = 64
 ALGORITHM = {"db_ksvd": 2}
 # What configs got later, with the value at which trainings come out as before: left out of keys there.
 _ADDED = {"precision": "float32"}
-# The coder is for afterwards; the seed is in keys by itself, as a run has one too.
-_NOT_OF_TRAINING = {"coder", "seed"}
+# Coder and view are for afterwards; the seed is in keys by itself, as a run has one too.
+_NOT_OF_TRAINING = {"coder", "view", "seed"}
 
 
 def training_fields(config: DictionaryConfig, *, seed: bool = False) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class TrainingSetting:
     harvest_hash: str
     gradient_moments: Callable[[], GradientMoments]
 
-    def wrap(self, dictionary: Dictionary) -> Any:
+    def wrap(self, dictionary: Dictionary, view: View = "signed") -> Any:
         """The dictionary as a SAELens SAE of this model and hook."""
         from ksvd_sae.sae import sae_from_dictionary
 
@@ -62,6 +62,7 @@ class TrainingSetting:
             hook_name=self.hook,
             context_size=self.context_tokens,
             device=str(self.device),
+            view=view,
         )
 
     def weighting(self, wanted: WeightingConfig, shards: ActivationShards) -> Weighting | None:
@@ -73,7 +74,7 @@ class TrainingSetting:
         )
 
     def save(self, dictionary: Dictionary, folder: Path) -> None:
-        """The dictionary, and beside it the SAE."""
+        """The dictionary, and beside it the SAE, with codes as they come."""
         provenance = {"model": self.model_name, "hook": self.hook, "harvest": self.harvest_hash}
         dictionary = replace(dictionary, provenance=provenance)
         dictionary.save(folder)

@@ -16,6 +16,8 @@ from ksvd_sae.config import (
     dump_config,
     load_config,
     parse_config,
+    view_name,
+    views,
 )
 from ksvd_sae.errors import ConfigError
 
@@ -95,6 +97,27 @@ class TestRead:
             load_config(path).seed = 4
 
 
+class TestViews:
+    @pytest.mark.parametrize("name", ["ours", "pca", "random"])
+    @pytest.mark.parametrize(
+        ("view", "wanted"), [("signed", ["signed"]), ("split", ["split"]), ("both", ["signed", "split"])]
+    )
+    def test_of_signed_codes(self, name: str, view: str, wanted: list[str]) -> None:
+        run = parse_config(changed(f"dictionaries.{name}.view", view))
+        assert list(views(run.dictionaries[name])) == wanted
+
+    def test_by_default_codes_are_as_they_come(self) -> None:
+        assert {views(dictionary) for dictionary in parse_config(RAW).dictionaries.values()} == {("signed",)}
+
+    @pytest.mark.parametrize("name", ["ours", "a.b_c-d", "0"])
+    def test_names_are_names(self, name: str) -> None:
+        """Names of views become file names, as those of dictionaries."""
+        assert view_name(name, "signed") == name
+        assert view_name(name, "split") == f"{name}.split"
+        run = parse_config({**RAW, "dictionaries": {view_name(name, "split"): RAW["dictionaries"]["pca"]}})
+        assert list(run.dictionaries) == [f"{name}.split"]
+
+
 class TestUnknownKey:
     @pytest.mark.parametrize(
         ("key", "named", "nearest"),
@@ -126,7 +149,7 @@ class TestUnknownKey:
             ("zzz", "dictionaries, evaluation, harvest, model, name, seed, text"),
             ("model.zzz", "dtype, hook, name, source"),
             # pca is also the tag of its kind: the key's path must keep it once.
-            ("dictionaries.pca.zzz", "valid keys here: k, kind"),
+            ("dictionaries.pca.zzz", "valid keys here: k, kind, view"),
         ],
     )
     def test_lists_the_valid_ones_if_none_is_near(self, key: str, valid: str) -> None:
@@ -160,6 +183,7 @@ class TestWrongValue:
             ("dictionaries.ours.k", None, ["dictionaries.ours.k: ", "integer"]),
             ("dictionaries.ours.update", "svd", ["dictionaries.ours.update: ", "'svd'"]),
             ("dictionaries.ours.kind", "ksvd", ["dictionaries.ours", "'ksvd'", "db_ksvd"]),
+            ("dictionaries.pca.view", "unsigned", ["dictionaries.pca.view: ", "'both'", "'unsigned'"]),
             ("dictionaries.topk.lr", -1, ["dictionaries.topk.lr: ", "greater than 0"]),
             ("evaluation.sparse_probing.k_values", 5, ["evaluation.sparse_probing.k_values: ", "list"]),
         ],
@@ -189,6 +213,25 @@ class TestWrongValue:
     def test_more_atoms_than_tokens(self) -> None:
         with pytest.raises(ConfigError, match=r"ours: n_atoms = 5000 is above harvest\.train_tokens = 4096; harvest"):
             parse_config(changed("dictionaries.ours.n_atoms", 5000))
+
+    @pytest.mark.parametrize("view", ["split", "both"])
+    def test_view_of_codes_without_signs(self, view: str) -> None:
+        raw = changed("dictionaries.ours.nonnegative", True)
+        raw["dictionaries"]["ours"]["view"] = view
+        with pytest.raises(ConfigError, match=rf"dictionaries\.ours: .*view '{view}' needs signs.*leave view out"):
+            parse_config(raw)
+
+    def test_view_of_a_sae(self) -> None:
+        with pytest.raises(ConfigError, match=r"unknown key 'dictionaries\.topk\.view'"):
+            parse_config(changed("dictionaries.topk.view", "split"))
+
+    def test_a_name_that_a_split_view_takes(self) -> None:
+        raw = changed("dictionaries.pca.view", "both")
+        raw["dictionaries"]["pca.split"] = {"kind": "pca", "k": 4}
+        with pytest.raises(ConfigError, match=r"dictionaries\.pca\.split: .*the split view of 'pca'.*another name"):
+            parse_config(raw)
+        raw["dictionaries"]["pca"]["view"] = "signed"
+        assert list(parse_config(raw).dictionaries)[-1] == "pca.split"
 
     def test_text_that_needs_a_data_set(self) -> None:
         with pytest.raises(ConfigError, match=r"'folder' needs text\.dataset"):

@@ -25,7 +25,7 @@ from ksvd_sae.provenance import MANIFEST, content_hash, file_sha256, write_json,
 from ksvd_sae.trainers import TRAIN_LOG
 from tests.tiny_saes import one_thread
 from tests.tiny_shards import raw_activations, write_harvest
-from tests.tolerances import UNIT_NORM
+from tests.tolerances import HELDOUT_METRIC, UNIT_NORM
 
 D_IN = 16
 RAW: dict[str, Any] = {
@@ -414,6 +414,77 @@ def test_evaluate_and_compare_without_saebench(place: Path) -> None:
     for path in run.results.rglob("*"):
         if path.suffix in (".json", ".md", ".csv", ".yaml", ".html", ".jsonl"):
             assert str(place) not in path.read_text(), path
+
+
+def both_views(*names: str) -> RunConfig:
+    return only(**{name: {**RAW["dictionaries"][name], "view": "both"} for name in names})
+
+
+def test_both_views_of_one_training(place: Path, trainings: list[str]) -> None:
+    run = run_in(place, both_views("db-ksvd", "pca", "random"))
+    trained = run.train()
+    assert trainings == ["db_ksvd", "pca", "random"]
+    viewed = [one for t in trained for one in t.in_views()]
+    names = ["db-ksvd", "db-ksvd.split", "pca", "pca.split", "random", "random.split"]
+    assert [one.panelist for one in viewed] == names
+    assert len({one.content for one in viewed}) == 6
+    x_BD = run.shards("heldout").tensor()[:50]
+    for signed, split in zip(viewed[::2], viewed[1::2], strict=True):
+        assert split.folder == signed.folder
+        one, two = run.load_sae(signed), run.load_sae(split)
+        assert two.cfg.d_sae == 2 * one.cfg.d_sae
+        assert torch.equal(two(x_BD), one(x_BD))
+        assert float(two.encode(x_BD).min()) == 0 > float(one.encode(x_BD).min())
+    manifest = run.evaluate()
+    assert trainings == ["db_ksvd", "pca", "random"]
+    assert list(manifest["files"]["heldout"]) == names
+    assert all(file.startswith(f"{name}-") for name, file in manifest["files"]["heldout"].items())
+    rows = {(row["dictionary"], row["view"], row["eval"], row["metric"]): row for row in manifest["rows"]}
+    for name, size in (("db-ksvd", 24), ("pca", 3), ("random", 24)):
+        found = [rows[name, view, "heldout", "fvu"] for view in ("signed", "split")]
+        assert found[0]["value"] == pytest.approx(found[1]["value"], rel=HELDOUT_METRIC)
+        assert [row["d_sae"] for row in found] == [size, 2 * size]
+        assert found[0]["l0"] == pytest.approx(found[1]["l0"])
+        assert found[1]["source"] == manifest["files"]["heldout"][f"{name}.split"]
+        assert {rows[name, view, "training", "samples_seen"]["d_sae"] for view in ("signed", "split")} == {
+            size,
+            2 * size,
+        }
+    run.compare()
+    markdown = (run.results / "comparison.md").read_text()
+    shown = [[cell.strip() for cell in line.split("|")[1:4]] for line in markdown.splitlines() if line[:2] == "| "][2:]
+    assert shown[:2] == [["db-ksvd", "signed", "24"], ["db-ksvd", "split", "48"]]
+    assert [row[:2] for row in shown[2:]] == [
+        [name, view] for name in ("pca", "random") for view in ("signed", "split")
+    ]
+    assert "View 'split' cuts a signed code" in markdown
+
+
+def test_view_alone_takes_the_scores_of_both(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A view has one name and one content, whatever stands beside it."""
+    run = run_in(place, both_views("db-ksvd"))
+    run.train()
+    first = run.evaluate()
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a finished score is computed again")
+
+    monkeypatch.setattr(Run, "load_sae", refuse)
+    for view in ("split", "signed"):
+        alone = run_in(place, only(**{"db-ksvd": {**RAW["dictionaries"]["db-ksvd"], "view": view}}))
+        assert alone.evaluate()["rows"] == [row for row in first["rows"] if row["view"] == view]
+
+
+def test_scores_from_before_there_were_views_are_found(place: Path) -> None:
+    """The keys of a signed view, as they were made then."""
+    run = run_in(place, only("db-ksvd"))
+    (trained,) = run.train()
+    assert trained.in_views() == [trained]
+    assert trained.content == content_hash({"trained": trained.manifest["hash"], "coder": "mp"})
+    assert "view" not in trained.manifest["key"]["dictionary"]
+    assert sorted(run.evaluate()["key"]) == ["coders", "dictionaries", "evaluation", "harvest"]
+    split = run_in(place, both_views("db-ksvd"))
+    assert split.evaluate()["key"] == {**run.evaluated()["key"], "views": {"db-ksvd": ["signed", "split"]}}
 
 
 def test_scores_of_another_coder_are_not_taken(place: Path) -> None:

@@ -5,6 +5,7 @@ The model is random, which is enough to check that codes, losses and files are w
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
@@ -94,9 +95,16 @@ def tiny_dictionary(coder: Coder = "mp", n_atoms: int = 24, k: int = 4, seed: in
     return Dictionary(atoms_MD, centre_D, k, coder)
 
 
-def tiny_db_ksvd_sae(coder: Coder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0) -> DBKSVDSAE:
-    dictionary = tiny_dictionary(coder, n_atoms, k, seed)
-    return sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK, context_size=CONTEXT_TOKENS)
+def tiny_db_ksvd_sae(
+    coder: Coder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0, view: Literal["signed", "split"] = "signed"
+) -> DBKSVDSAE:
+    return tiny_sae_of(tiny_dictionary(coder, n_atoms, k, seed), view)
+
+
+def tiny_sae_of(dictionary: Dictionary, view: Literal["signed", "split"] = "signed") -> DBKSVDSAE:
+    return sae_from_dictionary(
+        dictionary, model_name=MODEL_NAME, hook_name=HOOK, context_size=CONTEXT_TOKENS, view=view
+    )
 
 
 def identity_sae() -> DBKSVDSAE:

@@ -106,11 +106,10 @@ def _results(eval_name: str, data: str, n: int, files: dict[str, Path]) -> EvalR
 def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Rows of the comparison: one a score.
 
-    Args: facts: panelist -> view, d_sae, k, l0.
+    Args: facts: panelist -> dictionary (of which a panelist is one view), view, d_sae, k, l0.
     """
     return [
         {
-            "dictionary": name,
             **facts[name],
             "eval": results.eval,
             "data": results.data,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config
+from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config, view_name, views
 from ksvd_sae.provenance import write_json
 from ksvd_sae.reporting import plots, report, style, tables
 
@@ -42,7 +42,7 @@ def write_comparison(
     tables.write_csv(frame, folder / "comparison.csv")
     tables.write_markdown(frame, folder / "comparison.md", notes, controls, title=f"Comparison: {config.name}")
     (folder / "config.yaml").write_text(dump_config(config))
-    pictures = _draw(folder, frame, manifest, evaluations, logs, controls)
+    pictures = _draw(folder, config, frame, manifest, evaluations, logs, controls)
     facts = {key: value for key, value in manifest.items() if key != "rows"}
     write_json(folder / "manifest.json", facts)
     written: Path = report.write_report(
@@ -60,9 +60,15 @@ def comparison_notes(config: RunConfig) -> list[str]:
         "behaviour, so read both.",
         "One training seed: no error bars. Differences of a few thousandths are noise.",
         "SAEBench counts density, alive latents and l1 of signed codes by their positive part only; L0, density and "
-        "dead atoms in eval 'heldout' count both signs. SAEBench 0.6's explained_variance is wrong (it subtracts the "
+        "dead latents in eval 'heldout' count both signs. SAEBench 0.6's explained_variance is wrong (it subtracts the "
         "squared mean square); use fvu.",
     ]
+    if any("split" in views(c) for c in config.dictionaries.values()):
+        notes.append(
+            "View 'split' cuts a signed code f into [max(f, 0), max(−f, 0)], over the atoms and their opposites: as "
+            "many nonzero codes, the same reconstruction, twice the latents, none negative, so that SAEBench counts "
+            "them all. Dead latents and densities are out of d_sae: do not compare them between the two views."
+        )
     missing = [name for name in ("core", "sparse_probing") if getattr(config.evaluation, name) is None]
     if missing:
         notes.append(f"Not run, as the config says: {', '.join(missing)}.")
@@ -82,8 +88,18 @@ def _copy_results(folder: Path, manifest: dict[str, Any], evaluations: Path) -> 
             shutil.copyfile(evaluations / eval_name / file, target / file)
 
 
+def _labels(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Panelist -> its label in figures, which names the view where a dictionary has several; and its dictionary."""
+    return {
+        view_name(name, view): (f"{name} ({view})" if len(views(c)) > 1 else name, name)
+        for name, c in config.dictionaries.items()
+        for view in views(c)
+    }
+
+
 def _draw(
     folder: Path,
+    config: RunConfig,
     frame: pd.DataFrame,
     manifest: dict[str, Any],
     evaluations: Path,
@@ -104,12 +120,13 @@ def _draw(
         pictures[caption] = plots.error_against_behaviour(
             frame, target / "error_against_behaviour.png", controls, colours=colours
         )
+    labels = _labels(config)
     densities = {
-        name: np.asarray(json.loads((evaluations / "heldout" / file).read_text())["density"])
-        for name, file in manifest["files"]["heldout"].items()
+        labels[panelist][0]: np.asarray(json.loads((evaluations / "heldout" / file).read_text())["density"])
+        for panelist, file in manifest["files"]["heldout"].items()
     }
     pictures["How often each latent is used, either sign, on held-out tokens."] = plots.density_histogram(
-        densities, target / "density.png", colours=colours
+        densities, target / "density.png", colours={label: colours[name] for label, name in labels.values()}
     )
     curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
     # SAEs have logs too, but no error after the step.

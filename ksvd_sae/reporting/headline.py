@@ -100,14 +100,22 @@ HEADLINES = (
         "higher",
         reference="llm_top_5_test_accuracy",
     ),
-    Headline("dead", "heldout", "dead_fraction", "percent", "atoms that never fire (% of all atoms)", "lower"),
+    Headline(
+        "dead",
+        "heldout",
+        "dead_fraction",
+        "percent",
+        "latents that no token uses (% of d_sae; in the split view each sign of an atom counts by itself)",
+        "lower",
+    ),
 )
 
 # Columns that describe a dictionary rather than score it: (name, what it is).
 DESCRIPTIONS = {
     "dictionary": "the method, under its name in the config",
-    "view": "the codes as scored: signed as they come, or non-negative",
-    "d_sae": "number of atoms (latents)",
+    "view": "the codes as scored: signed as they come; split, the same codes with the positive and the negative part "
+    "of an atom as two latents; or non-negative as they come",
+    "d_sae": "number of latents: an atom each, in the split view two an atom",
     "k": "the budget: most atoms a token may use",
     "L0": "atoms a token really uses, on average",
 }

@@ -224,10 +224,10 @@ def training_curves(logs: Mapping[str, list[dict[str, Any]]], path: Path, *, col
 
 
 def density_histogram(densities: Mapping[str, np.ndarray[Any, Any]], path: Path, *, colours: Colours = None) -> Path:
-    """How often atoms fire: a histogram of log10 of the share of tokens, either sign, for each dictionary.
+    """How often latents fire: a histogram of log10 of the share of tokens, either sign, for each dictionary.
 
     Args:
-        densities: by dictionary, for each atom the share of tokens whose code for it is not zero.
+        densities: by dictionary, for each latent the share of tokens whose code for it is not zero.
     Raises:
         EvaluationError: nothing to draw, or values outside [0, 1].
     """
@@ -245,25 +245,25 @@ def density_histogram(densities: Mapping[str, np.ndarray[Any, Any]], path: Path,
             )
     live = {name: values[values > 0] for name, values in arrays.items()}
     lowest = min((float(values.min()) for values in live.values() if len(values)), default=1e-6)
-    # Tenths of a decade up to 0, where an atom fires on every token.
+    # Tenths of a decade up to 0, where a latent fires on every token.
     bins = np.arange(math.floor(10 * math.log10(lowest)) - 1, 1) / 10
     chosen = style.colours_of(arrays, colours)
     with style.figure(path, 8.0, 0.9 + 1.25 * len(arrays)) as drawn:
         grid = drawn.subplots(len(arrays), 1, squeeze=False, sharex=True)[:, 0]
         for axes, (name, values) in zip(grid, arrays.items(), strict=True):
-            # Shares of all atoms, dead ones too: what is missing from the bars is dead.
+            # Shares of all latents, dead ones too: what is missing from the bars is dead.
             weights = np.full(len(live[name]), 100 / len(values))
             axes.hist(np.log10(live[name]), bins=bins, weights=weights, color=chosen[name])
             _describe_densities(axes, name, len(values), len(values) - len(live[name]))
         grid[0].text(-2, 1.02, "1%", transform=grid[0].get_xaxis_transform(), ha="center", fontsize=8.5)
         grid[0].text(-1, 1.02, "10%", transform=grid[0].get_xaxis_transform(), ha="center", fontsize=8.5)
-        grid[-1].set_xlabel("log₁₀ of the share of tokens on which an atom fires, with either sign")
-        drawn.supylabel("% of atoms", fontsize=10)
+        grid[-1].set_xlabel("log₁₀ of the share of tokens on which a latent fires, with either sign")
+        drawn.supylabel("% of latents", fontsize=10)
     return Path(path)
 
 
-def _describe_densities(axes: Axes, name: str, atoms: int, dead: int) -> None:
-    text = f"{atoms:,} atoms, {f'{dead:,} dead' if dead else 'none dead'}"
+def _describe_densities(axes: Axes, name: str, latents: int, dead: int) -> None:
+    text = f"{latents:,} latents, {f'{dead:,} dead' if dead else 'none dead'}"
     for line, below, look in ((name, 4, {"weight": "bold"}), (text, 19, {"size": 9, "color": style.FAINT})):
         axes.annotate(line, (0, 1), (6, -below), "axes fraction", "offset points", va="top").set(**look)
     for share in (-2, -1):

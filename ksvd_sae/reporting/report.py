@@ -100,6 +100,9 @@ def reading_guide(table: pd.DataFrame, controls: frozenset[str]) -> str:
     )
     real = table[[name not in controls for name in table["dictionary"]]].reset_index(drop=True)
     scored = real[real["FVU"].notna() & real["loss recovered"].notna()].reset_index(drop=True)
+    # Two views of the same codes rebuild the same: which of them is ahead is rounding.
+    signed = set(scored.loc[scored["view"] == "signed", "dictionary"])
+    scored = scored[~((scored["view"] == "split") & scored["dictionary"].isin(signed))].reset_index(drop=True)
     if len(scored) > 1:
         labels = tables.entry_labels(scored)
         nearest = labels[int(scored["FVU"].to_numpy().argmin())]

@@ -27,6 +27,7 @@ REAL_COLUMNS = ["l0", "value"]
 # One score has one row.
 KEY = ["dictionary", "view", "eval", "data", "metric", "seed"]
 SUMMARY_COLUMNS = [*DESCRIPTIONS, *(headline.label for headline in HEADLINES)]
+FIRST_VIEWS = ("signed", "split")
 TITLE = "Comparison of dictionaries"
 
 Pair = tuple[str, str]
@@ -114,15 +115,15 @@ def _ranks(column: "pd.Series[str]", first: tuple[str, ...] = ()) -> dict[str, i
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write the scores, whole or not at all, in an order that does not depend on how they were gathered.
 
-    Dictionaries keep the order of their first appearance; within one, rows go by view, seed, eval,
-    data and metric. Values have nine significant digits.
+    Dictionaries keep the order of their first appearance; within one, rows go by view (signed first), seed,
+    eval, data and metric. Values have nine significant digits.
     """
     check_table(frame)
     typed = typed_frame(frame)
     order = pd.DataFrame(
         {
             "dictionary": typed["dictionary"].map(_ranks(typed["dictionary"])),
-            "view": typed["view"].map(_ranks(typed["view"])),
+            "view": typed["view"].map(_ranks(typed["view"], FIRST_VIEWS)),
             "seed": typed["seed"].fillna(-1).astype("int64"),
             "eval": typed["eval"].map(_ranks(typed["eval"], EVALS)),
             "data": typed["data"].map(_ranks(typed["data"])),
@@ -161,13 +162,13 @@ def headline_data(frame: pd.DataFrame, headline: Headline) -> str | None:
 
 
 def _pairs(typed: pd.DataFrame) -> list[Pair]:
-    """(dictionary, view) in order of appearance; a training row alone makes no view beside scored ones."""
+    """(dictionary, view), a dictionary's views side by side; a training row alone makes no view beside scored ones."""
     scored = typed[typed["eval"] != "training"]
     known = set(scored["dictionary"])
     rows = typed[(typed["eval"] != "training") | ~typed["dictionary"].isin(known)]
     pairs = list(dict.fromkeys(zip(rows["dictionary"], rows["view"], strict=True)))
-    ranks = _ranks(typed["dictionary"])
-    return sorted(pairs, key=lambda pair: ranks[pair[0]])
+    ranks, view_ranks = _ranks(typed["dictionary"]), _ranks(typed["view"], FIRST_VIEWS)
+    return sorted(pairs, key=lambda pair: (ranks[pair[0]], view_ranks[pair[1]]))
 
 
 def _metric(typed: pd.DataFrame, eval_name: str, metric: str, data: str | None) -> "pd.Series[float]":
@@ -217,7 +218,7 @@ def _measured_l0(typed: pd.DataFrame, pair: Pair) -> float:
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
-    """The headline table: one row a dictionary and view, in order of first appearance.
+    """The headline table: one row a dictionary and view, dictionaries in order of first appearance.
 
     Args:
         frame: the scores. Where an eval has several data sets, the headline takes the one that

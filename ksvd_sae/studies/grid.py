@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ksvd_sae.config import DictionaryConfig, DictionaryName, RunConfig, load_config
+from ksvd_sae.config import DictionaryConfig, DictionaryName, RunConfig, load_config, views
 from ksvd_sae.errors import ConfigError
 
 _DICTIONARY: TypeAdapter[Any] = TypeAdapter(DictionaryConfig)
@@ -118,8 +118,16 @@ def _dictionary(name: str, entry: Entry, k: int, seed: int) -> Any:
     if raw.get("kind") not in ("pca", "random"):
         raw["seed"] = seed
     try:
-        return _DICTIONARY.validate_python(raw)
+        found = _DICTIONARY.validate_python(raw)
     except ValidationError as error:
         raise ConfigError(
             f"study entry {name!r}: {error}", cure="see the dictionary configs in ksvd_sae/config.py"
         ) from error
+    if views(found) != ("signed",):
+        raise ConfigError(
+            f"study entry {name!r}: a study measures codes as they come",
+            got=f"view: {found.view}",
+            cause="error and behaviour are the same in every view",
+            cure="leave view out",
+        )
+    return found

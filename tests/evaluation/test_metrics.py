@@ -71,6 +71,20 @@ def test_density_counts_both_signs() -> None:
     assert positive_only < 3.8
 
 
+def test_split_view() -> None:
+    """Each sign of an atom is a latent, which may be dead by itself; coherence is of the atoms: no sign is another."""
+    signed, split, x_BD = tiny_db_ksvd_sae(), tiny_db_ksvd_sae(view="split"), samples()
+    one, two = heldout_metrics(signed, iter([x_BD])), heldout_metrics(split, iter([x_BD]))
+    for name in ("fvu", "l0", "coherence_max", "coherence_mean_max"):
+        assert two.scores[name] == pytest.approx(one.scores[name], rel=HELDOUT_METRIC), name
+    assert one.scores["coherence_max"] < 0.99
+    codes_BM = signed.encode(x_BD)
+    density_2M = torch.cat([(codes_BM > 0).double().mean(dim=0), (codes_BM < 0).double().mean(dim=0)])
+    assert torch.allclose(two.density_F, density_2M)
+    assert two.scores["dead_fraction"] == float((density_2M == 0).double().mean())
+    assert two.scores["dead_fraction"] > one.scores["dead_fraction"]
+
+
 def test_dead_latents() -> None:
     """Samples that vary in 10 dimensions never use the atoms along the other 6."""
     x_BD = samples()

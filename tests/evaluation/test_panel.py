@@ -62,7 +62,7 @@ def test_tidy_rows() -> None:
     results = EvalResults(
         "core", "some-text", 33, {"a": Path("made") / "a-0.json"}, {"a": {"ce_loss_score": 0.5, "kl_div_score": None}}
     )
-    facts = {"a": {"view": "signed", "d_sae": 8, "k": 2, "l0": 1.5}}
+    facts = {"a": {"dictionary": "a", "view": "signed", "d_sae": 8, "k": 2, "l0": 1.5}}
     first, second = tidy_rows(results, facts, seed=4)
     assert first == {
         "dictionary": "a",
@@ -80,3 +80,17 @@ def test_tidy_rows() -> None:
     }
     assert second["metric"] == "kl_div_score"
     assert math.isnan(second["value"])
+
+
+def test_rows_of_two_views_have_the_dictionarys_name() -> None:
+    files = {"a": Path("a-0.json"), "a.split": Path("a.split-1.json")}
+    results = EvalResults("heldout", "", 9, files, {"a": {"l0": 2.0}, "a.split": {"l0": 2.0}})
+    facts = {
+        "a": {"dictionary": "a", "view": "signed", "d_sae": 8, "k": 2, "l0": 2.0},
+        "a.split": {"dictionary": "a", "view": "split", "d_sae": 16, "k": 2, "l0": 2.0},
+    }
+    rows = tidy_rows(results, facts, seed=0)
+    assert [(row["dictionary"], row["view"], row["d_sae"], row["source"]) for row in rows] == [
+        ("a", "signed", 8, "a-0.json"),
+        ("a", "split", 16, "a.split-1.json"),
+    ]

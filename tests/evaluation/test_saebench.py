@@ -140,6 +140,28 @@ def test_core_scores_are_the_losses_by_hand(setting: EvalSetting, tmp_path: Path
     assert [read_metrics(files[name])["l0"] for name in makers] == [4, 4, 16]
 
 
+def test_core_reads_the_split_view_whole(setting: EvalSetting, tmp_path: Path) -> None:
+    """The same losses; but what core counts by codes above 0 it gets by half from the signed view."""
+    makers = {"ours": tiny_db_ksvd_sae, "ours.split": lambda: tiny_db_ksvd_sae(view="split")}
+    files = run_core_on(CountedPanel(makers), setting, tmp_path / "core")
+    assert re.fullmatch(r"ours\.split-[0-9a-f]{12}_custom_sae_eval_results\.json", files["ours.split"].name)
+    signed, split = (read_metrics(files[name]) for name in makers)
+    for name in ("ce_loss_score", "ce_loss_with_sae", "kl_div_with_sae", "l0", "mse", "cossim"):
+        assert split[name] == pytest.approx(signed[name], rel=1e-5), name
+    assert split["l0"] == 4
+    # l1 is the sum of codes: signs cancel in one view.
+    assert split["l1"] > 2 * abs(signed["l1"])
+    densities = {
+        name: np.array([latent["feature_density"] for latent in strict_json(path)["eval_result_details"]])
+        for name, path in files.items()
+    }
+    assert (len(densities["ours"]), len(densities["ours.split"])) == (24, 48)
+    # A density is the share of tokens, so they add up to the L0 if the count is whole.
+    assert densities["ours.split"].sum() == pytest.approx(4, rel=1e-5)
+    assert densities["ours"].sum() < 3.5
+    assert densities["ours"] == pytest.approx(densities["ours.split"][:24]), "the positive half"
+
+
 def test_core_results(counted: CountedPanel, setting: EvalSetting, model_loads: list[str], tmp_path: Path) -> None:
     files = run_core_on(counted, setting, tmp_path / "core")
     assert sorted(files) == ["db-ksvd", "topk-sae"]

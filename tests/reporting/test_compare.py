@@ -10,7 +10,9 @@ import yaml
 
 from ksvd_sae.config import RunConfig, parse_config
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.reporting import compare
 from ksvd_sae.reporting.compare import comparison_notes, write_comparison
+from ksvd_sae.reporting.style import palette
 from ksvd_sae.reporting.tables import COLUMNS, read_csv
 
 EVALS = ("heldout", "core", "sparse_probing")
@@ -203,3 +205,33 @@ def test_notes_say_what_was_not_run(evaluation: dict[str, Any], said: list[str],
     assert "262,144 tokens" in notes
     assert all(text in notes for text in said)
     assert not any(text in notes for text in unsaid)
+
+
+def test_both_views_are_named_in_figures_and_notes(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch, methods: dict[str, tuple[float, ...]]
+) -> None:
+    """The panelist of a view has a density of its own, in the colour of its dictionary."""
+    mine = comparison.frame[comparison.frame["dictionary"] == "db-ksvd"]
+    comparison.frame = pd.concat([comparison.frame, mine.assign(view="split", d_sae=8192)], ignore_index=True)
+    config, manifest = run_config(comparison.names), comparison.manifest(comparison.names)
+    for files in manifest["files"].values():
+        files["db-ksvd.split"] = files["db-ksvd"]
+    ours = config.dictionaries["db-ksvd"].model_copy(update={"view": "both"})
+    config = config.model_copy(update={"dictionaries": {**config.dictionaries, "db-ksvd": ours}})
+    drawn: dict[str, Any] = {}
+    original = compare.plots.density_histogram
+
+    def histogram(densities: dict[str, Any], path: Path, *, colours: dict[str, str]) -> Path:
+        drawn.update(names=list(densities), colours=colours)
+        return original(densities, path, colours=colours)
+
+    monkeypatch.setattr(compare.plots, "density_histogram", histogram)
+    report = write_comparison(comparison.folder, config, manifest, comparison.place / "evaluations", {})
+    assert drawn["names"] == ["db-ksvd (signed)", *list(methods)[1:], "db-ksvd (split)"]
+    assert drawn["colours"]["db-ksvd (split)"] == drawn["colours"]["db-ksvd (signed)"] == palette(methods)["db-ksvd"]
+    for page in (comparison.folder / "comparison.md", report):
+        text = page.read_text(encoding="utf-8")
+        assert "cuts a signed code" in text
+        assert "8,192" in text
+    assert not any("cuts a signed code" in note for note in comparison_notes(run_config(comparison.names)))
+    assert any("cuts a signed code" in note for note in comparison_notes(config))

@@ -4,6 +4,7 @@ import base64
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 from ksvd_sae.config import RunConfig, load_config, parse_config
@@ -219,3 +220,17 @@ def test_guide_names_the_leaders(frame):
     assert "Here db-ksvd-refit has both the lowest error and the most loss recovered." in guide
     assert "Controls" not in guide
     assert "Here" not in reading_guide(two.head(1), CONTROLS)
+
+
+def test_two_views_of_one_reconstruction_do_not_compete(frame):
+    """Rounding makes one of them better by nothing."""
+    mine = frame[frame["dictionary"] == "db-ksvd-refit"]
+    split = mine.assign(view="split")
+    split.loc[split["metric"] == "fvu", "value"] -= 1e-9
+    split.loc[split["metric"] == "ce_loss_score", "value"] = 0.95
+    both = pd.concat([frame, split], ignore_index=True)
+    guide = reading_guide(tables.summary(both), CONTROLS)
+    assert "Here db-ksvd-refit has the lowest error, and topk-sae recovers the most loss." in guide
+    alone = pd.concat([frame[frame["dictionary"] != "db-ksvd-refit"], split], ignore_index=True)
+    guide = reading_guide(tables.summary(alone), CONTROLS)
+    assert "Here db-ksvd-refit has both" in guide

@@ -151,6 +151,26 @@ class TestSummary:
         assert list(mine["samples seen"]) == [1_048_576] * 2
         assert tables.entry_labels(table)[:3] == ["db-ksvd (signed)", "db-ksvd (non-negative)", "db-ksvd-refit"]
 
+    def test_the_split_view_stands_behind_its_signed_one(self, frame, methods, tmp_path):
+        mine = frame[frame["dictionary"] == "db-ksvd"]
+        split = mine.assign(view="split", d_sae=8192)
+        # Gathered the wrong way round, and apart.
+        mixed = pd.concat([split, frame[frame["dictionary"] != "db-ksvd"], mine], ignore_index=True)
+        table = tables.summary(mixed)
+        assert list(table["dictionary"]) == ["db-ksvd", *methods]
+        assert list(table["view"][:2]) == ["signed", "split"]
+        assert list(table["d_sae"][:2]) == [4096, 8192]
+        lines = tables.to_markdown(table, CONTROLS).splitlines()[2:]
+        assert [line.split("|")[2].strip() for line in lines[:3]] == ["signed", "split", "signed"]
+        tables.write_csv(mixed, tmp_path / "scores.csv")
+        stored = tables.read_csv(tmp_path / "scores.csv")
+        assert list(dict.fromkeys(stored["view"][stored["dictionary"] == "db-ksvd"])) == ["signed", "split"]
+
+    def test_legend_says_what_is_counted(self, frame):
+        legend = dict(tables.legend(frame))
+        assert "two an atom" in legend["d_sae"]
+        assert "% of d_sae" in legend["dead ↓"]
+
     def test_training_alone_makes_a_row(self, frame, methods):
         table = tables.summary(frame[frame["eval"] == "training"])
         assert list(table["dictionary"]) == list(methods)

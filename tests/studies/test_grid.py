@@ -57,6 +57,7 @@ def test_study_in_the_repository_loads() -> None:
         ({"seeds": []}, "seeds"),
         ({"entries": {"x": {"dictionary": {"kind": "lasso"}}}}, "study entry 'x'"),
         ({"entries": {"x": {"dictionary": {"kind": "db_ksvd"}}}}, "n_atoms"),
+        ({"entries": {"x": {"dictionary": {"kind": "random", "n_atoms": 32, "view": "both"}}}}, "leave view out"),
         ({"base": "nowhere.yaml"}, "nowhere.yaml"),
     ],
 )
