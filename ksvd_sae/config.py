@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, model
 
 from ksvd_sae.errors import ConfigError
 from ksvd_sae.eval_config import EvaluationConfig, Strict
+from ksvd_sae.published_config import PublishedSAEConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 # How a signed code is given to evals; see ksvd_sae/sae.py.
@@ -214,6 +215,7 @@ DictionaryConfig = Annotated[
     | BatchTopKSAEConfig
     | MatryoshkaBatchTopKSAEConfig
     | JumpReLUSAEConfig
+    | PublishedSAEConfig
     | PCAConfig
     | RandomConfig,
     Field(discriminator="kind"),
@@ -340,6 +342,7 @@ _DICTIONARY_MODELS: dict[str, type[BaseModel]] = {
     "batchtopk_sae": BatchTopKSAEConfig,
     "matryoshka_batchtopk_sae": MatryoshkaBatchTopKSAEConfig,
     "jumprelu_sae": JumpReLUSAEConfig,
+    "published_sae": PublishedSAEConfig,
     "pca": PCAConfig,
     "random": RandomConfig,
 }

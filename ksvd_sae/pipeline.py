@@ -27,6 +27,7 @@ from ksvd_sae.offline import bbc_news
 from ksvd_sae.offline.eval_data import write_eval_data
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
+from ksvd_sae.published_config import PublishedSAEConfig
 from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ class Run:
         from ksvd_sae.activations.language import ActivationReader, load_model
         from ksvd_sae.activations.text import documents
 
+        self.fetch_published()
+
         def reader() -> ActivationReader:
             return ActivationReader(load_model(self.config.model, self.device), self.config.model.hook)
 
@@ -122,6 +125,17 @@ class Run:
             return documents(self.config.text, self.config.seed)
 
         return run_harvest(self.config, self.harvest_folder, self._harvest_key, reader, texts)
+
+    def fetch_published(self) -> None:
+        """Download the published SAEs that are not here yet, and check their model and hook.
+
+        Raises: HubError, ConfigError, DictionaryError: before the model is loaded.
+        """
+        for config in self.config.dictionaries.values():
+            if isinstance(config, PublishedSAEConfig) and not self._is_trained(config):
+                from ksvd_sae.evaluation.published.saes import check_fetched
+
+                check_fetched(config, model_name=self.config.model.name, hook_name=self.config.model.hook)
 
     def shards(self, part: str = "train") -> ActivationShards:
         """The finished harvest; ManifestError if there is none."""
@@ -161,6 +175,10 @@ class Run:
         if isinstance(config, DBKSVDConfig | SAEConfig) and config.weighting.kind.startswith("fisher"):
             key["gradients"] = content_hash(self._gradients_key)
         return self.cache / "dictionaries" / f"{config.kind}-{content_hash(key)}", key
+
+    def _is_trained(self, config: DictionaryConfig) -> bool:
+        folder, key = self._training(config)
+        return is_finished(folder, TRAIN_STAGE, key)
 
     def training_key(self, config: DictionaryConfig) -> str:
         """Short name of what the dictionary follows from: config, activations, algorithm."""
@@ -203,7 +221,7 @@ class Run:
 
     def load_sae(self, trained: TrainedDictionary) -> Any:
         """The trained dictionary as a SAELens SAE in its view, with the coder that the config asks for."""
-        if isinstance(trained.config, SAEConfig):
+        if isinstance(trained.config, SAEConfig | PublishedSAEConfig):
             from ksvd_sae.evaluation.baselines import load_sae
 
             return load_sae(trained.folder, self.device)
@@ -283,6 +301,11 @@ class Run:
 
     def _facts(self, trained: TrainedDictionary, heldout: dict[str, float | None]) -> dict[str, Any]:
         config = trained.config
+        if isinstance(config, PublishedSAEConfig):
+            known = trained.manifest
+            view = "signed" if known["signed"] else "non-negative"
+            facts = {"dictionary": trained.name, "view": view, "d_sae": known["d_sae"], "k": known["k"]}
+            return {**facts, "l0": heldout["l0"]}
         signed = not (isinstance(config, SAEConfig) or getattr(config, "nonnegative", False))
         n_atoms = getattr(config, "n_atoms", config.k)
         return {
@@ -294,16 +317,19 @@ class Run:
         }
 
     def _training_rows(self, trained: TrainedDictionary, facts: dict[str, Any]) -> list[dict[str, Any]]:
-        """samples_seen and seconds of a training, as rows of the table."""
+        """samples_seen and seconds of a training, as rows of the table; what is not known of one is NaN."""
+        published = isinstance(trained.config, PublishedSAEConfig)
+        # Downloading is no training.
+        known = {**trained.manifest, "seconds": None} if published else trained.manifest
         return [
             {
                 **facts,
                 "eval": "training",
                 "data": self.heldout_name.removesuffix("-heldout"),
                 "metric": metric,
-                "value": float(trained.manifest[metric]),
+                "value": float("nan") if known[metric] is None else float(known[metric]),
                 "seed": self.config.seed,
-                "n": trained.manifest["samples_seen"],
+                "n": known["samples_seen"],
                 "source": trained.folder.name,
             }
             for metric in ("samples_seen", "seconds")

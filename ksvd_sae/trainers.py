@@ -1,4 +1,4 @@
-"""One dictionary from shards, by its config: DB-KSVD, a SAE, PCA or a random control."""
+"""One dictionary by its config: DB-KSVD, a SAE, PCA or a random control from shards, or a published SAE."""
 
 import shutil
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from ksvd_sae.learning.matryoshka import paper_groups
 from ksvd_sae.learning.pca import principal_components
 from ksvd_sae.learning.weighting import Weighting, make_weighting
 from ksvd_sae.progress import progress
+from ksvd_sae.published_config import PublishedSAEConfig
 
 TRAIN_LOG = "train_log.jsonl"
 # Where a DB-KSVD training stands, from which it goes on if it was stopped.
@@ -104,6 +105,8 @@ def train_dictionary(
         return _train_db_ksvd(config, shards, folder, setting)
     if isinstance(config, SAEConfig):
         return _train_sae(config, shards, folder, setting)
+    if isinstance(config, PublishedSAEConfig):
+        return _take_published(config, shards, folder, setting)
     if isinstance(config, PCAConfig):
         centre_D = shards.centre_D
         atoms_MD = principal_components(shards.batches(16_384), config.k, centre_D)
@@ -183,6 +186,14 @@ def _train_sae(config: SAEConfig, shards: ActivationShards, folder: Path, settin
         device=setting.device,
         weighting=setting.weighting(config.weighting, shards),
     )
+
+
+def _take_published(
+    config: PublishedSAEConfig, shards: ActivationShards, folder: Path, setting: TrainingSetting
+) -> dict[str, Any]:
+    from ksvd_sae.evaluation.published.saes import take_published
+
+    return take_published(config, folder, model_name=setting.model_name, hook_name=setting.hook, d_in=shards.d_in)
 
 
 def _draw_random(

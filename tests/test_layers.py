@@ -17,7 +17,7 @@ PACKAGE = "ksvd_sae"
 # A module may import from its own row and the rows above it.
 LAYERS = (
     ("errors", "provenance"),
-    ("eval_config",),
+    ("eval_config", "published_config"),
     ("config", "device"),
     ("progress",),
     ("offline",),

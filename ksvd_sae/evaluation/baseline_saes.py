@@ -115,7 +115,7 @@ def to_raw_units(sae: Any, space: TrainedSpace) -> SAE[Any]:
     sae.b_enc.data = (sae.b_enc.double() * norms_M / space.scale).to(sae.dtype)
     if not is_topk:
         sae.threshold.data = (sae.threshold.double() * norms_M / space.scale).to(sae.dtype)
-    return sae if weighting is None or not is_topk else _weighted(sae, norms_M)
+    return sae if weighting is None or not is_topk else weighted_topk(sae, norms_M)
 
 
 def _rows_times(matrix: Tensor, w_enc_DM: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def _rows_times(matrix: Tensor, w_enc_DM: Tensor) -> Tensor:
     return matrix[:, None] * w_enc_DM if matrix.ndim == 1 else matrix @ w_enc_DM
 
 
-def _weighted(sae: TopKSAE, norms_M: Tensor) -> WeightedTopKSAE:
+def weighted_topk(sae: TopKSAE, norms_M: Tensor) -> WeightedTopKSAE:
     known = {field.name: getattr(sae.cfg, field.name) for field in fields(WeightedTopKSAEConfig)}
     # The choice has a scale of its own, and rows of unit norm need none.
     weighted = WeightedTopKSAE(WeightedTopKSAEConfig(**{**known, "rescale_acts_by_decoder_norm": False}))

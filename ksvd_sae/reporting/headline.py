@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 MISSING = "n/a"
+# How much a published SAE was trained is not always told: that is not 0, nor a missing score.
+UNKNOWN = "unknown"
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 # The evals in the order in which tables list them: from the cheapest to know to the dearest.
@@ -168,6 +170,8 @@ def column_texts(label: str, values: Sequence[float]) -> list[str]:
     style = {headline.label: headline.style for headline in HEADLINES}.get(label, "count")
     if label == "L0":
         return [mean_count_text(value) for value in values]
+    if label == "samples seen":
+        return [count_text(value) if math.isfinite(value) else UNKNOWN for value in values]
     if style == "percent":
         return [percent_text(value) for value in values]
     return score_texts(values) if style == "score" else [count_text(value) for value in values]
