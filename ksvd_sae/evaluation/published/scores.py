@@ -1,0 +1,291 @@
+"""Scores that others published of SAEBench's SAEs, and whether a run's own scores may stand beside them.
+
+The numbers lie beside this module as CSV; README.md there says where they come from, how they were measured, and how
+near they are to what SAEBench itself published.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.resources import files
+from io import StringIO
+from typing import Any
+
+import pandas as pd
+
+COMPARABLE = "comparable"
+REPRODUCED, MEANS = "saebench_reproduced.csv", "saebench_published_means.csv"
+SOURCES = {
+    REPRODUCED: "one SAE, scored again by github.com/meowmaryexe/SAEBench-Reliability (core within 0.0045 of "
+    "SAEBench's own results; means of RAVEL's scores over an architecture within 0.0221)",
+    MEANS: "mean over the SAEs of L0 40 to 200, read off SAEBench's published plots (± 0.003)",
+}
+# SAEBench versions whose definitions were compared.
+VERSIONS = ("0.3.2", "0.6.0")
+# (eval, metric) -> what happened to it between versions; every other metric means the same in both.
+REDEFINED = {
+    (
+        "absorption",
+        "mean_absorption_fraction_score",
+    ): "the fraction was redefined between SAEBench 0.3.2 and 0.6.0 and became up to 10 times smaller"
+}
+# Evals that read the sign of a code: a signed code is scored by its positive part only.
+SIGN_READERS = ("absorption", "autointerp")
+# Eval -> settings that its published scores were made with, by their names in the run's config.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "core": {
+        "dataset": "Skylion007/openwebtext",
+        "context_tokens": 128,
+        "batch_contexts": 16,
+        "reconstruction_batches": 200,
+        "sparsity_batches": 2000,
+    },
+    "sparse_probing": {
+        "datasets": None,
+        "train_set_size": 4000,
+        "test_set_size": 1000,
+        "context_tokens": 128,
+        "seed": 42,
+    },
+    "scr": {
+        "datasets": None,
+        "pairs": None,
+        "train_set_size": 4000,
+        "test_set_size": 1000,
+        "context_tokens": 128,
+        "probe_epochs": 20,
+        "seed": 42,
+    },
+}
+# L0s further apart than this factor are no match.
+L0_FACTOR = 1.25
+# Of one architecture and metric, at most this many published SAEs.
+PER_KIND = 2
+
+
+@dataclass(frozen=True)
+class PublishedScore:
+    """One published number.
+
+    l0: of the SAE; None for a mean. l0_range: of the SAEs that a mean is over; None for one SAE.
+    version: of SAEBench. file: the CSV that it stands in, a key of SOURCES.
+    """
+
+    eval: str
+    metric: str
+    model: str
+    layer: int
+    d_sae: int
+    architecture: str
+    trainer: int | None
+    l0: float | None
+    l0_range: tuple[float, float] | None
+    value: float
+    version: str
+    file: str
+
+    @property
+    def hook(self) -> str:
+        return f"blocks.{self.layer}.hook_resid_post"
+
+    def l0_ratio(self, l0: float) -> float:
+        """How far an L0 is from this one's, as a factor of 1 or more; within a mean's range it is 1."""
+        if self.l0_range is not None:
+            low, high = self.l0_range
+            return max(1.0, low / l0, l0 / high) if l0 > 0 else math.inf
+        if not self.l0 or not l0 > 0:
+            return math.inf
+        return max(l0 / self.l0, self.l0 / l0)
+
+
+@dataclass(frozen=True)
+class OwnScore:
+    """One score of a run: of a dictionary in one view."""
+
+    dictionary: str
+    view: str
+    d_sae: int
+    l0: float
+    eval: str
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class RunProtocol:
+    """How a run scored.
+
+    settings: eval -> its settings, as in the config. version: of SAEBench; None if not known.
+    """
+
+    model: str
+    hook: str
+    settings: Mapping[str, Mapping[str, Any]]
+    version: str | None
+
+
+@dataclass(frozen=True)
+class Match:
+    """A published score, the run's nearest, and COMPARABLE or what stands in the way."""
+
+    published: PublishedScore
+    own: OwnScore
+    verdict: str
+
+
+@lru_cache(maxsize=1)
+def published_scores() -> tuple[PublishedScore, ...]:
+    """Every published score of the package."""
+    reproduced = _read(REPRODUCED)
+    core = reproduced[reproduced["eval"] == "core"]
+    l0_of = {_sae(row): float(row["l0"]) for row in core.to_dict("records")}
+    scores = [_reproduced(row, l0_of) for row in reproduced.to_dict("records")]
+    return (*scores, *(_mean(row) for row in _read(MEANS).to_dict("records")))
+
+
+def _read(name: str) -> pd.DataFrame:
+    text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+    whole = dict.fromkeys(("layer", "d_sae", "trainer"), "Int64")
+    texts = dict.fromkeys(("eval", "metric", "model", "architecture", "sae_bench", "source"), "object")
+    columns = StringIO(text).readline().strip().split(",")
+    known = {name: dtype for name, dtype in {**whole, **texts, "value": "float64"}.items() if name in columns}
+    return pd.read_csv(StringIO(text), dtype=known)
+
+
+def _sae(row: Mapping[Any, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "layer", "d_sae", "architecture", "trainer"))
+
+
+def _reproduced(row: Mapping[Any, Any], l0_of: Mapping[tuple[Any, ...], float]) -> PublishedScore:
+    return PublishedScore(
+        eval=str(row["eval"]),
+        metric=str(row["metric"]),
+        model=str(row["model"]),
+        layer=int(row["layer"]),
+        d_sae=int(row["d_sae"]),
+        architecture=str(row["architecture"]),
+        trainer=int(row["trainer"]),
+        l0=l0_of[_sae(row)],
+        l0_range=None,
+        value=float(row["value"]),
+        # Core's rows say '0.6.0-equivalent protocol'.
+        version=str(row["sae_bench"]).split("-")[0],
+        file=REPRODUCED,
+    )
+
+
+def _mean(row: Mapping[Any, Any]) -> PublishedScore:
+    metric, value = str(row["metric"]), float(row["value"])
+    inverted = metric.removeprefix("1 - ")
+    if inverted != metric:
+        metric, value = inverted.split(" ")[0], round(1 - value, 6)
+    return PublishedScore(
+        eval=str(row["eval"]),
+        metric=metric,
+        model=str(row["model"]),
+        layer=int(row["layer"]),
+        d_sae=int(row["d_sae"]),
+        architecture=str(row["architecture"]),
+        trainer=None,
+        l0=None,
+        l0_range=(40.0, 200.0) if isinstance(row["l0"], str) else None,
+        value=value,
+        version="0.3.2",
+        file=MEANS,
+    )
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model: owners are often left out."""
+    return one.split("/")[-1].lower() == other.split("/")[-1].lower()
+
+
+def of_place(protocol: RunProtocol) -> list[PublishedScore]:
+    """The published scores of the run's model and hook."""
+    return [s for s in published_scores() if same_model(s.model, protocol.model) and s.hook == protocol.hook]
+
+
+def matches(own: Iterable[OwnScore], protocol: RunProtocol) -> list[Match]:
+    """Published SAEs of the run's model, hook and widths beside the run's nearest scores.
+
+    For each metric and architecture, the published SAE of the nearest L0 to each of the run's scores: of several, the
+    PER_KIND nearest. Scores of single SAEs go before means, and those of the run's version before others.
+    """
+    kept: dict[tuple[Any, ...], dict[PublishedScore, Match]] = {}
+    scores = of_place(protocol)
+    for score in own:
+        candidates = [s for s in scores if (s.eval, s.metric, s.d_sae) == (score.eval, score.metric, score.d_sae)]
+        for architecture in dict.fromkeys(s.architecture for s in candidates):
+            kind = [s for s in candidates if s.architecture == architecture]
+            nearest = min(_preferred(kind, protocol), key=partial(_ratio, score.l0))
+            if not math.isfinite(nearest.l0_ratio(score.l0)):
+                continue  # one of the two has no L0
+            match = Match(nearest, score, verdict(nearest, score, protocol))
+            row = kept.setdefault((score.eval, score.metric, score.d_sae, architecture), {})
+            if nearest not in row or _distance(match) < _distance(row[nearest]):
+                row[nearest] = match
+    found = [m for row in kept.values() for m in sorted(row.values(), key=_distance)[:PER_KIND]]
+    return sorted(found, key=_order)
+
+
+def _preferred(kind: list[PublishedScore], protocol: RunProtocol) -> list[PublishedScore]:
+    single = [s for s in kind if s.l0_range is None] or kind
+    return [s for s in single if s.version == protocol.version] or single
+
+
+def _ratio(l0: float, score: PublishedScore) -> float:
+    return score.l0_ratio(l0)
+
+
+def _distance(match: Match) -> tuple[bool, float]:
+    return match.verdict != COMPARABLE, match.published.l0_ratio(match.own.l0)
+
+
+def _order(match: Match) -> tuple[Any, ...]:
+    score = match.published
+    return score.eval, score.metric, score.d_sae, score.l0 or math.inf, score.architecture
+
+
+def verdict(published: PublishedScore, own: OwnScore, protocol: RunProtocol) -> str:
+    """COMPARABLE, or everything that stands in the way."""
+    reasons = [
+        *_of_settings(published.eval, protocol),
+        *_of_version(published, protocol),
+        *_of_scores(published, own),
+    ]
+    return "; ".join(reasons) or COMPARABLE
+
+
+def _of_settings(eval_name: str, protocol: RunProtocol) -> list[str]:
+    theirs, ours = PROTOCOLS.get(eval_name), protocol.settings.get(eval_name)
+    if theirs is None or ours is None:
+        return [f"whether {eval_name} ran with the published settings was not checked"]
+    differing = [name for name, value in theirs.items() if name not in ours or ours[name] != value]
+    return [f"{name} {_said(ours.get(name))}, theirs {_said(theirs[name])}" for name in differing]
+
+
+def _said(value: Any) -> str:
+    if value is None:
+        return "SAEBench's own"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
+
+
+def _of_version(published: PublishedScore, protocol: RunProtocol) -> list[str]:
+    if protocol.version not in VERSIONS:
+        known = " and ".join(VERSIONS)
+        return [f"SAEBench {protocol.version or 'of an unknown version'}: only {known} were compared"]
+    changed = REDEFINED.get((published.eval, published.metric))
+    if changed is not None and published.version != protocol.version:
+        return [f"of SAEBench {published.version}, here {protocol.version}: {changed}"]
+    return []
+
+
+def _of_scores(published: PublishedScore, own: OwnScore) -> list[str]:
+    reasons = []
+    if own.view == "signed" and own.eval in SIGN_READERS:
+        reasons.append(f"signed codes, of which {own.eval} reads the positive part only")
+    if published.l0_ratio(own.l0) > (1.0 if published.l0_range else L0_FACTOR):
+        theirs = f"{published.l0:.1f}" if published.l0 is not None else "40 to 200"
+        reasons.append(f"L0 {own.l0:.1f}, theirs {theirs}")
+    return reasons
