@@ -12,6 +12,7 @@ import pandas as pd
 from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config, view_name, views
 from ksvd_sae.provenance import write_json
 from ksvd_sae.reporting import plots, report, style, tables
+from ksvd_sae.reporting.published import PublishedSection, published_note, published_section, section_markdown
 
 logger = logging.getLogger(__name__)
 _OUTPUTS = ("saebench", "heldout", "training", "plots")
@@ -35,18 +36,35 @@ def write_comparison(
         shutil.rmtree(folder / name, ignore_errors=True)
     controls = frozenset(n for n, c in config.dictionaries.items() if isinstance(c, PCAConfig | RandomConfig))
     notes = comparison_notes(config)
+    published = published_section(config, frame, manifest.get("versions", {}).get("sae-bench"), controls)
+    section, line = (published, "") if isinstance(published, PublishedSection) else (None, published)
+    notes += [note for note in (published_note(config), line) if note]
     _copy_results(folder, manifest, evaluations)
     for name, path in logs.items():
         (folder / "training").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / "training" / f"{name}.jsonl")
     tables.write_csv(frame, folder / "comparison.csv")
-    tables.write_markdown(frame, folder / "comparison.md", notes, controls, title=f"Comparison: {config.name}")
+    tables.write_markdown(
+        frame,
+        folder / "comparison.md",
+        notes,
+        controls,
+        title=f"Comparison: {config.name}",
+        sections=section_markdown(section) if section is not None else (),
+    )
     (folder / "config.yaml").write_text(dump_config(config))
     pictures = _draw(folder, config, frame, manifest, evaluations, logs, controls)
     facts = {key: value for key, value in manifest.items() if key != "rows"}
     write_json(folder / "manifest.json", facts)
     written: Path = report.write_report(
-        folder / "report.html", f"{config.name}: dictionaries compared", frame, pictures, notes, facts, controls
+        folder / "report.html",
+        f"{config.name}: dictionaries compared",
+        frame,
+        pictures,
+        notes,
+        facts,
+        controls,
+        section,
     )
     return written
 

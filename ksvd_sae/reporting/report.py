@@ -19,6 +19,7 @@ from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.provenance import atomic_path
 from ksvd_sae.reporting import tables
 from ksvd_sae.reporting.headline import DESCRIPTIONS, HEADLINES, MISSING
+from ksvd_sae.reporting.published import PublishedSection, html_context
 from ksvd_sae.reporting.style import DPI
 
 TEMPLATE = "report.html.j2"
@@ -44,6 +45,7 @@ def write_report(
     notes: Sequence[str],
     manifest: Mapping[str, Any],
     controls: frozenset[str] = frozenset(),
+    published: PublishedSection | None = None,
 ) -> Path:
     """Write the report.
 
@@ -55,6 +57,7 @@ def write_report(
         notes: what a reader must know, a paragraph each.
         manifest: the run's manifest; its config (at ``config`` or ``key.config``) is shown as YAML.
         controls: dictionaries that are no contestants.
+        published: scores of others' SAEs, if there are some to compare with.
     Raises:
         EvaluationError: the frame is no table of scores, or a plot is no PNG.
     """
@@ -73,6 +76,7 @@ def write_report(
         legend=tables.legend(frame),
         seeds=tables.seeds_text(frame),
         plots=[_plot(caption, Path(png)) for caption, png in plots.items()],
+        published=html_context(published),
         notes=list(notes),
         columns=[{"name": name, "number": name not in tables.TEXT_COLUMNS} for name in tables.COLUMNS],
         scores=_score_rows(typed),

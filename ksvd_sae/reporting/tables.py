@@ -6,7 +6,7 @@ seeds and its interval belong there, and everything downstream reads from ``summ
 """
 
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -288,7 +288,7 @@ def headings(table: pd.DataFrame) -> list[str]:
     return [named.get(str(name), str(name)) for name in table.columns]
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Text that cannot end a cell, a line, or become a tag."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
@@ -297,7 +297,7 @@ def to_markdown(table: pd.DataFrame, controls: frozenset[str] = frozenset()) -> 
     """A summary as an aligned Markdown table, the best real method of each column in bold."""
     heads = headings(table)
     shown = [
-        [f"**{cell.text}**" if cell.best else _markdown_text(cell.text) for cell in row]
+        [f"**{cell.text}**" if cell.best else markdown_text(cell.text) for cell in row]
         for row in cells(table, controls)
     ]
     widths = [max(3, len(head), *(len(row[i]) for row in shown)) for i, head in enumerate(heads)]
@@ -362,14 +362,15 @@ def write_markdown(
     controls: frozenset[str] = frozenset(),
     *,
     title: str = TITLE,
+    sections: Sequence[str] = (),
 ) -> None:
-    """Write the headline table with a legend that defines every column, and notes as bullets."""
+    """Write the headline table with a legend that defines every column, further lines, and notes as bullets."""
     table = summary(frame)
-    lines = [f"# {_markdown_text(title)}", "", to_markdown(table, controls), legend_intro(table, controls), ""]
-    lines += [f"- **{_markdown_text(head)}**: {_markdown_text(text)}" for head, text in legend(frame)]
-    lines += ["", seeds_text(frame), ""]
+    lines = [f"# {markdown_text(title)}", "", to_markdown(table, controls), legend_intro(table, controls), ""]
+    lines += [f"- **{markdown_text(head)}**: {markdown_text(text)}" for head, text in legend(frame)]
+    lines += ["", seeds_text(frame), "", *sections]
     if notes:
-        lines += ["## Notes", "", *(f"- {_markdown_text(note)}" for note in notes), ""]
+        lines += ["## Notes", "", *(f"- {markdown_text(note)}" for note in notes), ""]
     with atomic_path(Path(path)) as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
@@ -380,5 +381,5 @@ def legend_intro(table: pd.DataFrame, controls: frozenset[str]) -> str:
     text = "↓ lower is better, ↑ higher is better; bold: the best"
     if present:
         names = " and ".join([", ".join(present[:-1]), present[-1]] if len(present) > 1 else present)
-        text += f", leaving out the control{'s' if len(present) > 1 else ''} {_markdown_text(names)}"
+        text += f", leaving out the control{'s' if len(present) > 1 else ''} {markdown_text(names)}"
     return text + "; n/a: not scored, or not finite."
