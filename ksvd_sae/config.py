@@ -203,6 +203,7 @@ class RandomConfig(_Viewed):
     kind: Literal["random"] = "random"
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
+    seed: int | None = Field(None, description="of the draw alone; null takes the run's")
     coder: Literal["mp", "mp_refit", "omp", "ormp"] = "mp"
 
 
@@ -233,11 +234,20 @@ def view_name(name: str, view: View) -> str:
     return f"{name}{SPLIT_SUFFIX}" if view == "split" else name
 
 
+def seed_name(name: str, seed: int | None) -> str:
+    """What one of several trainings of a dictionary is called where its name must tell it from the others."""
+    return f"{name}.s{seed}"
+
+
 class RunConfig(Strict):
     """One experiment. Its name is its folder under results/."""
 
     name: str = Field(pattern=_NAME)
     seed: int = 0
+    training_seeds: list[int] = Field(
+        default_factory=list,
+        description="learn each dictionary without a seed of its own once for each, for error bars; empty: with `seed`",
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
     text: TextConfig
@@ -265,13 +275,17 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _views(self) -> "RunConfig":
+    def _names(self) -> "RunConfig":
+        """Names of result files tell trainings and views apart."""
+        if len(set(self.training_seeds)) < len(self.training_seeds):
+            raise ValueError(f"training_seeds: {self.training_seeds} names a seed twice")
         for name, dictionary in self.dictionaries.items():
-            taken = view_name(name, "split")
-            if "split" in views(dictionary) and taken in self.dictionaries:
+            taken = {seed_name(name, seed): f"a training of {name!r}" for seed in self.training_seeds}
+            if "split" in views(dictionary):
+                taken[view_name(name, "split")] = f"the split view of {name!r}"
+            for other in taken.keys() & self.dictionaries.keys():
                 raise ValueError(
-                    f"dictionaries.{taken}: its results would have the names of the split view of {name!r}; "
-                    "give it another name"
+                    f"dictionaries.{other}: its results would have the names of {taken[other]}; give it another name"
                 )
         return self
 

@@ -65,6 +65,10 @@ class EvaluationConfig(Strict):
     core: CoreConfig | None = Field(default_factory=lambda: CoreConfig())
     sparse_probing: SparseProbingConfig | None = Field(default_factory=lambda: SparseProbingConfig())
     scr: ScrConfig | None = None
+    seeds: list[int] = Field(
+        default_factory=list,
+        description="run each eval that draws (not core) once for each, for error bars; empty: with its own seed",
+    )
     llm_cache_gb: float = Field(
         10.0, ge=0, description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing"
     )

@@ -28,6 +28,7 @@ from ksvd_sae.offline.eval_data import write_eval_data
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
 from ksvd_sae.published_config import PublishedSAEConfig
+from ksvd_sae.replicas import Replica, replicas
 from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
 
 logger = logging.getLogger(__name__)
@@ -37,12 +38,17 @@ EVALUATE_STAGE = "evaluate"
 
 @dataclass(frozen=True)
 class TrainedDictionary:
-    """A finished training: its name in this run, config, folder, manifest, and the view that its codes are given in."""
+    """A finished training: its name in this run, config, folder, manifest, and the view that its codes are given in.
+
+    seed: None where nothing is drawn. label: its name, with the seed where the run has several trainings of it.
+    """
 
     name: str
     config: DictionaryConfig
     folder: Path
     manifest: dict[str, Any]
+    seed: int | None
+    label: str
     view: View = "signed"
 
     def in_views(self) -> "list[TrainedDictionary]":
@@ -52,7 +58,7 @@ class TrainedDictionary:
     @property
     def panelist(self) -> str:
         """Its name among what is evaluated, which says the view too."""
-        return view_name(self.name, self.view)
+        return view_name(self.label, self.view)
 
     @property
     def content(self) -> str:
@@ -152,16 +158,16 @@ class Run:
     # ------------------------------------------------------------ train
 
     def train(self) -> list[TrainedDictionary]:
-        """Every dictionary of the config, learned or reused, in the config's order."""
+        """Every training of the config, done or reused, in the config's order."""
         shards = self.shards()
-        return [self.train_one(name, config, shards) for name, config in self.config.dictionaries.items()]
+        return [self._train(replica, shards) for replica in replicas(self.config)]
 
     def trained(self) -> list[TrainedDictionary]:
-        """Every dictionary of the config; ManifestError if one has not been trained."""
+        """Every training of the config; ManifestError if one has not been done."""
         return [
-            TrainedDictionary(name, config, folder, read_manifest(folder, TRAIN_STAGE, key))
-            for name, config in self.config.dictionaries.items()
-            for folder, key in [self._training(config)]
+            TrainedDictionary(r.name, r.config, folder, read_manifest(folder, TRAIN_STAGE, key), r.seed, r.label)
+            for r in replicas(self.config)
+            for folder, key in [self._training(r.config)]
         ]
 
     def _training(self, config: DictionaryConfig) -> tuple[Path, dict[str, Any]]:
@@ -190,6 +196,10 @@ class Run:
 
     def train_one(self, name: str, config: DictionaryConfig, shards: ActivationShards) -> TrainedDictionary:
         """One dictionary, learned or reused; it need not be in the config."""
+        return self._train(Replica(name, config, self._seed(config), name), shards)
+
+    def _train(self, replica: Replica, shards: ActivationShards) -> TrainedDictionary:
+        name, config = replica.label, replica.config
         folder, key = self._training(config)
         if is_finished(folder, TRAIN_STAGE, key):
             logger.info("train %s: reusing %s", name, folder)
@@ -200,7 +210,8 @@ class Run:
             facts.setdefault("seconds", round(time.perf_counter() - started, 1))
             write_manifest(folder, TRAIN_STAGE, key, name=name, device=str(self.device), **facts)
             logger.info("train %s: %.1f s, %s", name, facts["seconds"], folder)
-        return TrainedDictionary(name, config, folder, read_manifest(folder, TRAIN_STAGE, key))
+        manifest = read_manifest(folder, TRAIN_STAGE, key)
+        return TrainedDictionary(replica.name, config, folder, manifest, replica.seed, replica.label)
 
     def setting(self, config: DictionaryConfig | None = None) -> TrainingSetting:
         """What a training gets besides its config (None: one without a seed of its own) and the activations."""
@@ -244,7 +255,7 @@ class Run:
             logger.info("evaluate: reusing %s", self._evaluation_folder)
             return self.evaluated()
         from ksvd_sae.evaluation.llm_cache import TensorCache
-        from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, tidy_rows
+        from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, result_files, tidy_rows
         from ksvd_sae.evaluation.runner import EvalSetting, Panelist
 
         started, evaluation = time.perf_counter(), self.config.evaluation
@@ -266,14 +277,14 @@ class Run:
         results = [replace(heldout, data=self.heldout_name)]
         results += evaluate_saebench(panel, evaluation, setting, self.heldout_name, output)
         facts = {t.panelist: self._facts(t, heldout.metrics[t.panelist]) for t in trained}
-        rows = [row for result in results for row in tidy_rows(result, facts, self.config.seed)]
+        rows = [row for result in results for row in tidy_rows(result, facts)]
         rows += [row for t in trained for row in self._training_rows(t, facts[t.panelist])]
         return write_manifest(
             self._evaluation_folder,
             EVALUATE_STAGE,
             self._evaluation_key,
             rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in rows],
-            files={result.eval: {name: path.name for name, path in result.files.items()} for result in results},
+            files=result_files(results),
             config=self.config.model_dump(mode="json"),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
@@ -286,7 +297,7 @@ class Run:
         return {
             "harvest": content_hash(self._harvest_key),
             "evaluation": self.config.evaluation.model_dump(mode="json"),
-            "dictionaries": {name: content_hash(self._training(c)[1]) for name, c in self.config.dictionaries.items()},
+            "dictionaries": {r.label: content_hash(self._training(r.config)[1]) for r in replicas(self.config)},
             "coders": {name: getattr(c, "coder", None) for name, c in self.config.dictionaries.items()},
             **({"views": {name: list(found) for name, found in other_views.items()}} if other_views else {}),
         }
@@ -305,7 +316,7 @@ class Run:
             known = trained.manifest
             view = "signed" if known["signed"] else "non-negative"
             facts = {"dictionary": trained.name, "view": view, "d_sae": known["d_sae"], "k": known["k"]}
-            return {**facts, "l0": heldout["l0"]}
+            return {**facts, "l0": heldout["l0"], "seed": None}
         signed = not (isinstance(config, SAEConfig) or getattr(config, "nonnegative", False))
         n_atoms = getattr(config, "n_atoms", config.k)
         return {
@@ -314,6 +325,7 @@ class Run:
             "d_sae": 2 * n_atoms if trained.view == "split" else n_atoms,
             "k": config.k,
             "l0": heldout["l0"],
+            "seed": trained.seed,
         }
 
     def _training_rows(self, trained: TrainedDictionary, facts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -328,7 +340,7 @@ class Run:
                 "data": self.heldout_name.removesuffix("-heldout"),
                 "metric": metric,
                 "value": float("nan") if known[metric] is None else float(known[metric]),
-                "seed": self.config.seed,
+                "eval_seed": None,
                 "n": known["samples_seen"],
                 "source": trained.folder.name,
             }
@@ -342,7 +354,7 @@ class Run:
         from ksvd_sae.reporting.compare import write_comparison
 
         manifest = self.evaluated()
-        logs = {t.name: t.folder / TRAIN_LOG for t in self.trained() if (t.folder / TRAIN_LOG).exists()}
+        logs = {t.label: t.folder / TRAIN_LOG for t in self.trained() if (t.folder / TRAIN_LOG).exists()}
         return write_comparison(self.results, self.config, manifest, self.cache / "evaluations", logs)
 
     # ------------------------------------------------------------ data for evals

@@ -19,6 +19,7 @@ LAYERS = (
     ("errors", "provenance"),
     ("eval_config", "published_config"),
     ("config", "device"),
+    ("replicas",),
     ("progress",),
     ("offline",),
     ("activations",),

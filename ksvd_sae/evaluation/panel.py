@@ -3,7 +3,9 @@
 import json
 import logging
 import math
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ class EvalResults:
     """What one eval gave for the panel.
 
     eval: 'heldout', 'core' or 'sparse_probing'. data: the data's true name. n: what a score is averaged over.
-    files: panelist -> result file. metrics: panelist -> metric -> value (None: not finite).
+    files: panelist -> result file. metrics: panelist -> metric -> value (None: not finite). seed: that the eval drew
+    with; None if it draws nothing.
     """
 
     eval: str
@@ -34,6 +37,7 @@ class EvalResults:
     n: int
     files: dict[str, Path]
     metrics: dict[str, dict[str, float | None]]
+    seed: int | None = None
 
 
 def evaluate_heldout(panel: list[Panelist], shards: ActivationShards, harvest_hash: str, output: Path) -> EvalResults:
@@ -61,9 +65,25 @@ def evaluate_saebench(
     Args: heldout_name: the local data set that ``core.dataset: heldout`` stands for.
     Raises: EvaluationError if any score is missing; finished results stay.
     """
-    evals = (_core, _sparse_probing, _scr)
-    found = (evaluate(panel, config, setting, heldout_name, output) for evaluate in evals)
-    return [results for results in found if results is not None]
+    evals = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr}
+    results = []
+    for name, evaluate in evals.items():
+        for seed, seeded in _seeded(config, name):
+            found = evaluate(panel, seeded, setting, heldout_name, output)
+            results += [] if found is None else [replace(found, seed=seed)]
+    return results
+
+
+def _seeded(config: EvaluationConfig, name: str) -> Iterator[tuple[int | None, EvaluationConfig]]:
+    """The config with each seed that the eval is to run with; None for an eval that draws nothing."""
+    section = getattr(config, name)
+    if section is None:
+        return
+    if "seed" not in type(section).model_fields:
+        yield None, config
+        return
+    for seed in config.seeds or [section.seed]:
+        yield seed, config.model_copy(update={name: section.model_copy(update={"seed": seed})})
 
 
 def _core(
@@ -103,10 +123,10 @@ def _results(eval_name: str, data: str, n: int, files: dict[str, Path]) -> EvalR
     return EvalResults(eval_name, data, n, files, {name: read_metrics(path) for name, path in files.items()})
 
 
-def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the comparison: one a score.
 
-    Args: facts: panelist -> dictionary (of which a panelist is one view), view, d_sae, k, l0.
+    Args: facts: panelist -> dictionary (of which it is one training in one view), view, d_sae, k, l0, seed.
     """
     return [
         {
@@ -115,10 +135,20 @@ def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]], seed: int)
             "data": results.data,
             "metric": metric,
             "value": float("nan") if value is None else float(value),
-            "seed": seed,
+            "eval_seed": results.seed,
             "n": results.n,
             "source": results.files[name].name,
         }
         for name, metrics in results.metrics.items()
         for metric, value in metrics.items()
     ]
+
+
+def result_files(results: list[EvalResults]) -> dict[str, dict[str, str]]:
+    """Eval -> panelist -> file name; where an eval ran with several seeds, the panelist's name says which."""
+    runs = Counter(result.eval for result in results)
+    files: dict[str, dict[str, str]] = {}
+    for result in results:
+        suffix = f", seed {result.seed}" if runs[result.eval] > 1 else ""
+        files.setdefault(result.eval, {}).update({n + suffix: path.name for n, path in result.files.items()})
+    return files

@@ -11,7 +11,8 @@ import pandas as pd
 
 from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config, view_name, views
 from ksvd_sae.provenance import write_json
-from ksvd_sae.reporting import plots, report, style, tables
+from ksvd_sae.replicas import replicas
+from ksvd_sae.reporting import plots, report, scores, style, tables
 from ksvd_sae.reporting.published import PublishedSection, published_note, published_section, section_markdown
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,11 @@ def write_comparison(
         folder: results/<name>; what an earlier comparison left there is replaced (the cache keeps every result).
         manifest: of the evaluate stage, with its rows and files.
         evaluations: folder of the result files.
-        logs: dictionary -> JSONL training log.
+        logs: training (``Replica.label``) -> JSONL training log.
     Returns: path of report.html.
     """
-    frame = tables.typed_frame(pd.DataFrame(manifest["rows"], columns=list(tables.COLUMNS)))
-    tables.check_table(frame)
+    frame = scores.typed_frame(pd.DataFrame(manifest["rows"], columns=list(scores.COLUMNS)))
+    scores.check_table(frame)
     for name in _OUTPUTS:
         shutil.rmtree(folder / name, ignore_errors=True)
     controls = frozenset(n for n, c in config.dictionaries.items() if isinstance(c, PCAConfig | RandomConfig))
@@ -43,7 +44,7 @@ def write_comparison(
     for name, path in logs.items():
         (folder / "training").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / "training" / f"{name}.jsonl")
-    tables.write_csv(frame, folder / "comparison.csv")
+    scores.write_csv(frame, folder / "comparison.csv")
     tables.write_markdown(
         frame,
         folder / "comparison.md",
@@ -76,7 +77,7 @@ def comparison_notes(config: RunConfig) -> list[str]:
         f"{config.harvest.train_tokens:,} tokens before outliers went, scored on other documents.",
         "FVU is a reconstruction error, loss recovered is behaviour: the lower error is not always the better "
         "behaviour, so read both.",
-        "One training seed: no error bars. Differences of a few thousandths are noise.",
+        *([] if len(config.training_seeds) > 1 else ["One training seed: differences of a few thousandths are noise."]),
         "SAEBench counts density, alive latents and l1 of signed codes by their positive part only; L0, density and "
         "dead latents in eval 'heldout' count both signs. SAEBench 0.6's explained_variance is wrong (it subtracts the "
         "squared mean square); use fvu.",
@@ -107,9 +108,13 @@ def _copy_results(folder: Path, manifest: dict[str, Any], evaluations: Path) -> 
 
 
 def _labels(config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Panelist -> its label in figures, which names the view where a dictionary has several; and its dictionary."""
+    """Panelist -> its label in figures, which names the view where a dictionary has several; and its dictionary.
+
+    Of several trainings of a dictionary the first stands for all where a figure shows one.
+    """
+    first = {replica.name: replica for replica in reversed(list(replicas(config)))}
     return {
-        view_name(name, view): (f"{name} ({view})" if len(views(c)) > 1 else name, name)
+        view_name(first[name].label, view): (f"{name} ({view})" if len(views(c)) > 1 else name, name)
         for name, c in config.dictionaries.items()
         for view in views(c)
     }
@@ -142,11 +147,16 @@ def _draw(
     densities = {
         labels[panelist][0]: np.asarray(json.loads((evaluations / "heldout" / file).read_text())["density"])
         for panelist, file in manifest["files"]["heldout"].items()
+        if panelist in labels
     }
     pictures["How often each latent is used, either sign, on held-out tokens."] = plots.density_histogram(
         densities, target / "density.png", colours={label: colours[name] for label, name in labels.values()}
     )
-    curves = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
+    curves = {
+        name: [json.loads(line) for line in logs[panelist].read_text().splitlines()]
+        for panelist, (_, name) in labels.items()
+        if panelist in logs
+    }
     # SAEs have logs too, but no error after the step.
     curves = {name: lines for name, lines in curves.items() if lines and "fvu_after_update" in lines[0]}
     if curves:

@@ -175,3 +175,23 @@ def column_texts(label: str, values: Sequence[float]) -> list[str]:
     if style == "percent":
         return [percent_text(value) for value in values]
     return score_texts(values) if style == "score" else [count_text(value) for value in values]
+
+
+def with_intervals(label: str, texts: Sequence[str], half_widths: Sequence[float]) -> list[str]:
+    """A column's texts with ± half-widths to the decimals of their means; as they are where it is none or 0."""
+    percent = {headline.label: headline.style for headline in HEADLINES}.get(label) == "percent"
+    return [
+        f"{text} ± {_spread_text(text, 100 * width if percent else width)}"
+        if math.isfinite(width) and width > 0
+        else text
+        for text, width in zip(texts, half_widths, strict=True)
+    ]
+
+
+def _spread_text(text: str, width: float) -> str:
+    number = text.rstrip("%")
+    if "e" in number:
+        return f"{width:.1e}"
+    decimals = len(number.split(".")[1]) if "." in number else 0
+    # An interval that rounds to nothing is not nothing.
+    return f"{width:,.{decimals}f}" if width >= 0.5 * 10**-decimals else f"{width:.1g}"

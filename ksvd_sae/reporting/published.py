@@ -17,7 +17,7 @@ from ksvd_sae.evaluation.published.scores import (
     published_scores,
 )
 from ksvd_sae.published_config import PublishedSAEConfig
-from ksvd_sae.reporting import tables
+from ksvd_sae.reporting import scores, tables
 from ksvd_sae.reporting.headline import HEADLINES
 
 TITLE = "Published scores"
@@ -88,7 +88,7 @@ def _versions(found: list[Match], name: str) -> str:
 
 
 def _own_scores(frame: pd.DataFrame, controls: frozenset[str]) -> list[OwnScore]:
-    typed = tables.typed_frame(frame)
+    typed = scores.typed_frame(frame)
     table = tables.summary(frame)
     l0 = {(row["dictionary"], row["view"]): float(row["L0"]) for row in table.to_dict("records")}
     return [

@@ -17,7 +17,7 @@ import pandas as pd
 from ksvd_sae.config import dump_config, parse_config
 from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.provenance import atomic_path
-from ksvd_sae.reporting import tables
+from ksvd_sae.reporting import scores, tables
 from ksvd_sae.reporting.headline import DESCRIPTIONS, HEADLINES, MISSING
 from ksvd_sae.reporting.published import PublishedSection, html_context
 from ksvd_sae.reporting.style import DPI
@@ -52,7 +52,7 @@ def write_report(
     Args:
         path: the HTML file to write.
         title: the page's title.
-        frame: the scores, see ``tables.COLUMNS``.
+        frame: the scores, see ``scores.COLUMNS``.
         plots: caption -> PNG, in order.
         notes: what a reader must know, a paragraph each.
         manifest: the run's manifest; its config (at ``config`` or ``key.config``) is shown as YAML.
@@ -61,8 +61,8 @@ def write_report(
     Raises:
         EvaluationError: the frame is no table of scores, or a plot is no PNG.
     """
-    table = tables.summary(frame)
-    typed = tables.typed_frame(frame)
+    table, widths = tables.summary(frame), tables.intervals(frame)
+    typed = scores.typed_frame(frame)
     page = _environment().from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     html = page.render(
         title=title,
@@ -70,7 +70,7 @@ def write_report(
         heads=_heads(table),
         rows=[
             {"control": name in controls, "cells": row}
-            for name, row in zip(table["dictionary"], tables.cells(table, controls), strict=True)
+            for name, row in zip(table["dictionary"], tables.cells(table, controls, widths), strict=True)
         ],
         marks=tables.legend_intro(table, controls),
         legend=tables.legend(frame),
@@ -78,7 +78,7 @@ def write_report(
         plots=[_plot(caption, Path(png)) for caption, png in plots.items()],
         published=html_context(published),
         notes=list(notes),
-        columns=[{"name": name, "number": name not in tables.TEXT_COLUMNS} for name in tables.COLUMNS],
+        columns=[{"name": name, "number": name not in scores.TEXT_COLUMNS} for name in scores.COLUMNS],
         scores=_score_rows(typed),
         facts=_facts(typed, manifest),
         versions=_versions(manifest),
@@ -157,14 +157,14 @@ def _score_rows(typed: pd.DataFrame) -> list[list[tuple[str, Any]]]:
     rows = []
     for record in typed.to_dict("records"):
         row: list[tuple[str, Any]] = []
-        for name in tables.COLUMNS:
+        for name in scores.COLUMNS:
             value = record[name]
-            if name in tables.TEXT_COLUMNS:
+            if name in scores.TEXT_COLUMNS:
                 row.append((value, value))
             elif pd.isna(value):
                 row.append((MISSING if name == "value" else "", ""))
             else:
-                row.append((f"{value:.6g}" if name in tables.REAL_COLUMNS else f"{value:,}", value))
+                row.append((f"{value:.6g}" if name in scores.REAL_COLUMNS else f"{value:,}", value))
         rows.append(row)
     return rows
 

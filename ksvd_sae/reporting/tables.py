@@ -1,12 +1,10 @@
-"""The tidy table of scores: checks, CSV, the headline table, and Markdown.
+"""The headline table from the tidy one, and Markdown.
 
-A dictionary's row in the headline table is a (dictionary, view) pair. Every number in it passes
-through ``_over_seeds``, which today takes one seed's score and refuses several: the mean over
-seeds and its interval belong there, and everything downstream reads from ``summary``.
+A dictionary's row in the headline table is a (dictionary, view) pair. Its numbers are means over seeds
+(``statistics.estimate``); everything downstream reads from ``summary`` and ``intervals``.
 """
 
-import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +14,23 @@ import pandas as pd
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.provenance import atomic_path
-from ksvd_sae.reporting.headline import DESCRIPTIONS, EVALS, HEADLINES, Headline, column_texts, score_texts
+from ksvd_sae.reporting.headline import (
+    DESCRIPTIONS,
+    HEADLINES,
+    Headline,
+    column_texts,
+    score_texts,
+    with_intervals,
+)
+from ksvd_sae.reporting.scores import (
+    FIRST_VIEWS,
+    check_table,
+    ranks,
+    typed_frame,
+)
+from ksvd_sae.reporting.statistics import SEEDS, UNKNOWN, Estimate, estimate
 
-logger = logging.getLogger(__name__)
-
-COLUMNS = ["dictionary", "view", "d_sae", "k", "l0", "eval", "data", "metric", "value", "seed", "n", "source"]
-TEXT_COLUMNS = ["dictionary", "view", "eval", "data", "metric", "source"]
-WHOLE_COLUMNS = ["d_sae", "k", "seed", "n"]
-REAL_COLUMNS = ["l0", "value"]
-# One score has one row.
-KEY = ["dictionary", "view", "eval", "data", "metric", "seed"]
 SUMMARY_COLUMNS = [*DESCRIPTIONS, *(headline.label for headline in HEADLINES)]
-FIRST_VIEWS = ("signed", "split")
 TITLE = "Comparison of dictionaries"
 
 Pair = tuple[str, str]
@@ -40,116 +43,6 @@ class Cell:
     text: str
     value: float | str
     best: bool = False
-
-
-def check_table(frame: pd.DataFrame) -> None:
-    """Refuse a frame that is no table of scores.
-
-    Raises:
-        EvaluationError: no rows; columns missing or unknown; unnamed, non-numeric or repeated scores.
-    """
-    missing = [name for name in COLUMNS if name not in frame.columns]
-    unknown = [str(name) for name in frame.columns if name not in COLUMNS]
-    if missing or unknown:
-        raise EvaluationError(
-            "reading a table of scores: its columns are not those of one"
-            + (f"; missing: {', '.join(missing)}" if missing else "")
-            + (f"; unknown: {', '.join(unknown)}" if unknown else ""),
-            got=list(frame.columns),
-            limit=COLUMNS,
-        )
-    if frame.empty:
-        raise EvaluationError(
-            "reading a table of scores: it has no rows",
-            cause="no eval ran, or none gave a score",
-            cure="turn on an eval in the config's `evaluation`",
-        )
-    typed = typed_frame(frame)
-    for name in ("dictionary", "eval", "metric"):
-        if (typed[name] == "").any():
-            raise EvaluationError(f"reading a table of scores: rows without a {name}", got=_rows(typed[name] == ""))
-    repeated = typed.duplicated(KEY, keep=False)
-    if repeated.any():
-        first = typed.loc[repeated, KEY].iloc[0].to_dict()
-        raise EvaluationError(
-            f"reading a table of scores: {int(repeated.sum())} rows score what another row scores",
-            got=", ".join(f"{name}={value}" for name, value in first.items()),
-            limit=f"one row for each ({', '.join(KEY)})",
-            cause="results of two runs were put into one table",
-            cure="keep one of them, or give each its own seed or data name",
-        )
-
-
-def _rows(mask: "pd.Series[bool]") -> str:
-    return f"row {', '.join(str(index) for index in np.flatnonzero(mask.to_numpy())[:5])}"
-
-
-def typed_frame(frame: pd.DataFrame) -> pd.DataFrame:
-    """The columns in their order and types: text without gaps, whole numbers and reals with them."""
-    typed = pd.DataFrame(index=frame.index)
-    for name in COLUMNS:
-        column = frame[name]
-        try:
-            if name in TEXT_COLUMNS:
-                typed[name] = column.astype(object).where(column.notna(), "").astype(str).astype(object)
-            elif name in WHOLE_COLUMNS:
-                typed[name] = pd.to_numeric(column).astype("Int64")
-            else:
-                reals = pd.to_numeric(column).astype("float64")
-                typed[name] = reals.where(np.isfinite(reals))
-        except (TypeError, ValueError) as error:
-            kind = "whole number" if name in WHOLE_COLUMNS else "number"
-            raise EvaluationError(
-                f"reading a table of scores: column {name!r} holds what is no {kind} ({error})",
-                got=str(column.dtype),
-                limit=f"{kind}s, or nothing where there is none",
-            ) from error
-    return typed
-
-
-def _ranks(column: "pd.Series[str]", first: tuple[str, ...] = ()) -> dict[str, int]:
-    """Position of each name: those of ``first``, then the others as they first appear."""
-    return {name: rank for rank, name in enumerate(dict.fromkeys([*first, *column]))}
-
-
-def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write the scores, whole or not at all, in an order that does not depend on how they were gathered.
-
-    Dictionaries keep the order of their first appearance; within one, rows go by view (signed first), seed,
-    eval, data and metric. Values have nine significant digits.
-    """
-    check_table(frame)
-    typed = typed_frame(frame)
-    order = pd.DataFrame(
-        {
-            "dictionary": typed["dictionary"].map(_ranks(typed["dictionary"])),
-            "view": typed["view"].map(_ranks(typed["view"], FIRST_VIEWS)),
-            "seed": typed["seed"].fillna(-1).astype("int64"),
-            "eval": typed["eval"].map(_ranks(typed["eval"], EVALS)),
-            "data": typed["data"].map(_ranks(typed["data"])),
-            "metric": typed["metric"],
-        }
-    )
-    typed = typed.loc[order.sort_values(list(order.columns), kind="stable").index]
-    with atomic_path(Path(path)) as temporary:
-        typed.to_csv(temporary, index=False, float_format="%.9g", lineterminator="\n", encoding="utf-8")
-    logger.info("wrote %d scores to %s", len(typed), path)
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    """Read what ``write_csv`` wrote.
-
-    Raises:
-        EvaluationError: no such file, not a CSV, or not a table of scores.
-    """
-    try:
-        # Only an empty cell is a gap: a dictionary may be called "NA" or "None".
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8")
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise EvaluationError(f"reading scores from {path}: {error}", cure="run the evaluation stage") from error
-    frame = frame.apply(lambda column: column if column.name in TEXT_COLUMNS else column.replace({"": None}))
-    check_table(frame)
-    return typed_frame(frame)
 
 
 def headline_data(frame: pd.DataFrame, headline: Headline) -> str | None:
@@ -167,32 +60,28 @@ def _pairs(typed: pd.DataFrame) -> list[Pair]:
     known = set(scored["dictionary"])
     rows = typed[(typed["eval"] != "training") | ~typed["dictionary"].isin(known)]
     pairs = list(dict.fromkeys(zip(rows["dictionary"], rows["view"], strict=True)))
-    ranks, view_ranks = _ranks(typed["dictionary"]), _ranks(typed["view"], FIRST_VIEWS)
-    return sorted(pairs, key=lambda pair: (ranks[pair[0]], view_ranks[pair[1]]))
+    order, view_order = ranks(typed["dictionary"]), ranks(typed["view"], FIRST_VIEWS)
+    return sorted(pairs, key=lambda pair: (order[pair[0]], view_order[pair[1]]))
 
 
-def _metric(typed: pd.DataFrame, eval_name: str, metric: str, data: str | None) -> "pd.Series[float]":
-    """A metric's values by (dictionary, view, seed); training belongs to a dictionary whatever its view."""
-    rows = typed[(typed["eval"] == eval_name) & (typed["metric"] == metric) & (typed["data"] == data)]
-    index = ["dictionary", "seed"] if eval_name == "training" else ["dictionary", "view", "seed"]
-    return rows.drop_duplicates(index).set_index(index)["value"]
+def headline_scores(typed: pd.DataFrame, headline: Headline) -> pd.DataFrame:
+    """Every score behind a headline column: dictionary, view, seed, eval_seed, value.
 
-
-def _over_seeds(values: "pd.Series[float]", name: Hashable) -> "pd.Series[float]":
-    """One number for each dictionary: today the score of its only seed.
-
-    Raises:
-        EvaluationError: several seeds.
+    A difference of two metrics is taken within seeds, before any mean. Training belongs to a dictionary whatever its
+    view: there the view is empty.
     """
-    reduced = values.droplevel("seed")
-    if reduced.index.has_duplicates:
-        raise EvaluationError(
-            f"summarising {name!r}: a dictionary has scores of several seeds",
-            got=sorted({int(seed) for seed in values.index.get_level_values("seed").dropna()}),
-            limit="one seed a dictionary",
-            cure="select one: frame[frame.seed == 0]",
-        )
-    return reduced
+    keys = ["dictionary", "view", *SEEDS]
+    rows = typed[(typed["eval"] == headline.eval) & (typed["data"] == headline_data(typed, headline))]
+    if headline.eval == "training":
+        rows = rows.assign(view="").drop_duplicates([*keys, "metric"])
+    found = rows.loc[rows["metric"] == headline.metric, [*keys, "value"]]
+    if headline.minus is None:
+        return found.reset_index(drop=True)
+    # Missing seeds do not merge: −1 stands for them.
+    filled = {name: lambda part, n=name: part[n].fillna(-1) for name in SEEDS}
+    minus = rows.loc[rows["metric"] == headline.minus, [*keys, "value"]]
+    merged = pd.merge(found.assign(**filled), minus.assign(**filled), "left", keys, suffixes=("", "_minus"))
+    return found.assign(value=(merged["value"] - merged["value_minus"]).to_numpy()).reset_index(drop=True)
 
 
 def _constant(typed: pd.DataFrame, pair: Pair, name: str) -> float:
@@ -209,12 +98,12 @@ def _constant(typed: pd.DataFrame, pair: Pair, name: str) -> float:
     return found[0] if found else float("nan")
 
 
-def _measured_l0(typed: pd.DataFrame, pair: Pair) -> float:
+def _measured_l0(typed: pd.DataFrame, pair: Pair) -> Estimate:
     """Mean nonzeros a token: as measured with the held-out scores, else with the first scores that say."""
     rows = typed[(typed["dictionary"] == pair[0]) & (typed["view"] == pair[1]) & typed["l0"].notna()]
     heldout = rows[rows["eval"] == "heldout"]
     found = heldout if len(heldout) else rows
-    return float(found["l0"].iloc[0]) if len(found) else float("nan")
+    return estimate(found.drop_duplicates(SEEDS)[[*SEEDS, "l0"]].rename(columns={"l0": "value"}))
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -224,30 +113,37 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         frame: the scores. Where an eval has several data sets, the headline takes the one that
             scores most dictionaries (of equals, the first); ``legend`` names it.
     Returns:
-        SUMMARY_COLUMNS; NaN where there is no finite score.
+        SUMMARY_COLUMNS, means over seeds; NaN where there is no finite score.
     Raises:
-        EvaluationError: see ``check_table``; several seeds; rows of one dictionary that disagree on its size.
+        EvaluationError: see ``check_table``; rows of one dictionary that disagree on its size.
     """
+    return _summarised(frame)[0]
+
+
+def intervals(frame: pd.DataFrame) -> pd.DataFrame:
+    """Half-widths of the 95 % intervals of ``summary``'s numbers, in its shape; NaN where one score or none."""
+    return _summarised(frame)[1]
+
+
+def _summarised(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     check_table(frame)
     typed = typed_frame(frame)
     pairs = _pairs(typed)
-    columns: dict[str, list[Any]] = {
-        "dictionary": [name for name, _ in pairs],
-        "view": [view for _, view in pairs],
-        "d_sae": [_constant(typed, pair, "d_sae") for pair in pairs],
-        "k": [_constant(typed, pair, "k") for pair in pairs],
-        "L0": [_measured_l0(typed, pair) for pair in pairs],
+    named = {"dictionary": [name for name, _ in pairs], "view": [view for _, view in pairs]}
+    nothing = [float("nan")] * len(pairs)
+    means: dict[str, list[Any]] = {
+        **named,
+        **{n: [_constant(typed, pair, n) for pair in pairs] for n in ("d_sae", "k")},
     }
+    widths: dict[str, list[Any]] = {**named, "d_sae": nothing, "k": nothing}
+    columns = {"L0": [_measured_l0(typed, pair) for pair in pairs]}
     for headline in HEADLINES:
-        data = headline_data(typed, headline)
-        values = _metric(typed, headline.eval, headline.metric, data)
-        if headline.minus is not None:
-            # A difference is taken within a seed, before any average over seeds.
-            values = values - _metric(typed, headline.eval, headline.minus, data).reindex(values.index)
-        found = _over_seeds(values, headline.label).to_dict()
-        keys: list[Any] = [name for name, _ in pairs] if headline.eval == "training" else list(pairs)
-        columns[headline.label] = [float(found.get(key, float("nan"))) for key in keys]
-    return pd.DataFrame(columns, columns=SUMMARY_COLUMNS)
+        scores = dict(list(headline_scores(typed, headline).groupby(["dictionary", "view"], sort=False)))
+        keys = [(name, "") if headline.eval == "training" else (name, view) for name, view in pairs]
+        columns[headline.label] = [estimate(scores[key]) if key in scores else UNKNOWN for key in keys]
+    for name, found in columns.items():
+        means[name], widths[name] = [e.mean for e in found], [e.half_width for e in found]
+    return pd.DataFrame(means, columns=SUMMARY_COLUMNS), pd.DataFrame(widths, columns=SUMMARY_COLUMNS)
 
 
 def entry_labels(table: pd.DataFrame) -> list[str]:
@@ -257,11 +153,15 @@ def entry_labels(table: pd.DataFrame) -> list[str]:
     return [f"{name} ({view})" if twice else str(name) for name, view, twice in rows]
 
 
-def cells(table: pd.DataFrame, controls: frozenset[str] = frozenset()) -> list[list[Cell]]:
+def cells(
+    table: pd.DataFrame, controls: frozenset[str] = frozenset(), widths: pd.DataFrame | None = None
+) -> list[list[Cell]]:
     """The summary's rows as shown, with the best real method of each column marked.
 
     Nothing is marked where fewer than two real methods have a score or all read the same: there is
     no contest to win. Methods that read the same as the best are marked with it.
+
+    Args: widths: ``intervals`` of the same frame, shown behind ±.
     """
     real = [name not in controls for name in table["dictionary"]]
     better = {headline.label: headline.better for headline in HEADLINES}
@@ -277,8 +177,11 @@ def cells(table: pd.DataFrame, controls: frozenset[str] = frozenset()) -> list[l
         if better.get(name) and len({texts[i] for i in contest}) > 1:
             pick = min if better[name] == "lower" else max
             best = texts[pick(contest, key=lambda i: contest[i])]
-        shown = zip(values, texts, strict=True)
-        columns.append([Cell(text, value, i in contest and text == best) for i, (value, text) in enumerate(shown)])
+        spreads = texts if widths is None else with_intervals(name, texts, [float(w) for w in widths[name]])
+        shown = zip(values, texts, spreads, strict=True)
+        columns.append(
+            [Cell(spread, value, i in contest and text == best) for i, (value, text, spread) in enumerate(shown)]
+        )
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -293,21 +196,21 @@ def markdown_text(text: str) -> str:
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
-def to_markdown(table: pd.DataFrame, controls: frozenset[str] = frozenset()) -> str:
-    """A summary as an aligned Markdown table, the best real method of each column in bold."""
+def to_markdown(table: pd.DataFrame, controls: frozenset[str] = frozenset(), widths: pd.DataFrame | None = None) -> str:
+    """A summary as an aligned Markdown table, the best real method of each column in bold; arguments as ``cells``."""
     heads = headings(table)
     shown = [
         [f"**{cell.text}**" if cell.best else markdown_text(cell.text) for cell in row]
-        for row in cells(table, controls)
+        for row in cells(table, controls, widths)
     ]
-    widths = [max(3, len(head), *(len(row[i]) for row in shown)) for i, head in enumerate(heads)]
+    sizes = [max(3, len(head), *(len(row[i]) for row in shown)) for i, head in enumerate(heads)]
     left = [name in ("dictionary", "view") for name in table.columns]
 
     def line(row: list[str]) -> str:
-        parts = zip(row, widths, left, strict=True)
+        parts = zip(row, sizes, left, strict=True)
         return "| " + " | ".join(text.ljust(wide) if flush else text.rjust(wide) for text, wide, flush in parts) + " |"
 
-    rule = ["-" * wide if flush else "-" * (wide - 1) + ":" for wide, flush in zip(widths, left, strict=True)]
+    rule = ["-" * wide if flush else "-" * (wide - 1) + ":" for wide, flush in zip(sizes, left, strict=True)]
     return "\n".join([line(heads), line(rule), *(line(row) for row in shown)]) + "\n"
 
 
@@ -346,13 +249,19 @@ def reference_value(frame: pd.DataFrame, headline: Headline) -> float | None:
 
 
 def seeds_text(frame: pd.DataFrame) -> str:
-    """Which training seeds the scores are of."""
-    seeds = sorted({int(seed) for seed in typed_frame(frame)["seed"].dropna()})
+    """Which seeds the scores are of, and what ± stands for."""
+    typed = typed_frame(frame)
+    seeds, eval_seeds = (sorted({int(seed) for seed in typed[name].dropna()}) for name in SEEDS)
     if not seeds:
         return "The training seed is not recorded."
-    if len(seeds) == 1:
-        return f"One training seed ({seeds[0]}): the spread between seeds is not known."
-    return f"Training seeds: {', '.join(map(str, seeds))}."
+    listed = f"{', '.join(map(str, seeds))}"
+    if len(seeds) > 1:
+        text = f"Training seeds: {listed}. ±: half-width of the 95 % interval of the mean over them (Student's t)"
+        return text + "; of one training, over evaluation seeds." if len(eval_seeds) > 1 else text + "."
+    text = f"One training seed ({listed}): the spread between trainings is not known."
+    if len(eval_seeds) > 1:
+        text += " ±: half-width of the 95 % interval of the mean over evaluation seeds (Student's t)."
+    return text
 
 
 def write_markdown(
@@ -366,7 +275,8 @@ def write_markdown(
 ) -> None:
     """Write the headline table with a legend that defines every column, further lines, and notes as bullets."""
     table = summary(frame)
-    lines = [f"# {markdown_text(title)}", "", to_markdown(table, controls), legend_intro(table, controls), ""]
+    shown = to_markdown(table, controls, intervals(frame))
+    lines = [f"# {markdown_text(title)}", "", shown, legend_intro(table, controls), ""]
     lines += [f"- **{markdown_text(head)}**: {markdown_text(text)}" for head, text in legend(frame)]
     lines += ["", seeds_text(frame), "", *sections]
     if notes:

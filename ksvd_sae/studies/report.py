@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from scipy import stats
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.provenance import atomic_path
 from ksvd_sae.reporting import style
+from ksvd_sae.reporting.statistics import half_width
 from ksvd_sae.studies.run import Study
 
 TABLE, SUMMARY = "table.md", "summary.csv"
@@ -47,13 +47,6 @@ def summarise(rows: list[dict[str, Any]]) -> pd.DataFrame:
             line[f"{metric}_ci"] = half_width(values.tolist())
         lines.append(line)
     return pd.DataFrame(lines).sort_values(["layer", "k", "nats_lost"]).reset_index(drop=True)
-
-
-def half_width(values: list[float]) -> float:
-    """Of the 95 % interval of the mean, Student's t; NaN for fewer than two values."""
-    if len(values) < 2:
-        return float("nan")
-    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def markdown(table: pd.DataFrame, study_name: str) -> str:

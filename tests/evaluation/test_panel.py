@@ -55,15 +55,15 @@ def test_an_error_that_is_no_number_is_no_score(heldout: ActivationShards, tmp_p
     counted = CountedPanel({"broken": lambda: NotANumber(tiny_db_ksvd_sae().cfg)})
     found = evaluate_heldout(counted.panelists(), heldout, "harvest", tmp_path)
     assert found.metrics["broken"]["fvu"] is None
-    assert found.metrics["broken"]["l0"] == 4
+    assert found.metrics["broken"]["l0"] == pytest.approx(4)
 
 
 def test_tidy_rows() -> None:
     results = EvalResults(
         "core", "some-text", 33, {"a": Path("made") / "a-0.json"}, {"a": {"ce_loss_score": 0.5, "kl_div_score": None}}
     )
-    facts = {"a": {"dictionary": "a", "view": "signed", "d_sae": 8, "k": 2, "l0": 1.5}}
-    first, second = tidy_rows(results, facts, seed=4)
+    facts = {"a": {"dictionary": "a", "view": "signed", "d_sae": 8, "k": 2, "l0": 1.5, "seed": 4}}
+    first, second = tidy_rows(results, facts)
     assert first == {
         "dictionary": "a",
         "view": "signed",
@@ -75,6 +75,7 @@ def test_tidy_rows() -> None:
         "metric": "ce_loss_score",
         "value": 0.5,
         "seed": 4,
+        "eval_seed": None,
         "n": 33,
         "source": "a-0.json",
     }
@@ -86,10 +87,10 @@ def test_rows_of_two_views_have_the_dictionarys_name() -> None:
     files = {"a": Path("a-0.json"), "a.split": Path("a.split-1.json")}
     results = EvalResults("heldout", "", 9, files, {"a": {"l0": 2.0}, "a.split": {"l0": 2.0}})
     facts = {
-        "a": {"dictionary": "a", "view": "signed", "d_sae": 8, "k": 2, "l0": 2.0},
-        "a.split": {"dictionary": "a", "view": "split", "d_sae": 16, "k": 2, "l0": 2.0},
+        "a": {"dictionary": "a", "view": "signed", "d_sae": 8, "k": 2, "l0": 2.0, "seed": 0},
+        "a.split": {"dictionary": "a", "view": "split", "d_sae": 16, "k": 2, "l0": 2.0, "seed": 0},
     }
-    rows = tidy_rows(results, facts, seed=0)
+    rows = tidy_rows(results, facts)
     assert [(row["dictionary"], row["view"], row["d_sae"], row["source"]) for row in rows] == [
         ("a", "signed", 8, "a-0.json"),
         ("a", "split", 16, "a.split-1.json"),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ksvd_sae.reporting.tables import COLUMNS
+from ksvd_sae.reporting.scores import COLUMNS
 
 HELDOUT, PROBING = "bbc-news heldout", "bbc-news five classes"
 
@@ -72,6 +72,7 @@ def _scores(name: str, sizes: tuple[float, ...], seed: int = 0) -> list[dict[str
             "metric": metric,
             "value": value,
             "seed": seed,
+            "eval_seed": 42 if eval_name == "sparse_probing" else None,
             "n": counts[eval_name],
             "source": f"{name}/{eval_name}.json",
         }

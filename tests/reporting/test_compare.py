@@ -12,8 +12,8 @@ from ksvd_sae.config import RunConfig, parse_config
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.reporting import compare
 from ksvd_sae.reporting.compare import comparison_notes, write_comparison
+from ksvd_sae.reporting.scores import COLUMNS, read_csv
 from ksvd_sae.reporting.style import palette
-from ksvd_sae.reporting.tables import COLUMNS, read_csv
 
 EVALS = ("heldout", "core", "sparse_probing")
 

@@ -9,7 +9,7 @@ import pytest
 
 from ksvd_sae.config import RunConfig, load_config, parse_config
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.reporting import plots, tables
+from ksvd_sae.reporting import plots, scores, tables
 from ksvd_sae.reporting.report import reading_guide, write_report
 
 CONTROLS = frozenset({"pca", "random"})
@@ -122,14 +122,14 @@ def test_every_header_sorts_and_numbers_carry_their_value(write, frame):
     html, page = write()
     assert len([attrs for attrs in page.attributes("button") if attrs.get("class") == "sort"]) == len(
         tables.SUMMARY_COLUMNS
-    ) + len(tables.COLUMNS)
+    ) + len(scores.COLUMNS)
     assert html.count("data-sortable>") == 2
     assert 'setAttribute("aria-sort", order)' in html
 
 
 def test_every_score_is_listed(write, frame):
     html, page = write()
-    listed = [row for row in page.rows if len(row) == len(tables.COLUMNS)][1:]
+    listed = [row for row in page.rows if len(row) == len(scores.COLUMNS) and row[-1].endswith(".json")]
     assert len(listed) == len(frame)
     assert [row[0] for row in listed] == list(frame["dictionary"])
     assert [row[7] for row in listed] == list(frame["metric"])

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.reporting import tables
+from ksvd_sae.reporting import scores, tables
 from ksvd_sae.reporting.headline import HEADLINES, column_texts, count_text, percent_text, score_texts
 
 CONTROLS = frozenset({"pca", "random"})
@@ -26,80 +26,80 @@ def _set(frame: pd.DataFrame, dictionary: str, metric: str, value: float | None)
 
 class TestCheck:
     def test_accepts_a_run(self, frame):
-        tables.check_table(frame)
+        scores.check_table(frame)
 
-    @pytest.mark.parametrize("column", tables.COLUMNS)
+    @pytest.mark.parametrize("column", scores.COLUMNS)
     def test_names_the_missing_column(self, frame, column):
         with pytest.raises(EvaluationError, match=f"missing: {column}"):
-            tables.check_table(frame.drop(columns=column))
+            scores.check_table(frame.drop(columns=column))
 
     def test_refuses_unknown_columns(self, frame):
         with pytest.raises(EvaluationError, match="unknown: stderr"):
-            tables.check_table(frame.assign(stderr=0.1))
+            scores.check_table(frame.assign(stderr=0.1))
 
     def test_refuses_no_rows(self):
         with pytest.raises(EvaluationError, match="no rows"):
-            tables.check_table(pd.DataFrame(columns=tables.COLUMNS))
+            scores.check_table(pd.DataFrame(columns=scores.COLUMNS))
 
     @pytest.mark.parametrize("seed", [0, None])
     def test_refuses_a_score_given_twice(self, frame, seed):
         frame["seed"] = seed
         twice = pd.concat([frame, frame.tail(1).assign(value=0.5, n=7, source="other.json")])
         with pytest.raises(EvaluationError, match="2 rows score what another row scores"):
-            tables.check_table(twice)
+            scores.check_table(twice)
 
     @pytest.mark.parametrize(("column", "other"), [("view", "other"), ("data", "other"), ("seed", 1)])
     def test_accepts_what_differs_in_any_part_of_the_key(self, frame, column, other):
-        tables.check_table(pd.concat([frame, frame.tail(1).assign(**{column: other})]))
+        scores.check_table(pd.concat([frame, frame.tail(1).assign(**{column: other})]))
 
     def test_refuses_text_for_numbers(self, frame):
         with pytest.raises(EvaluationError, match="column 'value' holds what is no number"):
-            tables.check_table(frame.astype({"value": object}).assign(value="high"))
+            scores.check_table(frame.astype({"value": object}).assign(value="high"))
         with pytest.raises(EvaluationError, match="column 'k' holds what is no whole number"):
-            tables.check_table(frame.assign(k=19.5))
+            scores.check_table(frame.assign(k=19.5))
 
     def test_refuses_a_score_without_a_dictionary(self, frame):
         frame.loc[3, "dictionary"] = None
         with pytest.raises(EvaluationError, match=r"without a dictionary\n  got: row 3"):
-            tables.check_table(frame)
+            scores.check_table(frame)
 
 
 class TestCsv:
     def test_round_trip(self, frame, tmp_path):
         frame.loc[0, "value"] = 0.123456789
         frame.loc[1, "n"] = None
-        tables.write_csv(frame, tmp_path / "scores.csv")
-        back = tables.read_csv(tmp_path / "scores.csv")
-        assert list(back.columns) == tables.COLUMNS
-        key = [*tables.KEY]
-        one, two = (tables.typed_frame(f).sort_values(key).reset_index(drop=True) for f in (frame, back))
+        scores.write_csv(frame, tmp_path / "scores.csv")
+        back = scores.read_csv(tmp_path / "scores.csv")
+        assert list(back.columns) == scores.COLUMNS
+        key = [*scores.KEY]
+        one, two = (scores.typed_frame(f).sort_values(key).reset_index(drop=True) for f in (frame, back))
         # Nine significant digits: half a unit in the last is 5e-9 of the value.
         pd.testing.assert_frame_equal(one, two, rtol=5e-9)
-        tables.write_csv(back, tmp_path / "again.csv")
+        scores.write_csv(back, tmp_path / "again.csv")
         assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "scores.csv").read_bytes()
 
     def test_round_trip_keeps_the_summary(self, frame, tmp_path):
-        tables.write_csv(frame, tmp_path / "scores.csv")
+        scores.write_csv(frame, tmp_path / "scores.csv")
         pd.testing.assert_frame_equal(
-            tables.summary(tables.read_csv(tmp_path / "scores.csv")), tables.summary(frame), rtol=5e-9
+            tables.summary(scores.read_csv(tmp_path / "scores.csv")), tables.summary(frame), rtol=5e-9
         )
 
     def test_order_within_a_dictionary_does_not_depend_on_gathering(self, frame, tmp_path):
-        tables.write_csv(frame, tmp_path / "one.csv")
+        scores.write_csv(frame, tmp_path / "one.csv")
         gathered = pd.concat([part[::-1] for _, part in frame.groupby("dictionary", sort=False)])
-        tables.write_csv(gathered, tmp_path / "two.csv")
+        scores.write_csv(gathered, tmp_path / "two.csv")
         assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()
 
     @pytest.mark.parametrize("name", ["NA", "None", "nan", "1.0", 'a "b", c', "ÜβΩ"])
     def test_names_survive(self, name, tmp_path, methods, table_of):
-        tables.write_csv(table_of({name: methods["db-ksvd"]}), tmp_path / "scores.csv")
-        assert set(tables.read_csv(tmp_path / "scores.csv")["dictionary"]) == {name}
+        scores.write_csv(table_of({name: methods["db-ksvd"]}), tmp_path / "scores.csv")
+        assert set(scores.read_csv(tmp_path / "scores.csv")["dictionary"]) == {name}
 
     def test_a_refused_table_leaves_the_old_file(self, frame, tmp_path):
-        tables.write_csv(frame, tmp_path / "scores.csv")
+        scores.write_csv(frame, tmp_path / "scores.csv")
         before = (tmp_path / "scores.csv").read_bytes()
         with pytest.raises(EvaluationError):
-            tables.write_csv(pd.concat([frame, frame]), tmp_path / "scores.csv")
+            scores.write_csv(pd.concat([frame, frame]), tmp_path / "scores.csv")
         assert (tmp_path / "scores.csv").read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
 
@@ -108,7 +108,7 @@ class TestCsv:
         if content is not None:
             (tmp_path / "scores.csv").write_bytes(content)
         with pytest.raises(EvaluationError, match=r"reading (scores|a table)"):
-            tables.read_csv(tmp_path / "scores.csv")
+            scores.read_csv(tmp_path / "scores.csv")
 
 
 class TestSummary:
@@ -162,8 +162,8 @@ class TestSummary:
         assert list(table["d_sae"][:2]) == [4096, 8192]
         lines = tables.to_markdown(table, CONTROLS).splitlines()[2:]
         assert [line.split("|")[2].strip() for line in lines[:3]] == ["signed", "split", "signed"]
-        tables.write_csv(mixed, tmp_path / "scores.csv")
-        stored = tables.read_csv(tmp_path / "scores.csv")
+        scores.write_csv(mixed, tmp_path / "scores.csv")
+        stored = scores.read_csv(tmp_path / "scores.csv")
         assert list(dict.fromkeys(stored["view"][stored["dictionary"] == "db-ksvd"])) == ["signed", "split"]
 
     def test_legend_says_what_is_counted(self, frame):
@@ -183,12 +183,46 @@ class TestSummary:
         assert tables.summary(both)["FVU"].max() == 0.6
         assert "on bbc-news heldout" in dict(tables.legend(both))["FVU ↓"]
 
-    def test_refuses_several_seeds(self, frame, methods, table_of):
+    def test_mean_over_seeds_and_its_interval(self, frame, methods, table_of):
+        other = list(methods["db-ksvd"])
+        other[4] += 0.004  # FVU
+        other[8] += 0.02  # nats lost
+        both = pd.concat([frame, table_of({"db-ksvd": tuple(other)}, seed=1)])
+        means, widths = tables.summary(both), tables.intervals(both)
+        assert list(means["dictionary"]) == list(methods), "a row a dictionary"
+        assert means["FVU"][0] == pytest.approx(0.117)
+        # Student's t of two values: 12.706 · |difference| / 2.
+        assert widths["FVU"][0] == pytest.approx(12.7062 * 0.002, rel=1e-4)
+        assert means["nats lost"][0] == pytest.approx(0.224)
+        assert widths["nats lost"][0] == pytest.approx(12.7062 * 0.01, rel=1e-4)
+        assert widths["L0"][0] == 0
+        assert widths["FVU"][1:].isna().all(), "one seed has no interval"
+        assert widths[["d_sae", "k"]].isna().all(axis=None)
+
+    def test_differences_are_taken_within_seeds(self, frame, methods, table_of):
+        """A clean loss that swings with the seed leaves no trace in nats lost."""
         second = table_of({"db-ksvd": methods["db-ksvd"]}, seed=1)
+        loss = second["metric"].isin(["ce_loss_with_sae", "ce_loss_without_sae"])
+        second.loc[loss, "value"] += 1.0
         both = pd.concat([frame, second])
-        with pytest.raises(EvaluationError, match=r"several seeds\n  got: \[0, 1\]"):
-            tables.summary(both)
-        assert len(tables.summary(both[both["seed"] == 1])) == 1
+        assert tables.intervals(both)["nats lost"][0] == pytest.approx(0, abs=1e-9)
+
+    def test_evaluation_seeds_of_one_training(self, frame):
+        probing = frame[(frame["eval"] == "sparse_probing") & (frame["dictionary"] == "db-ksvd")]
+        more = [probing.assign(eval_seed=seed, value=probing["value"] + 0.01 * seed) for seed in (1, 2)]
+        both = pd.concat([frame, *more])
+        assert tables.summary(both)["probing top-1"][0] == pytest.approx(0.712 + 0.01)
+        assert tables.intervals(both)["probing top-1"][0] == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
+        assert "evaluation seeds" in tables.seeds_text(both)
+
+    def test_intervals_are_shown(self, frame, methods, table_of):
+        other = list(methods["db-ksvd"])
+        other[4] += 0.00002
+        both = pd.concat([frame, table_of({"db-ksvd": tuple(other)}, seed=1)])
+        shown = tables.to_markdown(tables.summary(both), widths=tables.intervals(both)).splitlines()
+        assert shown[2].count(" ± ") == 1, "equal scores of two seeds have no spread to show"
+        assert " ± " not in shown[3]
+        assert "0.115 ± 0.0001" in shown[2], "an interval smaller than the last digit is not written as 0"
 
     def test_differing_seeds_of_different_dictionaries_are_fine(self, frame):
         frame["seed"] = frame["seed"].astype("Int64")

@@ -9,7 +9,7 @@ from scipy import stats
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.studies.efficiency import efficiency_plot
-from ksvd_sae.studies.report import correlations, family, frontier_plot, half_width, markdown, summarise
+from ksvd_sae.studies.report import correlations, family, frontier_plot, markdown, summarise
 
 
 def row(entry: str = "db-ksvd", seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -46,7 +46,6 @@ def test_one_seed_has_no_interval() -> None:
     table = summarise([row()])
     assert np.isnan(table.loc[0, "fvu_ci"])
     assert "±" not in markdown(table, "x").split("##")[1]
-    assert np.isnan(half_width([1.0]))
 
 
 def test_settings_are_kept_apart_and_sorted_by_behaviour() -> None:
