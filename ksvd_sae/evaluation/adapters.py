@@ -8,10 +8,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from sae_bench.evals.autointerp import main as autointerp
 from sae_bench.evals.core import main as core
 from sae_bench.evals.scr_and_tpp import main as scr
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+
+from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evaluation.judging import Judging, autointerp_class, client_class, output_class
 
 
 @contextmanager
@@ -117,3 +122,49 @@ def bias_in_bios_datasets(professions: dict[str, dict[str, int]]) -> Iterator[No
         for known, was in zip((layouts, genders), before, strict=True):
             known.clear()
             known.update(was)
+
+
+@contextmanager
+def autointerp_judge(judging: Judging, seed: int) -> Iterator[None]:
+    """Let ``judging`` answer what SAEBench would ask OpenAI, and count what it answers.
+
+    SAEBench's autointerp asks gpt-4o-mini and nothing else, each question once: one rate limit, timeout or empty reply
+    ends the eval with all answers lost, and a prediction that is no list of numbers drops its latent unseen. Its
+    example of an answer differs from run to run, and its result does not say who judged.
+    """
+    replaced = {
+        "OpenAI": client_class(judging),
+        "AutoInterp": autointerp_class(judging, seed),
+        "AutoInterpEvalOutput": output_class(judging),
+    }
+    before = {name: getattr(autointerp, name) for name in replaced}
+    for name, value in replaced.items():
+        setattr(autointerp, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(autointerp, name, value)
+
+
+@contextmanager
+def enough_text() -> Iterator[None]:
+    """Say which data set is too short, and by how much: SAEBench's bare assertion names neither."""
+    original = dataset_utils.load_and_tokenize_dataset
+
+    def load(dataset_name: str, ctx_len: int, num_tokens: int, tokenizer: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return original(dataset_name, ctx_len, num_tokens, tokenizer, *args, **options)
+        except AssertionError as error:
+            raise EvaluationError(
+                f"autointerp: data set {dataset_name} has too little text",
+                limit=f"total_tokens: {num_tokens:,}",
+                cause="documents of 100 characters and less are left out",
+                cure="lower evaluation.autointerp.total_tokens, or give more text",
+            ) from error
+
+    dataset_utils.load_and_tokenize_dataset = load
+    try:
+        yield
+    finally:
+        dataset_utils.load_and_tokenize_dataset = original

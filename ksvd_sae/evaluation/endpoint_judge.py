@@ -11,7 +11,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,45 @@ from ksvd_sae.provenance import content_hash
 
 logger = logging.getLogger(__name__)
 ANSWERS = "answers.jsonl"
+# Goes up with every change of what is asked.
+VERSION = 1
 # Between tries: 1, 2, 4, … s at most this, unless the endpoint says how long.
 _LONGEST_WAIT_S = 60.0
 _PER_MILLION = 1e6
 
 
+# These will not be answered otherwise the next time, whatever is asked: no such key, no money, no such model.
+_HOPELESS = (401, 402, 403, 404)
+_PASSING = (408, 409, 425, 429)
+
+
 @dataclass
 class Usage:
-    """What was asked of the endpoint so far; ``reused`` answers came from disk and cost nothing."""
+    """What was asked of the endpoint so far; ``reused`` answers came from disk and cost what they did when asked."""
 
     requests: int = 0
     reused: int = 0
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reused_prompt_tokens: int = 0
+    reused_completion_tokens: int = 0
+
+    def since(self, before: "Usage") -> "Usage":
+        return Usage(**{name: value - getattr(before, name) for name, value in asdict(self).items()})
 
     def cost(self, input_price: float, output_price: float) -> float:
-        """In the currency of the prices, which are for a million tokens."""
+        """In the currency of the prices, which are for a million tokens; without what was reused."""
         return (self.prompt_tokens * input_price + self.completion_tokens * output_price) / _PER_MILLION
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Text and tokens, which count the tries that it took."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 class EndpointJudge:
@@ -78,6 +100,8 @@ class EndpointJudge:
         self._path, self._lock = folder / ANSWERS, threading.Lock()
         self._pace = _Pace(requests_per_minute, wait)
         self._kept = _read(self._path)
+        # Why the endpoint is asked nothing more.
+        self._away: str | None = None
         self._client: openai.OpenAI | None = None
         self.usage = Usage()
 
@@ -85,56 +109,90 @@ class EndpointJudge:
     def name(self) -> str:
         return self.model
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"judge": "endpoint", "model": self.model, "base_url": self.base_url, "version": VERSION}
+
     def answer(self, messages: Messages, max_tokens: int, accepts: Callable[[str], bool] | None = None) -> str:
         """See ``Judge``; an answer on disk is given again.
+
+        An endpoint that gave no answer after all tries, or says that there will be none, is asked nothing more:
+        what is on disk can still be had.
 
         Raises: EvaluationError at once where asking again is of no use (no key, no such model), else after all tries.
         """
         question = {"model": self.model, "max_tokens": max_tokens, "messages": [dict(m) for m in messages]}
         key = content_hash({**question, "base_url": self.base_url})
         with self._lock:
-            if key in self._kept:
+            if (kept := self._kept.get(key)) is not None:
                 self.usage.reused += 1
-                return self._kept[key]
-        problem = ""
+                self.usage.reused_prompt_tokens += kept.prompt_tokens
+                self.usage.reused_completion_tokens += kept.completion_tokens
+                return kept.text
+        problem, delay_s, spent, last_was_away = "", 0.0, [0, 0], False
         for attempt in range(self._tries):
             if attempt:
                 with self._lock:
                     self.usage.retries += 1
+                if delay_s:
+                    self._wait(delay_s)
+            if self._away is not None:
+                raise self._error(f"not asked, as before: {self._away}")
             self._pace.next()
             try:
-                text = self._ask(question)
-            except (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError) as error:
+                text, problem = self._ask(question, spent)
+            except openai.APIError as error:
                 problem = self._without_key(f"{type(error).__name__}: {error}")
                 logger.debug("judge %s, try %d: %s", self.model, attempt + 1, problem)
-                self._wait(_delay(error, attempt))
+                if not _may_pass(error):
+                    self._away = problem if _is_hopeless(error) else self._away
+                    raise self._error(problem) from None
+                text, delay_s = "", _delay(error, attempt)
+                last_was_away = True
                 continue
-            except openai.APIError as error:
-                raise self._error(self._without_key(f"{type(error).__name__}: {error}")) from None
+            last_was_away, delay_s = False, 0.0
             if text and (accepts is None or accepts(text)):
-                self._keep(key, text)
+                self._keep(key, _Answer(text, *spent))
                 return text
-            problem = f"an answer that cannot be read: {text[:80]!r}" if text else "an empty answer"
-        raise self._error(f"{self._tries} tries; the last: {problem}")
+            problem = problem or f"an answer that cannot be read: {text[:80]!r}"
+        problem = f"{self._tries} tries; the last: {problem}"
+        if last_was_away:
+            self._away = problem
+        raise self._error(problem)
 
-    def _ask(self, question: dict[str, Any]) -> str:
-        result = self._connected().chat.completions.create(**question, n=1, stream=False)
+    def _ask(self, question: dict[str, Any], spent: list[int]) -> tuple[str, str]:
+        """(answer, '') or ('', what is wrong with the reply); adds its tokens to ``spent``."""
+        completions = self._connected().chat.completions.with_raw_response
+        reply = self._without_key(completions.create(**question, n=1, stream=False).text)
+        try:
+            body = json.loads(reply)
+            tokens = [int((body.get("usage") or {}).get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+            choices = body["choices"]
+            text = (choices[0]["message"]["content"] or "").strip() if choices else ""
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return "", f"a reply that is no chat completion: {reply[:80]!r}"
         with self._lock:
             self.usage.requests += 1
-            if result.usage is not None:
-                self.usage.prompt_tokens += result.usage.prompt_tokens
-                self.usage.completion_tokens += result.usage.completion_tokens
-        return (result.choices[0].message.content or "").strip() if result.choices else ""
+            self.usage.prompt_tokens += tokens[0]
+            self.usage.completion_tokens += tokens[1]
+        spent[:] = [spent[0] + tokens[0], spent[1] + tokens[1]]
+        return text, "" if text else "an empty answer"
 
     def _connected(self) -> openai.OpenAI:
         with self._lock:
             if self._client is None:
-                key = os.environ.get(self._key_variable)
+                key = self._key()
                 if not key and self.base_url is None:
                     raise EvaluationError(
                         f"autointerp: no key for judge {self.model}",
                         cause=f"the environment variable {self._key_variable} is not set",
                         cure=f"export {self._key_variable}=…, give a base_url that needs none, or use judge 'lexical'",
+                    )
+                if not key.isascii() or not key.isprintable():
+                    raise EvaluationError(
+                        f"autointerp: the key for judge {self.model} cannot be sent",
+                        cause=f"the environment variable {self._key_variable} holds characters that no key has",
+                        cure="copy the key again",
                     )
                 # The library's own retries would not keep to the pace.
                 self._client = openai.OpenAI(
@@ -142,15 +200,20 @@ class EndpointJudge:
                 )
             return self._client
 
-    def _keep(self, key: str, text: str) -> None:
+    def _keep(self, key: str, answer: _Answer) -> None:
+        tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+        entry = {"key": key, "model": self.model, "answer": answer.text, **tokens}
         with self._lock:
-            self._kept[key] = text
+            self._kept[key] = answer
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
-                file.write(json.dumps({"key": key, "model": self.model, "answer": text}) + "\n")
+                file.write(json.dumps(entry) + "\n")
+
+    def _key(self) -> str:
+        return os.environ.get(self._key_variable, "").strip()
 
     def _without_key(self, text: str) -> str:
-        key = os.environ.get(self._key_variable)
+        key = self._key()
         return text.replace(key, "[key]") if key else text
 
     def _error(self, problem: str) -> EvaluationError:
@@ -179,23 +242,46 @@ class _Pace:
             self._begun.append(time.monotonic())
 
 
-def _delay(error: openai.OpenAIError, attempt: int) -> float:
+def _may_pass(error: openai.APIError) -> bool:
+    """Whether the same question may be answered a little later."""
+    if isinstance(error, openai.APIStatusError):
+        return not _is_hopeless(error) and (error.status_code in _PASSING or error.status_code >= 500)
+    return isinstance(error, openai.APIConnectionError)
+
+
+def _is_hopeless(error: openai.APIError) -> bool:
+    return error.code == "insufficient_quota" or getattr(error, "status_code", None) in _HOPELESS
+
+
+def _delay(error: openai.APIError, attempt: int) -> float:
     """Seconds to wait: what the endpoint says, else twice as long each time."""
     response = getattr(error, "response", None)
+    said = response.headers.get("retry-after", "") if response is not None else ""
     try:
-        said = float(response.headers["retry-after"]) if response is not None else 0.0
-    except (KeyError, ValueError):
-        said = 0.0
-    return min(_LONGEST_WAIT_S, max(said, 2.0**attempt))
+        said_s = float(said)
+    except ValueError:
+        try:
+            said_s = parsedate_to_datetime(said).timestamp() - time.time()
+        except ValueError:
+            said_s = 0.0
+    return min(_LONGEST_WAIT_S, max(said_s, 2.0**attempt))
 
 
-def _read(path: Path) -> dict[str, str]:
+def _read(path: Path) -> dict[str, _Answer]:
     """Answers on disk; a line that was cut off is asked for again."""
-    kept: dict[str, str] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    kept: dict[str, _Answer] = {}
+    if not path.exists():
+        return kept
+    text = path.read_text()
+    if text and not text.endswith("\n"):
+        # What is kept next must not end the line that was cut off.
+        with path.open("a") as file:
+            file.write("\n")
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
-            kept[entry["key"]] = entry["answer"]
-        except (ValueError, KeyError, TypeError):
+            tokens = int(entry.get("prompt_tokens", 0)), int(entry.get("completion_tokens", 0))
+            kept[entry["key"]] = _Answer(str(entry["answer"]), *tokens)
+        except (ValueError, KeyError, TypeError, AttributeError):
             logger.warning("%s: a line is no answer; it will be asked for again", path)
     return kept

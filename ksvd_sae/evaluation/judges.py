@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from ksvd_sae.errors import EvaluationError
 
@@ -26,10 +26,17 @@ _EXPLANATION = re.compile(r"this neuron fires on (.*?)\.\n\nHere are the example
 
 
 class Judge(Protocol):
-    """Answers chat messages. ``name`` stands in tables beside the scores that it gave."""
+    """Answers chat messages.
+
+    name: stands in tables beside the scores that it gave.
+    identity: what its answers follow from besides the question; two judges of one identity are one judge.
+    """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
 
     def answer(self, messages: Messages, max_tokens: int, accepts: Callable[[str], bool] | None = None) -> str:
         """The answer's text.
@@ -52,9 +59,16 @@ class LexicalJudge:
     """
 
     name = "lexical"
+    # Goes up with every change of its answers: scores of another version are another judge's.
+    version = 1
 
     def __init__(self, n_tokens: int = 8, least_share: float = 0.5):
         self._n_tokens, self._least_share = n_tokens, least_share
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        own = {"n_tokens": self._n_tokens, "least_share": self._least_share}
+        return {"judge": self.name, "version": self.version, **own}
 
     def answer(self, messages: Messages, max_tokens: int, accepts: Callable[[str], bool] | None = None) -> str:
         text = messages[-1]["content"]

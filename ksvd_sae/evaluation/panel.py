@@ -13,6 +13,7 @@ from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.eval_config import EvaluationConfig
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, read_metrics
+from ksvd_sae.evaluation.saebench.autointerp import judged_latents, run_autointerp
 from ksvd_sae.evaluation.saebench.core import run_core
 from ksvd_sae.evaluation.saebench.scr import run_scr
 from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
@@ -27,14 +28,15 @@ _HELDOUT_BATCH = 16_384
 class EvalResults:
     """What one eval gave for the panel.
 
-    eval: 'heldout', 'core' or 'sparse_probing'. data: the data's true name. n: what a score is averaged over.
+    eval: 'heldout' or a SAEBench eval's name. data: the data's true name, with the judge where one judges.
+    n: what a score is averaged over; by panelist where that differs.
     files: panelist -> result file. metrics: panelist -> metric -> value (None: not finite). seed: that the eval drew
     with; None if it draws nothing.
     """
 
     eval: str
     data: str
-    n: int
+    n: int | dict[str, int]
     files: dict[str, Path]
     metrics: dict[str, dict[str, float | None]]
     seed: int | None = None
@@ -62,10 +64,10 @@ def evaluate_saebench(
 ) -> list[EvalResults]:
     """SAEBench's evals that the config asks for.
 
-    Args: heldout_name: the local data set that ``core.dataset: heldout`` stands for.
+    Args: heldout_name: the local data set that ``dataset: heldout`` stands for.
     Raises: EvaluationError if any score is missing; finished results stay.
     """
-    evals = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr}
+    evals = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr, "autointerp": _autointerp}
     results = []
     for name, evaluate in evals.items():
         for seed, seeded in _seeded(config, name):
@@ -119,7 +121,19 @@ def _scr(
     return _results("scr", data, scr.test_set_size, files)
 
 
-def _results(eval_name: str, data: str, n: int, files: dict[str, Path]) -> EvalResults:
+def _autointerp(
+    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
+) -> EvalResults | None:
+    if (autointerp := config.autointerp) is None:
+        return None
+    dataset = heldout_name if autointerp.dataset == "heldout" else autointerp.dataset
+    files = run_autointerp(panel, autointerp, dataset, setting, output / "autointerp")
+    judge = autointerp.endpoint.model if autointerp.judge == "endpoint" and autointerp.endpoint else "lexical"
+    n = {name: judged_latents(path) for name, path in files.items()}
+    return _results("autointerp", f"{dataset}, judge: {judge}", n, files)
+
+
+def _results(eval_name: str, data: str, n: int | dict[str, int], files: dict[str, Path]) -> EvalResults:
     return EvalResults(eval_name, data, n, files, {name: read_metrics(path) for name, path in files.items()})
 
 
@@ -136,7 +150,7 @@ def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]]) -> list[di
             "metric": metric,
             "value": float("nan") if value is None else float(value),
             "eval_seed": results.seed,
-            "n": results.n,
+            "n": results.n[name] if isinstance(results.n, dict) else results.n,
             "source": results.files[name].name,
         }
         for name, metrics in results.metrics.items()

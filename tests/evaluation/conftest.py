@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
+from sae_bench.evals.autointerp import main as autointerp
 from sae_bench.evals.core import main as core
 from sae_bench.evals.scr_and_tpp import main as scr
 from sae_bench.evals.sparse_probing import main as probing
@@ -87,7 +88,7 @@ def model_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", load)
     # SAEBench collects garbage after every SAE: a second each time, in a process with so many modules.
-    for module in (core, probing, scr):
+    for module in (autointerp, core, probing, scr):
         monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0))
     # Data sets that are not streamed are converted once, into the user's cache.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
