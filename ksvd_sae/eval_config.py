@@ -130,7 +130,7 @@ class AutoInterpConfig(Strict):
     total_tokens: int = Field(2_000_000, ge=1, le=2**24)
     context_tokens: int = Field(128, ge=4)
     llm_batch_contexts: int = Field(32, ge=1)
-    llm_cache_mib: int = Field(2048, ge=0, description="activations kept so that the model runs once for all SAEs")
+    llm_cache_mib: float = Field(2048, ge=0, description="activations kept so that the model runs once for all SAEs")
     dead_latent_threshold: float = Field(15, ge=0, description="a latent that fires no more often is not judged")
     buffer: int = Field(10, ge=1, description="tokens shown on either side")
     no_overlap: bool = True

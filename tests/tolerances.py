@@ -93,6 +93,8 @@ WEIGHTED_CODE = 1e-3
 BFLOAT16 = 1 / 32
 # Logits and losses of the tiny model: float32 sums in another order, through two layers.
 SPLICED_LOSS = 1e-4
+# The same latents' scores averaged in float32 by SAEBench, and by hand.
+SAME_SCORE = 1e-5
 # Metrics summed in float64 from float32 reconstructions that batches of other sizes round differently.
 HELDOUT_METRIC = 1e-5
 # An SAE folded from weighted space into raw space, weights rounded to float32 (6e-8), the map's condition number 1e2;

@@ -176,7 +176,8 @@ def autointerp_class(judging: Judging, seed: int) -> Any:
         async def run(self, *args: Any) -> Any:
             results = await super().run(*args)
             judging.settle(len(results))
-            return results
+            # They come in the order of answers, and their float32 mean follows the order.
+            return dict(sorted(results.items()))
 
     return Judged
 

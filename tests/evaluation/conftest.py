@@ -25,6 +25,8 @@ from tests.tiny_shards import raw_activations, write_harvest
 
 TEXT = "tiny-text"
 ONE_TEXT = "one-text"
+# Documents of more than 100 characters: autointerp leaves shorter ones out.
+LONG_TEXT = "long-text"
 CLASSES = "three-classes"
 BIASED = "tiny-bias_in_bios"
 PROFESSIONS = {"nurse": 3, "professor": 7}
@@ -57,6 +59,8 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
     texts = [" ".join(draw.choices(WORDS, k=15)) for _ in range(80)]
     _write_rows(folder / TEXT / "train.jsonl", [{"text": text} for text in texts])
+    long = random.Random(1)
+    _write_rows(folder / LONG_TEXT / "train.jsonl", [{"text": " ".join(long.choices(WORDS, k=40))} for _ in range(80)])
     _write_rows(folder / ONE_TEXT / "train.jsonl", [{"text": THE_TEXT}] * 80)
     for split, n in (("train", 30), ("test", 15)):
         labelled = [

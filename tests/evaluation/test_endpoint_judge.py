@@ -1,72 +1,22 @@
 """An endpoint on the loopback that is slow, busy, wrong or away: answers come in the end, or a clear error, and every
 answer is kept."""
 
+import email.utils
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.evaluation.endpoint_judge import ANSWERS, EndpointJudge
+from tests.evaluation.endpoints import KEY, Endpoint, Reply, failed, said
 
-KEY = "sk-secret-4711"
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
-Reply = tuple[int, dict[str, str], str]
-
-
-def said(text: str | None, tokens: int = 3) -> Reply:
-    body = {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": 10, "completion_tokens": tokens, "total_tokens": 10 + tokens},
-    }
-    return 200, {}, json.dumps(body)
-
-
-def failed(status: int, **headers: str) -> Reply:
-    message = f"no, {KEY}"
-    return status, {name.replace("_", "-"): value for name, value in headers.items()}, json.dumps({"error": message})
-
-
-class Endpoint:
-    """Gives the replies in order, the last one again and again; remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.replies: list[Reply | Callable[[], Reply]] = []
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[str | None] = []
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                endpoint.asked.append(json.loads(body))
-                endpoint.headers.append(self.headers.get("authorization"))
-                reply = endpoint.replies.pop(0) if len(endpoint.replies) > 1 else endpoint.replies[0]
-                status, headers, text = reply() if callable(reply) else reply
-                self.send_response(status)
-                for name, value in {"content-type": "application/json", **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        # A client that waits no longer has gone when its answer comes.
-        self.server.handle_error = lambda request, client_address: None  # type: ignore[method-assign]
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 @pytest.fixture
@@ -74,8 +24,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setenv("JUDGE_KEY", KEY)
     found = Endpoint()
     yield found
-    found.server.shutdown()
-    found.server.server_close()
+    found.close()
 
 
 @pytest.fixture
@@ -115,9 +64,13 @@ def test_a_line_that_was_cut_off(endpoint: Endpoint, judge: EndpointJudge, tmp_p
     again = EndpointJudge("m", tmp_path, base_url=endpoint.url, key_variable="JUDGE_KEY")
     assert again.answer(QUESTION, 30) == "a cat"
     assert len(endpoint.asked) == 1
+    again.answer(QUESTION, 31)
+    third = EndpointJudge("m", tmp_path, base_url=endpoint.url, key_variable="JUDGE_KEY")
+    third.answer(QUESTION, 31)
+    assert len(endpoint.asked) == 2, "what is kept next stands on a line of its own"
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_busy_or_broken_for_a_while(status: int, endpoint: Endpoint, judge: EndpointJudge, waits: list[float]) -> None:
     endpoint.replies = [failed(status), failed(status), said("a cat")]
     assert judge.answer(QUESTION, 30) == "a cat"
@@ -129,6 +82,38 @@ def test_waits_as_long_as_it_is_told(endpoint: Endpoint, judge: EndpointJudge, w
     endpoint.replies = [failed(429, retry_after="7"), failed(429, retry_after="9000"), said("a cat")]
     judge.answer(QUESTION, 30)
     assert waits == [7, 60]
+
+
+def test_waits_until_it_is_told(endpoint: Endpoint, judge: EndpointJudge, waits: list[float]) -> None:
+    """Retry-After may be a date."""
+    endpoint.replies = [failed(429, retry_after=email.utils.formatdate(time.time() + 30, usegmt=True)), said("a cat")]
+    judge.answer(QUESTION, 30)
+    assert 20 < waits[0] <= 30
+
+
+NO_COMPLETIONS = {
+    "not JSON": "<html>502</html>",
+    "cut off": '{"choices": [{"mess',
+    "a list": "[]",
+    "null": "null",
+    "no choices": "{}",
+    "choices are null": '{"choices": null}',
+    "empty choices": '{"choices": []}',
+    "no message": '{"choices": [{}]}',
+    "message is null": '{"choices": [{"message": null}]}',
+    "content is a list": '{"choices": [{"message": {"content": [1]}}]}',
+    "tokens are words": '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "many"}}',
+}
+
+
+@pytest.mark.parametrize("body", NO_COMPLETIONS.values(), ids=NO_COMPLETIONS)
+def test_replies_that_are_no_completions(body: str, endpoint: Endpoint, judge: EndpointJudge) -> None:
+    endpoint.replies = [(200, {}, body), said("a cat")]
+    assert judge.answer(QUESTION, 30) == "a cat"
+    assert len(endpoint.asked) == 2
+    endpoint.replies = [(200, {}, body)]
+    with pytest.raises(EvaluationError, match=r"6 tries; the last: (a reply that is no chat|an empty answer)"):
+        judge.answer(QUESTION, 31)
 
 
 @pytest.mark.parametrize("wrong", [None, "", "I think 3 and 5, maybe"])
@@ -164,12 +149,11 @@ def test_slow(endpoint: Endpoint, waits: list[float], tmp_path: Path) -> None:
 def test_nobody_there(waits: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", KEY)
     gone = Endpoint()
-    gone.server.shutdown()
-    gone.server.server_close()
+    gone.close()
     judge = EndpointJudge("m", tmp_path, base_url=gone.url, key_variable="JUDGE_KEY", tries=3, wait=waits.append)
     with pytest.raises(EvaluationError, match=r"(?s)3 tries.*Connection.*run again"):
         judge.answer(QUESTION, 30)
-    assert waits == [1, 2, 4]
+    assert waits == [1, 2], "and not after the last try"
 
 
 @pytest.mark.parametrize("status", [400, 401, 404])
@@ -183,6 +167,64 @@ def test_no_use_asking_again(
     assert waits == []
     assert KEY not in str(caught.value) + caplog.text
     assert caught.value.__cause__ is None, "a traceback would show the key"
+
+
+def test_no_money_is_no_use_either(endpoint: Endpoint, judge: EndpointJudge) -> None:
+    """OpenAI says so with 429, as it does when asked too often."""
+    endpoint.replies = [(429, {}, json.dumps({"error": {"code": "insufficient_quota", "message": "pay"}}))]
+    with pytest.raises(EvaluationError, match="429 - pay"):
+        judge.answer(QUESTION, 30)
+    assert len(endpoint.asked) == 1
+
+
+@pytest.mark.parametrize("status", [503, 401])
+def test_an_endpoint_that_is_away_is_asked_nothing_more(
+    status: int, endpoint: Endpoint, judge: EndpointJudge, waits: list[float]
+) -> None:
+    endpoint.replies = [said("a cat"), failed(status)]
+    judge.answer(QUESTION, 30)
+    with pytest.raises(EvaluationError, match=str(status)):
+        judge.answer(QUESTION, 31)
+    n_asked, n_waits = len(endpoint.asked), len(waits)
+    with pytest.raises(EvaluationError, match=f"(?s)not asked, as before.*{status}"):
+        judge.answer(QUESTION, 32)
+    assert (len(endpoint.asked), len(waits)) == (n_asked, n_waits)
+    assert judge.answer(QUESTION, 30) == "a cat", "what is on disk can still be had"
+
+
+@pytest.mark.parametrize("reply", [failed(400), said("no idea")], ids=["refused", "unreadable"])
+def test_one_question_without_an_answer_does_not_end_it(reply: Reply, endpoint: Endpoint, judge: EndpointJudge) -> None:
+    endpoint.replies = [reply]
+    with pytest.raises(EvaluationError):
+        judge.answer(QUESTION, 30, accepts=str.isdigit)
+    endpoint.replies = [said("3")]
+    assert judge.answer(QUESTION, 31, accepts=str.isdigit) == "3"
+
+
+def test_tokens_of_answers_on_disk_are_known(endpoint: Endpoint, judge: EndpointJudge, tmp_path: Path) -> None:
+    endpoint.replies = [said("no idea", 7), said("3", 2)]
+    judge.answer(QUESTION, 30, accepts=str.isdigit)
+    again = EndpointJudge("m", tmp_path, base_url=endpoint.url, key_variable="JUDGE_KEY")
+    again.answer(QUESTION, 30)
+    assert (again.usage.prompt_tokens, again.usage.completion_tokens) == (0, 0)
+    assert (again.usage.reused_prompt_tokens, again.usage.reused_completion_tokens) == (20, 9)
+
+
+@pytest.mark.parametrize("key", ["sk-“quoted”", "sk-two\nlines"])
+def test_a_key_that_cannot_be_sent(
+    key: str, judge: EndpointJudge, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(EvaluationError, match=r"(?s)cannot be sent.*JUDGE_KEY.*copy") as caught:
+        judge.answer(QUESTION, 30)
+    assert "sk-" not in str(caught.value)
+    assert endpoint.asked == []
+
+
+def test_an_answer_that_holds_the_key(endpoint: Endpoint, judge: EndpointJudge, tmp_path: Path) -> None:
+    endpoint.replies = [said(f"your key is {KEY}")]
+    assert judge.answer(QUESTION, 30) == "your key is [key]"
+    assert KEY not in (tmp_path / ANSWERS).read_text()
 
 
 def test_key_is_nowhere(

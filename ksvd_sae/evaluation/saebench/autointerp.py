@@ -55,7 +55,7 @@ def run_autointerp(
         ):
             _outside_event_loops(
                 lambda: autointerp.run_eval(
-                    _bench_config(config, dataset, setting),
+                    bench_config(config, dataset, setting),
                     saes,
                     setting.device,
                     "no key: the judge has its own",
@@ -98,7 +98,8 @@ def _prices(config: AutoInterpConfig) -> tuple[float, float] | None:
     return endpoint.input_price, endpoint.output_price
 
 
-def _bench_config(config: AutoInterpConfig, dataset: str, setting: EvalSetting) -> Any:
+def bench_config(config: AutoInterpConfig, dataset: str, setting: EvalSetting) -> Any:
+    """The eval's settings as SAEBench takes them."""
     from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
 
     same = (
