@@ -85,7 +85,7 @@ class EndpointConfig(Strict):
             try:
                 url = urlsplit(str(raw.get("base_url") or ""))
             except ValueError:
-                raise ConfigError("evaluation.autointerp.endpoint.base_url: not a URL") from None
+                raise _secret("base_url", "is no URL") from None
             if url.username or url.password or url.query:
                 raise _secret("base_url", "carries a name, a password or a query")
         return raw
@@ -117,7 +117,8 @@ def _secret(field: str, why: str) -> ConfigError:
 class AutoInterpConfig(Strict):
     """SAEBench's automated interpretability: a judge explains latents by texts and predicts by the explanation.
 
-    It looks at positive activations: of a signed code, the negative half is neither explained nor predicted.
+    It looks at positive activations: of a signed code, the negative half is neither explained nor predicted. A latent
+    that fires at fewer places than the texts asked for is shown with texts where it does not fire.
     SAEBench's `scoring: false` (explanations only) is not offered: it gives no score.
     """
 
@@ -130,7 +131,6 @@ class AutoInterpConfig(Strict):
     total_tokens: int = Field(2_000_000, ge=1, le=2**24)
     context_tokens: int = Field(128, ge=4)
     llm_batch_contexts: int = Field(32, ge=1)
-    llm_cache_mib: float = Field(2048, ge=0, description="activations kept so that the model runs once for all SAEs")
     dead_latent_threshold: float = Field(15, ge=0, description="a latent that fires no more often is not judged")
     buffer: int = Field(10, ge=1, description="tokens shown on either side")
     no_overlap: bool = True

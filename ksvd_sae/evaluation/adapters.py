@@ -14,9 +14,13 @@ from sae_bench.evals.autointerp import main as autointerp
 from sae_bench.evals.core import main as core
 from sae_bench.evals.scr_and_tpp import main as scr
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils
+from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evaluation.judging import Judging, autointerp_class, client_class, output_class
+from ksvd_sae.evaluation.llm_cache import TensorCache, model_fingerprint, tokens_hash
+from ksvd_sae.provenance import content_hash
 
 
 @contextmanager
@@ -168,3 +172,37 @@ def enough_text() -> Iterator[None]:
         yield
     finally:
         dataset_utils.load_and_tokenize_dataset = original
+
+
+@contextmanager
+def activations_kept(cache: TensorCache | None) -> Iterator[None]:
+    """Answer SAEBench's ``run_with_cache(tokens, stop_at_layer=…, names_filter=hook)`` from ``cache``.
+
+    Autointerp runs the model over the same tokens twice for every SAE, to count what fires and to collect examples. It
+    reads the activations and not the model's output; calls of any other form go to the model.
+    """
+    original, fingerprints = HookedTransformer.run_with_cache, dict[int, str]()
+
+    def run_with_cache(self: HookedTransformer, *args: Any, **options: Any) -> Any:
+        hook = options.get("names_filter")
+        plain = len(args) == 1 and set(options) == {"stop_at_layer", "names_filter"}
+        if cache is None or not (plain and isinstance(args[0], Tensor) and isinstance(hook, str)):
+            return original(self, *args, **options)
+        tokens_BL = args[0]
+        if id(self) not in fingerprints:
+            # One model at a time: SAEBench has dropped the one before.
+            fingerprints.clear()
+            fingerprints[id(self)] = model_fingerprint(self)
+        asked = {"hook": hook, "asked": "run_with_cache", "tokens": tokens_hash(tokens_BL)}
+        key = content_hash({"model": fingerprints[id(self)], **asked})
+        if (kept := cache.get(key, tokens_BL.device)) is not None:
+            return None, kept
+        output, activations = original(self, *args, **options)
+        cache.put(key, {hook: activations[hook]})
+        return output, activations
+
+    HookedTransformer.run_with_cache = run_with_cache
+    try:
+        yield
+    finally:
+        HookedTransformer.run_with_cache = original

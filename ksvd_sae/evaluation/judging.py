@@ -63,11 +63,10 @@ class Judging:
         self._latents["with_texts"] = n_latents
         if n_latents < self._latents["wanted"]:
             logger.warning(
-                "autointerp: %d of %d latents can be judged (%d fire often enough, %d of these with texts to show)",
+                "autointerp: %d of %d latents can be judged: %d fire often enough, and some of these in too few places",
                 n_latents,
                 self._latents["wanted"],
                 self._latents["alive"],
-                n_latents,
             )
         if n_latents < self.least_latents:
             raise EvaluationError(

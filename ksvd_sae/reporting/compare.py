@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config, view_name, views
+from ksvd_sae.eval_config import AutoInterpConfig
 from ksvd_sae.provenance import write_json
 from ksvd_sae.replicas import replicas
 from ksvd_sae.reporting import plots, report, scores, style, tables
@@ -96,7 +97,24 @@ def comparison_notes(config: RunConfig) -> list[str]:
             "Sparse probing ran SAEBench's code on the five classes of BBC news, not on SAEBench's own eight data "
             "sets: compare these accuracies with each other, not with published ones."
         )
+    if config.evaluation.autointerp is not None:
+        notes.append(_judge_note(config.evaluation.autointerp))
     return notes
+
+
+def _judge_note(autointerp: AutoInterpConfig) -> str:
+    n_active = autointerp.n_top_ex_for_scoring + autointerp.n_iw_sampled_ex_for_scoring
+    never = autointerp.n_random_ex_for_scoring / (n_active + autointerp.n_random_ex_for_scoring)
+    note = (
+        f"Autointerp: a judge that always says 'not active' scores {never:.2f}. It looks at positive activations only: "
+        "of signed codes, half is not judged, in their split view both halves. "
+    )
+    if autointerp.judge == "lexical":
+        return note + (
+            "The lexical judge explains a latent by its tokens and cannot see meaning: compare its scores with each "
+            "other, not with those of a language model."
+        )
+    return note + "Scores of other judges are not comparable."
 
 
 def _copy_results(folder: Path, manifest: dict[str, Any], evaluations: Path) -> None:

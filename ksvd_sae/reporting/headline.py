@@ -11,7 +11,7 @@ UNKNOWN = "unknown"
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 # The evals in the order in which tables list them: from the cheapest to know to the dearest.
-EVALS = ("training", "heldout", "core", "sparse_probing")
+EVALS = ("training", "heldout", "core", "sparse_probing", "autointerp")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,15 @@ HEADLINES = (
         "test accuracy of a linear probe on the five best latents (fraction of texts)",
         "higher",
         reference="llm_top_5_test_accuracy",
+    ),
+    Headline(
+        "autointerp",
+        "autointerp",
+        "autointerp_score",
+        "score",
+        "how often a judge that explained a latent in words predicts from them whether it fires in a text "
+        "(fraction of texts, mean over latents)",
+        "higher",
     ),
     Headline(
         "dead",

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, get_sae_bench_version
 
-from ksvd_sae.evaluation.adapters import collected_errors, labelled_text_datasets, working_directory
+from ksvd_sae.evaluation.adapters import activations_kept, collected_errors, labelled_text_datasets, working_directory
+from ksvd_sae.evaluation.llm_cache import TensorCache
 from tests.evaluation.conftest import CLASSES, COMMIT
-from tests.tiny_saes import COLOURS, METALS
+from tests.tiny_saes import COLOURS, HOOK, METALS, tiny_model
 
 LABELS = {CLASSES: ["0", "1", "2"]}
 
@@ -130,3 +132,37 @@ def test_no_handler_is_left(leave: Callable[[AbstractContextManager[object]], No
         with manager:
             pass
     assert logging.getLogger("tests.someone").handlers == handlers
+
+
+# ---------------------------------------------------------------- activations_kept
+
+
+@pytest.mark.parametrize("form", ["another filter", "whole model", "text"])
+def test_other_questions_go_to_the_model(form: str, tmp_path: Path) -> None:
+    cache, model = TensorCache(tmp_path, 10**6), tiny_model()
+    tokens, names = model.to_tokens("red iron oak"), HOOK
+    with activations_kept(cache):
+        if form == "another filter":
+            output, acts = model.run_with_cache(tokens, stop_at_layer=1, names_filter=lambda name: name == names)
+        elif form == "whole model":
+            output, acts = model.run_with_cache(tokens, names_filter=names)
+        else:
+            output, acts = model.run_with_cache("red iron oak", stop_at_layer=1, names_filter=names)
+    assert output is not None
+    assert acts[HOOK].shape[:2] == tokens.shape
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_model_or_other_tokens_are_asked_for_anew(tmp_path: Path) -> None:
+    cache, model = TensorCache(tmp_path, 10**6), tiny_model()
+    tokens = model.to_tokens("red iron oak")
+    plain = {"stop_at_layer": 1, "names_filter": HOOK}
+    with activations_kept(cache):
+        first = model.run_with_cache(tokens, **plain)[1][HOOK]
+        again = model.run_with_cache(tokens, **plain)
+        assert again[0] is None, "from the cache"
+        assert torch.equal(again[1][HOOK], first)
+        assert not torch.equal(model.run_with_cache(model.to_tokens("elm elm elm"), **plain)[1][HOOK], first)
+        other = tiny_model()
+        other.embed.W_E.mul_(2)
+        assert not torch.equal(other.run_with_cache(tokens, **plain)[1][HOOK], first)

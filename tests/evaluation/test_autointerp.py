@@ -11,6 +11,7 @@ import os
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from transformer_lens import HookedTransformer
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import AutoInterpConfig, EvaluationConfig
 from ksvd_sae.evaluation.judges import LexicalJudge
+from ksvd_sae.evaluation.llm_cache import TensorCache
 from ksvd_sae.evaluation.panel import evaluate_saebench, tidy_rows
 from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
 from ksvd_sae.evaluation.saebench.autointerp import bench_config
@@ -170,16 +172,25 @@ def test_the_model_runs_once_for_all(
         HookedTransformer, "forward", lambda self, *args, **options: runs.append(1) or original(self, *args, **options)
     )
     found = {}
-    batch_bytes = 64 * CONTEXT_TOKENS * D_MODEL * 4
-    for mib in (0, 2 * batch_bytes / 2**20, 1):
-        config = changed(llm_cache_mib=mib)
+    # safetensors' header takes a hundred bytes of a file.
+    batch_bytes = 64 * CONTEXT_TOKENS * D_MODEL * 4 + 200
+    caches = {
+        "none": None,
+        "part": TensorCache(tmp_path / "part", 2 * batch_bytes),
+        "whole": TensorCache(tmp_path / "whole", 10**9),
+    }
+    for name, cache in caches.items():
         runs.clear()
-        files = run_on(counted, setting, tmp_path / f"out-{mib}", config)
-        found[mib] = len(runs), [read_metrics(path) for path in files.values()], [path.name for path in files.values()]
-    without, part, whole = found.values()
-    assert without[1:] == part[1:] == whole[1:]
-    assert without[0] == 4 * whole[0], "twice for each of two"
-    assert without[0] - part[0] == 2 * 3, "two batches are kept"
+        files = run_on(counted, replace(setting, cache=cache), tmp_path / f"out-{name}")
+        found[name] = len(runs), [path.read_text().split("eval_result_metrics")[1] for path in files.values()]
+    n_batches = found["whole"][0]
+    assert n_batches > 2
+    assert found["none"][0] == 4 * n_batches, "twice for each of two"
+    assert found["part"][0] == 4 * n_batches - 2 * 3, "two batches are kept"
+    assert found["none"][1] == found["part"][1] == found["whole"][1]
+    runs.clear()
+    run_on(counted, replace(setting, cache=caches["whole"]), tmp_path / "later")
+    assert runs == [], "nor for a later panel"
 
 
 def test_saebench_and_the_model_are_as_before(words: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
@@ -226,7 +237,7 @@ def test_changed_config_is_computed_anew(
 def test_data_of_the_same_name_are_tokenized_anew(words: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
     """SAEBench keeps tokens by the model's name and their number alone."""
     for data_hash in ("one", "two", "one"):
-        run_on(words, EvalSetting(**{**vars(setting), "data_hash": data_hash}), tmp_path / "out")
+        run_on(words, replace(setting, data_hash=data_hash), tmp_path / "out")
     assert len(list(setting.artifacts.rglob("*_tokens_*.pt"))) == 2
 
 

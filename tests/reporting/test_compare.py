@@ -196,9 +196,15 @@ def test_rows_of_another_form(comparison: Comparison) -> None:
         ({"core": None}, ["Not run, as the config says: core."], ["sparse_probing"]),
         ({"core": None, "sparse_probing": None}, ["Not run, as the config says: core, sparse_probing."], ["BBC"]),
         ({"sparse_probing": {"datasets": ["bbc-news"]}}, ["five classes of BBC news"], ["Not run"]),
-        ({"sparse_probing": {"datasets": ["fancyzhx/ag_news"]}}, [], ["BBC", "Not run"]),
+        ({"sparse_probing": {"datasets": ["fancyzhx/ag_news"]}}, [], ["BBC", "Not run", "Autointerp"]),
+        ({"autointerp": {}}, ["always says 'not active' scores 0.71", "lexical judge"], ["Scores of other judges"]),
+        (
+            {"autointerp": {"judge": "endpoint", "endpoint": {}, "n_random_ex_for_scoring": 4}},
+            ["scores 0.50", "Scores of other judges"],
+            ["lexical"],
+        ),
     ],
-    ids=["all", "no core", "neither", "bbc", "one of saebench's"],
+    ids=["all", "no core", "neither", "bbc", "one of saebench's", "lexical judge", "endpoint"],
 )
 def test_notes_say_what_was_not_run(evaluation: dict[str, Any], said: list[str], unsaid: list[str]) -> None:
     notes = "\n".join(comparison_notes(run_config(["db-ksvd"], **evaluation)))

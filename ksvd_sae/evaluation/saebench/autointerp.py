@@ -13,8 +13,8 @@ from ksvd_sae.evaluation.judges import Judge, LexicalJudge
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, drop_half_written, run_eval
 from ksvd_sae.provenance import content_hash
 
-# Scores do not follow from these, but for what the judge's identity says.
-_NO_SCORE = {"judge", "endpoint", "llm_cache_mib"}
+# What scores follow from of these, the judge's identity says.
+_NO_SCORE = {"judge", "endpoint"}
 
 
 def run_autointerp(
@@ -25,16 +25,15 @@ def run_autointerp(
     Each result has a field ``judge`` beside SAEBench's own: who judged, how many latents, tokens and cost. What the
     judge was shown and said lies in ``setting.artifacts``, by the result's name.
 
-    It looks at positive activations only: of a signed code, half is not judged.
+    It looks at positive activations only: of a signed code, half is not judged; its split view has both halves.
 
     Args: dataset: a Hub name, or the name of a folder in ``setting.data_folder``.
     Returns, Raises: as ``core.run_core``; answers of an endpoint are kept, and not asked for again.
     """
     from sae_bench.evals.autointerp import main as autointerp
 
-    from ksvd_sae.evaluation.adapters import autointerp_judge, enough_text, working_directory
+    from ksvd_sae.evaluation.adapters import activations_kept, autointerp_judge, enough_text, working_directory
     from ksvd_sae.evaluation.judging import Judging
-    from ksvd_sae.evaluation.llm_cache import ActivationCache, activations_kept
 
     judge = judge_of(config, setting.artifacts.resolve())
     # SAEBench reuses tokens by the model's name and their number alone: the folder carries the rest.
@@ -43,7 +42,6 @@ def run_autointerp(
     artifacts = setting.artifacts.resolve() / f"autointerp-{content_hash(tokens)}"
     output = output.resolve()
     judging = Judging(judge, config.least_latents, artifacts / "logs", _prices(config))
-    cache = ActivationCache(config.llm_cache_mib * 2**20)
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         drop_half_written(artifacts)
@@ -51,7 +49,7 @@ def run_autointerp(
             working_directory(setting.data_folder),
             autointerp_judge(judging, config.seed),
             enough_text(),
-            activations_kept(cache),
+            activations_kept(setting.cache),
         ):
             _outside_event_loops(
                 lambda: autointerp.run_eval(
