@@ -275,7 +275,8 @@ def test_panel_rows(words: CountedPanel, setting: EvalSetting, tmp_path: Path) -
     autointerp_config = changed(dataset="heldout", n_latents=300, min_latents=4)
     config = EvaluationConfig(core=None, sparse_probing=None, autointerp=autointerp_config)
     (results,) = evaluate_saebench(words.panelists(), config, setting, LONG_TEXT, tmp_path / "out")
-    rows = tidy_rows(results, {"words": {"view": "signed", "d_sae": 19, "k": 4, "l0": 4.0}}, 0)
+    assert results.seed == 42
+    rows = tidy_rows(results, {"words": {"view": "signed", "d_sae": 19, "k": 4, "l0": 4.0, "seed": 0}})
     assert {row["metric"] for row in rows} == {"autointerp_score", "autointerp_std_dev"}
     assert {(row["eval"], row["data"]) for row in rows} == {("autointerp", f"{LONG_TEXT}, judge: lexical")}
     assert all(10 < row["n"] <= len(WORDS) for row in rows), "latents that were judged, not those wanted"

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.eval_config import EvaluationConfig
 from ksvd_sae.evaluation import endpoint_judge
 from ksvd_sae.evaluation.endpoint_judge import ANSWERS
 from ksvd_sae.evaluation.judges import LexicalJudge
+from ksvd_sae.evaluation.panel import evaluate_saebench
 from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
 from tests.evaluation.conftest import CountedPanel
 from tests.evaluation.endpoints import KEY, Endpoint, Reply, failed, said
@@ -225,6 +227,15 @@ def test_judges_share_no_result(
     found.append(run_on(words, setting, tmp_path / "out")["words"])
     assert len(set(found)) == len(found)
     assert [json.loads(path.read_text())["judge"]["name"] for path in found] == ["lexical", "m", "n", "m", "lexical"]
+
+
+def test_the_table_names_the_model(
+    words: CountedPanel, setting: EvalSetting, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    config = EvaluationConfig(core=None, sparse_probing=None, autointerp=asking(endpoint))
+    (results,) = evaluate_saebench(words.panelists(), config, setting, "", tmp_path / "out")
+    assert results.data == f"{CONFIG.dataset}, judge: m"
+    assert results.n == {"words": N}
 
 
 def test_how_an_endpoint_is_asked_is_no_other_judge(
