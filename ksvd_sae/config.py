@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.eval_config import EvaluationConfig, Strict
+from ksvd_sae.eval_config import EvaluationConfig, ReportConfig, Strict
 from ksvd_sae.published_config import PublishedSAEConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -254,6 +254,7 @@ class RunConfig(Strict):
     harvest: HarvestConfig
     dictionaries: dict[DictionaryName, DictionaryConfig] = Field(min_length=1)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    report: ReportConfig = Field(default_factory=lambda: ReportConfig())
 
     @model_validator(mode="after")
     def _sizes(self) -> "RunConfig":
@@ -309,9 +310,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
             f"reading config {path}: no such file", cure=f"give one of: {near}" if near else "check the path"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(
-            f"reading config {path}: not YAML ({error})", cure="see eval_configs/ for examples"
-        ) from error
+        raise ConfigError(f"reading config {path}: not YAML ({error})", cure="eval_configs/ has examples") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"reading config {path}: not a mapping of keys to values", got=type(raw).__name__)
     raw.setdefault("name", path.stem)

@@ -1,4 +1,4 @@
-"""Which evals a run has, as typed values; part of config.py's run."""
+"""Which evals a run has and what its report shows, as typed values; part of config.py's run."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -185,3 +185,11 @@ class EvaluationConfig(Strict):
         10.0, ge=0, description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing"
     )
     llm_memory_gb: float = Field(2.0, ge=0, description="memory for the untouched model's probabilities (core)")
+
+
+class ReportConfig(Strict):
+    """What the report shows beside scores."""
+
+    atoms: int = Field(24, ge=0, description="atoms of each dictionary to show in context; 0 shows none")
+    examples: int = Field(8, ge=1, description="of each atom and sign, each from another document")
+    tokens: int = Field(16_384, ge=1, description="of held-out text to look for examples in, at most")

@@ -119,18 +119,19 @@ class Run:
 
     def harvest(self) -> ActivationShards:
         """Activations of the run, and gradient moments if asked for, collected or reused."""
-        from ksvd_sae.activations.language import ActivationReader, load_model
         from ksvd_sae.activations.text import documents
 
         self.fetch_published()
 
-        def reader() -> ActivationReader:
-            return ActivationReader(load_model(self.config.model, self.device), self.config.model.hook)
-
         def texts() -> Iterator[str]:
             return documents(self.config.text, self.config.seed)
 
-        return run_harvest(self.config, self.harvest_folder, self._harvest_key, reader, texts)
+        return run_harvest(self.config, self.harvest_folder, self._harvest_key, self._reader, texts)
+
+    def _reader(self) -> Any:
+        from ksvd_sae.activations.language import ActivationReader, load_model
+
+        return ActivationReader(load_model(self.config.model, self.device), self.config.model.hook)
 
     def fetch_published(self) -> None:
         """Download the published SAEs that are not here yet, and check their model and hook.
@@ -285,10 +286,21 @@ class Run:
             self._evaluation_key,
             rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in rows],
             files=result_files(results),
+            examples={name: path.name for name, path in self._examples(output / "examples").items()},
             config=self.config.model_dump(mode="json"),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
         )
+
+    def _examples(self, output: Path) -> dict[str, Path]:
+        """Atoms in context of the first training of every dictionary, in the codes that it gives itself."""
+        from ksvd_sae.evaluation.examples import run_examples
+        from ksvd_sae.evaluation.runner import Panelist
+
+        first = {t.name: t for t in reversed(self.trained())}
+        chosen = [first[name] for name in self.config.dictionaries]
+        panel = [Panelist(t.name, t.content, partial(self.load_sae, t)) for t in chosen]
+        return run_examples(panel, self.config, self.shards("heldout"), self._reader, output)
 
     @property
     def _evaluation_key(self) -> dict[str, Any]:
@@ -300,6 +312,7 @@ class Run:
             "dictionaries": {r.label: content_hash(self._training(r.config)[1]) for r in replicas(self.config)},
             "coders": {name: getattr(c, "coder", None) for name, c in self.config.dictionaries.items()},
             **({"views": {name: list(found) for name, found in other_views.items()}} if other_views else {}),
+            **({"report": self.config.report.model_dump(mode="json")} if self.config.report.atoms else {}),
         }
 
     @property

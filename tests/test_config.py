@@ -146,7 +146,7 @@ class TestUnknownKey:
     @pytest.mark.parametrize(
         ("key", "valid"),
         [
-            ("zzz", "dictionaries, evaluation, harvest, model, name, seed, text"),
+            ("zzz", "dictionaries, evaluation, harvest, model, name, report, seed, text"),
             ("model.zzz", "dtype, hook, name, source"),
             # pca is also the tag of its kind: the key's path must keep it once.
             ("dictionaries.pca.zzz", "valid keys here: k, kind, view"),

@@ -41,6 +41,8 @@ RAW: dict[str, Any] = {
         "random": {"kind": "random", "n_atoms": 24, "k": 3},
     },
     "evaluation": {"core": None, "sparse_probing": None},
+    # There is no model here to read text.
+    "report": {"atoms": 0},
 }
 
 
@@ -518,3 +520,45 @@ def test_missing_heldout_documents(place: Path) -> None:
     (run.harvest_folder / HELDOUT_DOCUMENTS).unlink()
     with pytest.raises(ManifestError, match=r"heldout_documents\.jsonl is missing"):
         run.evaluate()
+
+
+def test_atoms_in_context_are_those_of_the_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage hands over what the config says; a change of it evaluates again, and 0 atoms asks nothing."""
+    from ksvd_sae.evaluation import examples
+
+    asked: list[Any] = []
+
+    def record(panel: Any, setting: Any, documents: Path, reader: Any, harvest: str, output: Path) -> dict[str, Path]:
+        asked.append((panel, setting, documents, harvest, output))
+        return {"pca": output / "pca-0.json"}
+
+    monkeypatch.setattr(examples, "evaluate_examples", record)
+    run = run_in(place, only("pca"))
+    (trained,) = run.train()
+    assert run.evaluate()["examples"] == {}
+    assert asked == []
+    run = run_in(
+        place, config_with(dictionaries={"pca": RAW["dictionaries"]["pca"]}, report={"atoms": 5, "tokens": 99})
+    )
+    assert run.evaluate()["examples"] == {"pca": "pca-0.json"}
+    ((panel, setting, documents, harvest, output),) = asked
+    asked.clear()
+    assert [(p.name, p.content) for p in panel] == [("pca", trained.content)]
+    assert torch.equal(panel[0].load().W_dec, run.load_sae(trained).W_dec)
+    assert (setting.atoms, setting.tokens, setting.examples, setting.context_tokens) == (5, 99, 8, 12)
+    assert setting.norm_limit == run.shards("heldout").manifest["statistics"]["outlier_limit"]
+    assert documents == run.harvest_folder / HELDOUT_DOCUMENTS
+    assert harvest == content_hash(harvest_key(config_with(), {}))
+    assert output == place.resolve() / "cache" / "evaluations" / "examples"
+    several = config_with(
+        dictionaries={name: RAW["dictionaries"][name] for name in ("pca", "db-ksvd")},
+        report={"atoms": 5},
+        training_seeds=[3, 4],
+    )
+    run = run_in(place, several)
+    run.train()
+    run.evaluate()
+    chosen = asked[0][0]
+    by_label = {t.label: t.content for t in run.trained()}
+    assert [p.name for p in chosen] == ["pca", "db-ksvd"], "one training of each stands for all"
+    assert [p.content for p in chosen] == [by_label["pca"], next(c for n, c in by_label.items() if n != "pca")]
