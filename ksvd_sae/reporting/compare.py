@@ -13,11 +13,12 @@ from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config, vie
 from ksvd_sae.eval_config import AutoInterpConfig
 from ksvd_sae.provenance import write_json
 from ksvd_sae.replicas import replicas
-from ksvd_sae.reporting import plots, report, scores, style, tables
+from ksvd_sae.reporting import l0_plots, latex, plots, rank_plot, report, scores, style, tables
+from ksvd_sae.reporting.atoms import take_examples
 from ksvd_sae.reporting.published import PublishedSection, published_note, published_section, section_markdown
 
 logger = logging.getLogger(__name__)
-_OUTPUTS = ("saebench", "heldout", "training", "plots")
+_OUTPUTS = ("saebench", "heldout", "training", "plots", "atoms")
 
 
 def write_comparison(
@@ -54,6 +55,8 @@ def write_comparison(
         title=f"Comparison: {config.name}",
         sections=section_markdown(section) if section is not None else (),
     )
+    title = f"Comparison of dictionaries: {config.name}"
+    latex.write_latex(frame, folder / "comparison.tex", controls, title=title, label=config.name)
     (folder / "config.yaml").write_text(dump_config(config))
     pictures = _draw(folder, config, frame, manifest, evaluations, logs, controls)
     facts = {key: value for key, value in manifest.items() if key != "rows"}
@@ -67,6 +70,8 @@ def write_comparison(
         facts,
         controls,
         section,
+        # Evaluations from before there were atoms in context have none.
+        take_examples(manifest.get("examples", {}), evaluations / "examples", folder / "atoms"),
     )
     return written
 
@@ -170,6 +175,7 @@ def _draw(
     pictures["How often each latent is used, either sign, on held-out tokens."] = plots.density_histogram(
         densities, target / "density.png", colours={label: colours[name] for label, name in labels.values()}
     )
+    pictures |= _draw_summaries(target, frame, controls, colours)
     curves = {
         name: [json.loads(line) for line in logs[panelist].read_text().splitlines()]
         for panelist, (_, name) in labels.items()
@@ -181,4 +187,26 @@ def _draw(
         pictures["Training of DB-KSVD, batch by batch."] = plots.training_curves(
             curves, target / "training.png", colours=colours
         )
+    return pictures
+
+
+def _draw_summaries(
+    target: Path, frame: pd.DataFrame, controls: frozenset[str], colours: dict[str, str]
+) -> dict[str, Path]:
+    """Scores against L0 where dictionaries differ in it, and ranks where there is something to rank."""
+    pictures = {}
+    if l0_plots.spans_a_range(frame, controls):
+        pictures["Every headline metric against L0, the atoms used a token."] = l0_plots.metrics_against_l0(
+            frame, target / "metrics_against_l0.png", controls, colours=colours
+        )
+        if l0_plots.has_behaviour(frame, controls):
+            pictures["Loss recovered against L0, with the dictionaries that no other beats in both."] = (
+                l0_plots.pareto_against_l0(frame, target / "pareto.png", controls, colours=colours)
+            )
+    if not rank_plot.ranks(frame, controls).empty:
+        caption = (
+            "Ranks, controls left out. Metrics overlap (KL, nats lost and loss recovered say nearly the same), and a "
+            "rank does not say by how much: a summary, no verdict."
+        )
+        pictures[caption] = rank_plot.mean_ranks(frame, target / "ranks.png", controls, colours=colours)
     return pictures

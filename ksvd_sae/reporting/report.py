@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the headline table, the figures, every score, and where it all came from.
+"""One self-contained HTML page: the headline table, the figures, atoms, every score, and where it all came from.
 
 The page loads nothing: style, script and images are inside it, and its content policy forbids the rest.
 """
@@ -18,6 +18,7 @@ from ksvd_sae.config import dump_config, parse_config
 from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.provenance import atomic_path
 from ksvd_sae.reporting import scores, tables
+from ksvd_sae.reporting.atoms import LEVELS, STRATA, DictionaryAtoms
 from ksvd_sae.reporting.headline import DESCRIPTIONS, HEADLINES, MISSING
 from ksvd_sae.reporting.published import PublishedSection, html_context
 from ksvd_sae.reporting.style import DPI
@@ -46,6 +47,7 @@ def write_report(
     manifest: Mapping[str, Any],
     controls: frozenset[str] = frozenset(),
     published: PublishedSection | None = None,
+    atoms: Sequence[DictionaryAtoms] = (),
 ) -> Path:
     """Write the report.
 
@@ -58,12 +60,13 @@ def write_report(
         manifest: the run's manifest; its config (at ``config`` or ``key.config``) is shown as YAML.
         controls: dictionaries that are no contestants.
         published: scores of others' SAEs, if there are some to compare with.
+        atoms: samples of the dictionaries' atoms, in order.
     Raises:
         EvaluationError: the frame is no table of scores, or a plot is no PNG.
     """
     table, widths = tables.summary(frame), tables.intervals(frame)
     typed = scores.typed_frame(frame)
-    page = _environment().from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    page = _environment().get_template(TEMPLATE)
     html = page.render(
         title=title,
         lead=reading_guide(table, controls),
@@ -78,6 +81,9 @@ def write_report(
         plots=[_plot(caption, Path(png)) for caption, png in plots.items()],
         published=html_context(published),
         notes=list(notes),
+        atoms=list(atoms),
+        strata=STRATA,
+        levels=LEVELS,
         columns=[{"name": name, "number": name not in scores.TEXT_COLUMNS} for name in scores.COLUMNS],
         scores=_score_rows(typed),
         facts=_facts(typed, manifest),
@@ -91,7 +97,16 @@ def write_report(
 
 
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    def source(name: str) -> str:
+        return files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    return jinja2.Environment(
+        loader=jinja2.FunctionLoader(source),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def reading_guide(table: pd.DataFrame, controls: frozenset[str]) -> str:

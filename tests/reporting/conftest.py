@@ -1,5 +1,6 @@
 """A table of scores such as a small run gives: three methods, two controls, every eval, made-up numbers."""
 
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,43 @@ def densities() -> dict[str, np.ndarray[Any, Any]]:
     topk = np.minimum(10 ** rng.normal(-2.9, 0.7, 4096), 1)
     topk[:152] = 0
     return {"db-ksvd": ksvd, "topk-sae": topk, "pca": np.ones(20), "random": 10 ** rng.normal(-2.3, 0.08, 4096)}
+
+
+WORDS = ["", "the", "of", "and", "a", "model", "said", "that", "in", "for", "gold", "iron", "red"]
+
+
+def _examples(signed: bool = True, n_atoms: int = 24, n_examples: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Atoms in context as the evaluate stage stores them: 25 tokens an example, two of them coded."""
+    draw = random.Random(seed)
+
+    def example(sign: int, strength: float) -> dict[str, Any]:
+        activations = [0.0] * 25
+        activations[12], activations[draw.randrange(12)] = sign * strength, sign * strength * draw.uniform(0.01, 0.9)
+        tokens = [f" {draw.choice(WORDS)}" for _ in range(25)]
+        return {"document": draw.randrange(50), "peak": 12, "tokens": tokens, "activations": activations}
+
+    strata = ("strongest", "frequent", "middle", "rare")
+    atoms = [
+        {
+            "atom": 7 * i,
+            "stratum": strata[4 * i // n_atoms],
+            "density": 0.02 / (i + 1),
+            "strongest": 900.0 - i,
+            "nearest": {"atom": i, "cosine": -0.51},
+            "logit_lens": {"raised": [" gold", "iron"] * 3, "lowered": [" red"] * 6},
+            "positive": [example(1, 900.0 - i - 10 * rank) for rank in range(n_examples)],
+            **({"negative": [example(-1, 90.0 - rank) for rank in range(n_examples)]} if signed else {}),
+        }
+        for i in range(n_atoms)
+    ]
+    facts = {"format": 1, "n_tokens": 16_331, "n_documents": 36, "n_atoms": 4096, "n_dead": 0, "signed": signed}
+    return {**facts, "atoms": atoms}
+
+
+@pytest.fixture
+def examples_of() -> Callable[..., dict[str, Any]]:
+    """Makes what the evaluate stage stores of a dictionary's atoms in context."""
+    return _examples
 
 
 @pytest.fixture

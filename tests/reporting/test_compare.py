@@ -1,6 +1,7 @@
 """The folder of a comparison: all of it from one manifest, and nothing of an earlier one."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,13 @@ def run_config(names: list[str], **evaluation: Any) -> RunConfig:
 class Comparison:
     """A finished evaluation as on disk: its manifest, its result files, the training logs."""
 
-    def __init__(self, place: Path, frame: pd.DataFrame, logs: dict[str, list[dict[str, Any]]]):
+    def __init__(
+        self,
+        place: Path,
+        frame: pd.DataFrame,
+        logs: dict[str, list[dict[str, Any]]],
+        examples: Callable[..., dict[str, Any]],
+    ):
         self.place, self.frame, self.folder = place, frame, place / "results" / "made-up"
         self.names = list(dict.fromkeys(frame["dictionary"]))
         self.logs: dict[str, Path] = {}
@@ -53,6 +60,10 @@ class Comparison:
             for name in self.names:
                 result = {"eval": eval_name, "density": [0.001, 0.01, 0.2, 0.0]}
                 (place / "evaluations" / eval_name / self.file(name)).write_text(json.dumps(result))
+        (place / "evaluations" / "examples").mkdir()
+        for name in self.names:
+            found = json.dumps(examples(signed=name != "topk-sae", n_atoms=4))
+            (place / "evaluations" / "examples" / self.file(name)).write_text(found)
 
     def file(self, name: str) -> str:
         return f"{name}-0123456789ab.json"
@@ -71,6 +82,7 @@ class Comparison:
             "seconds": 1.5,
             "rows": rows,
             "files": {eval_name: {name: self.file(name) for name in names} for eval_name in evals},
+            "examples": {name: self.file(name) for name in names},
         }
 
     def write(self, names: list[str] | None = None, evals: tuple[str, ...] = EVALS) -> Path:
@@ -84,16 +96,24 @@ class Comparison:
 
 
 @pytest.fixture
-def comparison(tmp_path: Path, frame: pd.DataFrame, logs: dict[str, list[dict[str, Any]]]) -> Comparison:
+def comparison(
+    tmp_path: Path,
+    frame: pd.DataFrame,
+    logs: dict[str, list[dict[str, Any]]],
+    examples_of: Callable[..., dict[str, Any]],
+) -> Comparison:
     known = {name: lines for name, lines in logs.items() if name in set(frame["dictionary"])}
-    return Comparison(tmp_path, frame, known)
+    return Comparison(tmp_path, frame, known, examples_of)
 
 
 def expected(comparison: Comparison, names: list[str], evals: tuple[str, ...] = EVALS) -> set[str]:
-    files = {"comparison.csv", "comparison.md", "config.yaml", "manifest.json", "report.html"}
+    files = {"comparison.csv", "comparison.md", "comparison.tex", "config.yaml", "manifest.json", "report.html"}
+    files |= {f"atoms/{comparison.file(name)}" for name in names}
     files |= {"plots/metrics.png", "plots/density.png"}
     if "core" in evals:
         files.add("plots/error_against_behaviour.png")
+    if len(set(names) - {"pca", "random"}) > 1:
+        files.add("plots/ranks.png")
     trained = [name for name in names if name in comparison.logs]
     if trained:
         files.add("plots/training.png")
@@ -120,6 +140,35 @@ def test_logs_of_saes_are_copied_and_not_drawn(comparison: Comparison) -> None:
         path.write_text('{"samples_seen": 1024, "fvu": 0.5, "l0": 20.0, "dead": 3}\n')
     comparison.write()
     assert comparison.found() == expected(comparison, comparison.names) - {"plots/training.png"}
+
+
+def test_atoms_in_context(comparison: Comparison) -> None:
+    page = comparison.write().read_text(encoding="utf-8")
+    for name in comparison.names:
+        assert f"<summary>{name} " in page
+        copied = comparison.folder / "atoms" / comparison.file(name)
+        stored = comparison.place / "evaluations" / "examples" / comparison.file(name)
+        assert copied.read_bytes() == stored.read_bytes()
+
+
+def test_evaluations_from_before_there_were_atoms(comparison: Comparison) -> None:
+    manifest = comparison.manifest(comparison.names)
+    del manifest["examples"]
+    config = run_config(comparison.names)
+    page = write_comparison(comparison.folder, config, manifest, comparison.place / "evaluations", {})
+    assert 'id="atoms"' not in page.read_text(encoding="utf-8")
+    assert not (comparison.folder / "atoms").exists()
+
+
+def test_plots_against_l0_where_it_spans_a_range(comparison: Comparison) -> None:
+    l0_plots = {"plots/metrics_against_l0.png", "plots/pareto.png"}
+    comparison.write()
+    assert not l0_plots & comparison.found()
+    comparison.frame.loc[comparison.frame["dictionary"] == "topk-sae", "l0"] = 35.0
+    comparison.write()
+    assert l0_plots <= comparison.found()
+    comparison.write(evals=("heldout", "sparse_probing"))
+    assert l0_plots & comparison.found() == {"plots/metrics_against_l0.png"}
 
 
 def test_content(comparison: Comparison) -> None:
