@@ -1,10 +1,15 @@
-# `make demo` and `make test` do all their own set-up; nothing else is needed.
+# `make demo` and `make test` do all their own set-up; nothing else is needed. Tests of pages need `make browser` too.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow format clean
+# BROWSER=required: no Chromium is an error, and not a reason to leave its tests out.
+BROWSER ?= optional
+HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
+NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
+
+.PHONY: demo test slow browser format clean
 
 demo: $(STAMP)
 	$(BIN)/ksvd-sae run eval_configs/demo.yaml
@@ -13,7 +18,22 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow and not gpu"
+	@if [ $(BROWSER) = required ] || { $(HAVE_BROWSER); }; then \
+		set -x; $(BIN)/pytest -m "not slow and not gpu"; \
+	else \
+		echo "$(NO_BROWSER)"; \
+		$(BIN)/pytest -m "not slow and not gpu and not browser" && echo "$(NO_BROWSER)"; \
+	fi
+
+# Debian's packages; elsewhere, install Chromium and its driver by hand.
+browser:
+	@if ! { $(HAVE_BROWSER); }; then \
+		{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; } \
+			|| { echo "make browser needs root and apt-get: install chromium and chromedriver by hand" >&2; exit 1; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	fi
+	chromium --version && chromedriver --version
 
 slow: $(STAMP)
 	$(BIN)/pytest -m slow
