@@ -114,7 +114,21 @@ def test_the_report_is_there(finished: tuple[Workplace, Done]) -> None:
     report = (place.results / "report.html").read_text()
     assert all(name in report for name in DICTIONARIES)
     assert "| db-ksvd-refit |" in done.stdout
-    assert len(list((place.results / "plots").glob("*.png"))) == 4
+    # All have k = 20: no plots against L0.
+    plots = {path.stem for path in (place.results / "plots").glob("*.png")}
+    assert plots == {"metrics", "error_against_behaviour", "density", "ranks", "training"}
+
+
+def test_atoms_of_every_dictionary_are_shown_in_context(place: Workplace) -> None:
+    report = (place.results / "report.html").read_text()
+    files = list((place.results / "atoms").glob("*.json"))
+    assert len(files) == len(DICTIONARIES)
+    for path in files:
+        found = json.loads(path.read_text())
+        assert len(found["atoms"]) == min(24, found["n_atoms"] - found["n_dead"])
+        assert all(atom["positive"] or atom.get("negative") for atom in found["atoms"])
+        assert found["n_tokens"] >= 900
+    assert all(f"<summary>{name} " in report for name in DICTIONARIES)
 
 
 def test_saebench_results_are_json(place: Workplace) -> None:
