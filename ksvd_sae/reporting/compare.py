@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, dump_config, view_name, views
+from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, SAEConfig, dump_config, view_name, views
 from ksvd_sae.eval_config import AutoInterpConfig
-from ksvd_sae.provenance import write_json
+from ksvd_sae.provenance import atomic_path, write_json
+from ksvd_sae.published_config import PublishedSAEConfig
 from ksvd_sae.replicas import replicas
 from ksvd_sae.reporting import l0_plots, latex, plots, rank_plot, report, scores, style, tables
 from ksvd_sae.reporting.atoms import take_examples
-from ksvd_sae.reporting.published import PublishedSection, published_note, published_section, section_markdown
+from ksvd_sae.reporting.published import published_note, published_section
+from ksvd_sae.reporting.sections import Section, section_markdown
+from ksvd_sae.reporting.verdicts import verdict_section, verdicts
 
 logger = logging.getLogger(__name__)
 _OUTPUTS = ("saebench", "heldout", "training", "plots", "atoms")
@@ -40,20 +43,25 @@ def write_comparison(
     controls = frozenset(n for n, c in config.dictionaries.items() if isinstance(c, PCAConfig | RandomConfig))
     notes = comparison_notes(config)
     published = published_section(config, frame, manifest.get("versions", {}).get("sae-bench"), controls)
-    section, line = (published, "") if isinstance(published, PublishedSection) else (None, published)
+    line = "" if isinstance(published, Section) else published
     notes += [note for note in (published_note(config), line) if note]
+    compared = verdicts(frame, _baselines(config))
+    found = [verdict_section(compared), published]
+    sections = [section for section in found if isinstance(section, Section)]
     _copy_results(folder, manifest, evaluations)
     for name, path in logs.items():
         (folder / "training").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / "training" / f"{name}.jsonl")
     scores.write_csv(frame, folder / "comparison.csv")
+    with atomic_path(folder / "verdicts.csv") as temporary:
+        compared.to_csv(temporary, index=False, float_format="%.6g")
     tables.write_markdown(
         frame,
         folder / "comparison.md",
         notes,
         controls,
         title=f"Comparison: {config.name}",
-        sections=section_markdown(section) if section is not None else (),
+        sections=[line for section in sections for line in section_markdown(section)],
     )
     title = f"Comparison of dictionaries: {config.name}"
     latex.write_latex(frame, folder / "comparison.tex", controls, title=title, label=config.name)
@@ -69,11 +77,16 @@ def write_comparison(
         notes,
         facts,
         controls,
-        section,
+        sections,
         # Evaluations from before there were atoms in context have none.
         take_examples(manifest.get("examples", {}), evaluations / "examples", folder / "atoms"),
     )
     return written
+
+
+def _baselines(config: RunConfig) -> frozenset[str]:
+    """The SAEs: what DB-KSVD is compared with."""
+    return frozenset(n for n, c in config.dictionaries.items() if isinstance(c, SAEConfig | PublishedSAEConfig))
 
 
 def comparison_notes(config: RunConfig) -> list[str]:

@@ -1,8 +1,5 @@
 """Published scores beside a run's own: a table by itself, so nothing measured elsewhere takes part in its ranks."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import pandas as pd
 
 from ksvd_sae.config import RunConfig
@@ -19,28 +16,17 @@ from ksvd_sae.evaluation.published.scores import (
 from ksvd_sae.published_config import PublishedSAEConfig
 from ksvd_sae.reporting import scores, tables
 from ksvd_sae.reporting.headline import HEADLINES
+from ksvd_sae.reporting.sections import Section
 
 TITLE = "Published scores"
 HEADS = ("published SAE", "d_sae", "L0", "score of", "published", "nearest of ours", "ours", "comparable?")
 # Columns of numbers.
-NUMBERS = ("d_sae", "published", "ours")
-
-
-@dataclass(frozen=True)
-class PublishedSection:
-    """What the report says of published scores.
-
-    lead: what the table shows. rows: texts, in the order of HEADS. sources: where the numbers come from.
-    """
-
-    lead: str
-    rows: list[list[str]]
-    sources: list[str]
+NUMBERS = frozenset({"d_sae", "published", "ours"})
 
 
 def published_section(
     config: RunConfig, frame: pd.DataFrame, version: str | None, controls: frozenset[str] = frozenset()
-) -> PublishedSection | str:
+) -> Section | str:
     """The table of published scores, or one line on why there is none; '' where none is to be expected.
 
     Args:
@@ -76,7 +62,7 @@ def published_section(
         "column says what stands in the way of the others."
     )
     names = [f"{SOURCES[name]}; SAEBench {_versions(found, name)}" for name in _files(found)]
-    return PublishedSection(lead, [_row(match) for match in found], names)
+    return Section(TITLE, "published", lead, HEADS, NUMBERS, [_row(match) for match in found], names)
 
 
 def _files(found: list[Match]) -> list[str]:
@@ -123,21 +109,6 @@ def _row(match: Match) -> list[str]:
     ]
 
 
-def section_markdown(section: PublishedSection) -> list[str]:
-    """The section as lines of Markdown."""
-    rows = [[tables.markdown_text(text) for text in row] for row in section.rows]
-    widths = [max(len(head), *(len(row[i]) for row in rows)) for i, head in enumerate(HEADS)]
-    numbers = [head in NUMBERS for head in HEADS]
-
-    def line(row: list[str]) -> str:
-        parts = zip(row, widths, numbers, strict=True)
-        return "| " + " | ".join(text.rjust(wide) if right else text.ljust(wide) for text, wide, right in parts) + " |"
-
-    rule = ["-" * (wide - 1) + (":" if right else "-") for wide, right in zip(widths, numbers, strict=True)]
-    lines = [f"## {TITLE}", "", tables.markdown_text(section.lead), "", line(list(HEADS)), line(rule)]
-    return [*lines, *map(line, rows), "", *(f"- {tables.markdown_text(source)}" for source in section.sources), ""]
-
-
 def published_note(config: RunConfig) -> str | None:
     """What a reader must know of the published SAEs that the run itself scored."""
     names = [name for name, chosen in config.dictionaries.items() if isinstance(chosen, PublishedSAEConfig)]
@@ -147,11 +118,3 @@ def published_note(config: RunConfig) -> str | None:
         f"Published SAEs, scored here like every other: {', '.join(names)}. Others trained them, on more and other "
         "text than ours; their manifests name repository, commit and hashes."
     )
-
-
-def html_context(section: PublishedSection | None) -> dict[str, Any] | None:
-    """What the report's template needs of the section."""
-    if section is None:
-        return None
-    heads = [{"name": head, "number": head in NUMBERS} for head in HEADS]
-    return {"title": TITLE, "lead": section.lead, "heads": heads, "rows": section.rows, "sources": section.sources}

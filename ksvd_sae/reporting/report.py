@@ -20,7 +20,7 @@ from ksvd_sae.provenance import atomic_path
 from ksvd_sae.reporting import scores, tables
 from ksvd_sae.reporting.atoms import LEVELS, STRATA, DictionaryAtoms
 from ksvd_sae.reporting.headline import DESCRIPTIONS, HEADLINES, MISSING
-from ksvd_sae.reporting.published import PublishedSection, html_context
+from ksvd_sae.reporting.sections import Section, section_context
 from ksvd_sae.reporting.style import DPI
 
 TEMPLATE = "report.html.j2"
@@ -46,7 +46,7 @@ def write_report(
     notes: Sequence[str],
     manifest: Mapping[str, Any],
     controls: frozenset[str] = frozenset(),
-    published: PublishedSection | None = None,
+    sections: Sequence[Section] = (),
     atoms: Sequence[DictionaryAtoms] = (),
 ) -> Path:
     """Write the report.
@@ -59,7 +59,7 @@ def write_report(
         notes: what a reader must know, a paragraph each.
         manifest: the run's manifest; its config (at ``config`` or ``key.config``) is shown as YAML.
         controls: dictionaries that are no contestants.
-        published: scores of others' SAEs, if there are some to compare with.
+        sections: further tables, below the headline table.
         atoms: samples of the dictionaries' atoms, in order.
     Raises:
         EvaluationError: the frame is no table of scores, or a plot is no PNG.
@@ -79,7 +79,7 @@ def write_report(
         legend=tables.legend(frame),
         seeds=tables.seeds_text(frame),
         plots=[_plot(caption, Path(png)) for caption, png in plots.items()],
-        published=html_context(published),
+        sections=[section_context(section) for section in sections],
         notes=list(notes),
         atoms=list(atoms),
         strata=STRATA,

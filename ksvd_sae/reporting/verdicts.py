@@ -4,10 +4,15 @@ The baseline of a column is the SAE that does best in it among those of the same
 towards the SAEs: the best of several is partly the luckiest.
 """
 
+import math
+from collections.abc import Hashable
+from typing import Any
+
 import pandas as pd
 
 from ksvd_sae.reporting.headline import HEADLINES, Headline
 from ksvd_sae.reporting.scores import check_table, typed_frame
+from ksvd_sae.reporting.sections import Section
 from ksvd_sae.reporting.statistics import SEEDS, difference
 from ksvd_sae.reporting.tables import headline_scores, summary
 
@@ -34,12 +39,12 @@ def verdicts(frame: pd.DataFrame, baselines: frozenset[str]) -> pd.DataFrame:
 
 def _column(
     typed: pd.DataFrame, table: pd.DataFrame, headline: Headline, baselines: frozenset[str]
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     assert headline.better is not None
     scores = dict(
         list(headline_scores(typed, headline)[["dictionary", "view", *SEEDS, "value"]].groupby(["dictionary", "view"]))
     )
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for own in table.dropna(subset=[headline.label]).to_dict("records"):
         same = (table["k"] == own["k"]) & table["dictionary"].isin(baselines) & table[headline.label].notna()
         rivals = table[same & ~((table["dictionary"] == own["dictionary"]) & (table["view"] == own["view"]))]
@@ -65,3 +70,39 @@ def _column(
             }
         )
     return rows
+
+
+def verdict_section(found: pd.DataFrame) -> Section | None:
+    """The verdicts as a table: a row a dictionary, a column a score; None if there are none.
+
+    Above the dictionaries of each k stands which SAE was the baseline of each column.
+    """
+    if found.empty:
+        return None
+    scores = [headline for headline in HEADLINES if headline.label in set(found["score"])]
+    rows: list[list[str]] = []
+    for k, group in found.groupby("k", sort=True):
+        cells = {(row["dictionary"], row["view"], row["score"]): row for row in group.to_dict("records")}
+        best = group.groupby("score")["baseline"].agg(lambda names: names.mode()[0])
+        rows.append(["best SAE", "", str(k), *(best.get(headline.label, "") for headline in scores)])
+        for name, view in dict.fromkeys((name, view) for name, view, _ in cells):
+            texts = [_text(cells.get((name, view, headline.label)), headline) for headline in scores]
+            rows.append([name, view, str(k), *texts])
+    seeds = "paired by training and evaluation seed; ±: half-width of the 95 % interval (Student's t)"
+    lead = (
+        "Each dictionary minus the SAE that does best in the column among those of the same k. Better and worse: the "
+        f"interval of the difference leaves out 0 ({seeds}). A bare difference is of a single pair: no verdict."
+    )
+    heads = ("dictionary", "view", "k", *(headline.heading for headline in scores))
+    return Section("Against the best SAE", "verdicts", lead, heads, frozenset({"k"}), rows)
+
+
+def _text(row: dict[Hashable, Any] | None, headline: Headline) -> str:
+    if row is None:
+        return "–"
+    percent = headline.style == "percent"
+    mean, width = (100 * row[name] if percent else row[name] for name in ("difference", "half_width"))
+    unit = " points" if percent else ""
+    if not math.isfinite(width):
+        return f"{mean:+.3g}{unit}"
+    return f"{row['verdict']}, {mean:+.3g} ± {width:.2g}{unit}"

@@ -107,7 +107,15 @@ def comparison(
 
 
 def expected(comparison: Comparison, names: list[str], evals: tuple[str, ...] = EVALS) -> set[str]:
-    files = {"comparison.csv", "comparison.md", "comparison.tex", "config.yaml", "manifest.json", "report.html"}
+    files = {
+        "comparison.csv",
+        "verdicts.csv",
+        "comparison.md",
+        "comparison.tex",
+        "config.yaml",
+        "manifest.json",
+        "report.html",
+    }
     files |= {f"atoms/{comparison.file(name)}" for name in names}
     files |= {"plots/metrics.png", "plots/density.png"}
     if "core" in evals:

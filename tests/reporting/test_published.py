@@ -14,11 +14,10 @@ from ksvd_sae.reporting.compare import write_comparison
 from ksvd_sae.reporting.published import (
     HEADS,
     TITLE,
-    PublishedSection,
     published_note,
     published_section,
-    section_markdown,
 )
+from ksvd_sae.reporting.sections import Section, section_markdown
 
 CONTROLS = frozenset({"pca", "random"})
 GEMMA = {"name": "google/gemma-2-2b", "hook": "blocks.12.hook_resid_post"}
@@ -39,13 +38,13 @@ def run_config(model: dict[str, str] | None = None, **changes: Any) -> RunConfig
     return parse_config({**raw, **changes})
 
 
-def section_of(frame: pd.DataFrame, config: RunConfig | None = None, version: str | None = "0.6.0") -> PublishedSection:
+def section_of(frame: pd.DataFrame, config: RunConfig | None = None, version: str | None = "0.6.0") -> Section:
     section = published_section(config or run_config(), frame, version, CONTROLS)
-    assert isinstance(section, PublishedSection)
+    assert isinstance(section, Section)
     return section
 
 
-def by_kind(section: PublishedSection, score: str = "loss recovered") -> dict[str, dict[str, str]]:
+def by_kind(section: Section, score: str = "loss recovered") -> dict[str, dict[str, str]]:
     rows = [dict(zip(HEADS, row, strict=True)) for row in section.rows]
     return {row["published SAE"]: row for row in rows if row["score of"] == score}
 
@@ -85,9 +84,9 @@ def test_means_are_named_as_such(frame: pd.DataFrame) -> None:
     row = by_kind(section_of(frame), "probing top-1")["topk"]
     assert (row["L0"], row["published"]) == ("mean over 40–200", "0.7505")
     assert row["comparable?"] == "L0 20.0, theirs 40 to 200"
-    assert any("plots" in source for source in section_of(frame).sources)
+    assert any("plots" in source for source in section_of(frame).remarks)
     core_alone = frame[frame["eval"] != "sparse_probing"]
-    assert not any("plots" in source for source in section_of(core_alone).sources)
+    assert not any("plots" in source for source in section_of(core_alone).remarks)
 
 
 def test_controls_are_not_held_against_anything(frame: pd.DataFrame) -> None:

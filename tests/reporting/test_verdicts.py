@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from ksvd_sae.reporting.verdicts import COLUMNS, verdicts
+from ksvd_sae.reporting.verdicts import COLUMNS, verdict_section, verdicts
 
 
 def seeded(table_of, methods, shifts):
@@ -67,3 +67,20 @@ def test_only_the_same_budget(frame):
 
 def test_nothing_to_compare_with(frame):
     assert verdicts(frame, frozenset()).empty
+
+
+def test_section(table_of, methods):
+    found = verdicts(seeded(table_of, methods, {"db-ksvd": 0.001}), frozenset({"topk-sae"}))
+    section = verdict_section(found)
+    rows = {row[0]: dict(zip(section.heads, row, strict=True)) for row in section.rows}
+    assert rows["best SAE"]["FVU ↓"] == "topk-sae"
+    assert rows["db-ksvd"]["FVU ↓"] == "better, -0.016 ± 0.0025"
+    assert rows["random"]["FVU ↓"].startswith("worse, +0.469 ±")
+    assert rows["db-ksvd"]["dead ↓"].endswith("points")
+    assert "topk-sae" not in rows, "it has no other SAE to be compared with"
+    assert verdict_section(verdicts(table_of(methods), frozenset())) is None
+
+
+def test_section_of_one_seed_has_no_verdicts(frame):
+    section = verdict_section(verdicts(frame, frozenset({"topk-sae"})))
+    assert not any(word in cell for row in section.rows for cell in row for word in ("better", "worse", "noise"))
