@@ -262,6 +262,10 @@ class _Trainer(SAETrainer[Any, Any]):
     ):
         super().__init__(config, sae, data)
         self._on_step = on_step
+        # Adam in one pass over the weights instead of ten or so; the same update to rounding.
+        if torch.device(config.device).type == "cpu":
+            for group in self.optimizer.param_groups:
+                group["fused"] = True
 
     def step(self, batch: Tensor) -> TrainStepOutput:
         output = super().step(batch)

@@ -10,11 +10,11 @@ from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSA
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
+from ksvd_sae.evaluation.sparse_choice_numba import _SAMPLE_STRIDE, Chosen, largest_by_row, largest_of_all
 from ksvd_sae.evaluation.sparse_training import (
     SparseBatchTopKTrainingSAE,
     SparseMatryoshkaTrainingSAE,
     SparseTopKTrainingSAE,
-    largest,
     sparse_steps_pay,
 )
 from tests.strategies import generator
@@ -83,25 +83,52 @@ def test_step(kind: str, k: int, dead: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["normal", "few positive", "none positive", "sorted", "hidden from the sample", "in the sample alone"]
+    "case", ["normal", "few positive", "none positive", "sorted", "ties", "hidden from the sample", "in the sample alone"]
 )
 @pytest.mark.parametrize("n", [1, 400, 9000])
-def test_largest_is_topk(case: str, n: int) -> None:
+def test_largest_of_all_is_topk(case: str, n: int) -> None:
     """Also where the sample that bounds it tells nothing, or the wrong thing, about the rest."""
-    ranks_N = torch.randn(20_000, generator=generator(6))
+    ranks_N = torch.randn(77 * 261, generator=generator(6))
     if case == "few positive":
         ranks_N -= 2.5
     elif case == "none positive":
         ranks_N = -ranks_N.abs()
     elif case == "sorted":
         ranks_N = ranks_N.sort(descending=True).values
+    elif case == "ties":
+        ranks_N = (2 * ranks_N).round()
     elif "sample" in case:
-        sampled_N = torch.arange(len(ranks_N)) % 61 == 0
+        sampled_N = torch.arange(len(ranks_N)) % _SAMPLE_STRIDE == 0
         ranks_N += 5.0 * (sampled_N == (case == "in the sample alone"))
-    found_n = largest(ranks_N, n)
-    assert len(found_n.unique()) == n
+    ranks_BM = ranks_N.reshape(77, 261)
     wanted = ranks_N.relu().topk(n).values
-    assert torch.equal(ranks_N[found_n].relu().sort(descending=True).values, wanted)
+    assert_chosen(ranks_BM, largest_of_all(ranks_BM, n), wanted[wanted > 0])
+
+
+@pytest.mark.parametrize("case", ["normal", "none positive", "ties", "all the same"])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (37, 36), (37, 37), (261, 1), (261, 5), (2048, 20)])
+def test_largest_by_row_is_topk(case: str, m: int, k: int) -> None:
+    ranks_BM = torch.randn(77, m, generator=generator(6))
+    if case == "none positive":
+        ranks_BM = -ranks_BM.abs()
+        ranks_BM[5] *= -1
+    elif case == "ties":
+        ranks_BM = (2 * ranks_BM).round()
+    elif case == "all the same":
+        ranks_BM = torch.ones_like(ranks_BM)
+    chosen = largest_by_row(ranks_BM, k)
+    wanted_BK = ranks_BM.relu().topk(k).values
+    assert torch.equal(torch.from_numpy(chosen[0]).diff(), (wanted_BK > 0).sum(dim=1))
+    assert_chosen(ranks_BM, chosen, wanted_BK[wanted_BK > 0])
+
+
+def assert_chosen(ranks_BM: torch.Tensor, chosen: Chosen, wanted: torch.Tensor) -> None:
+    """Pairs that ascend, with their ranks, which are the wanted ones up to order."""
+    starts_B, columns_Z, ranks_Z = (torch.from_numpy(part) for part in chosen)
+    rows_Z = torch.arange(len(ranks_BM)).repeat_interleave(starts_B.diff())
+    assert torch.equal(ranks_BM[rows_Z, columns_Z.long()], ranks_Z)
+    assert bool(((rows_Z * ranks_BM.shape[1] + columns_Z).diff() > 0).all())
+    assert torch.equal(ranks_Z.sort().values, wanted.sort().values)
 
 
 def test_where_it_pays() -> None:
