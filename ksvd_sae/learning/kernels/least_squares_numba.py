@@ -14,8 +14,12 @@ ROWS = 16
 
 
 def use_torch_threads() -> None:
-    """numba's threads as torch's."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    """numba's threads as torch's, and torch's as they were."""
+    n_threads = torch.get_num_threads()
+    numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
+    # Both use OpenMP, and the first call makes numba start it with all cores, for torch too.
+    if torch.get_num_threads() != n_threads:
+        torch.set_num_threads(n_threads)
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
