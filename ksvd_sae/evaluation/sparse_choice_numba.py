@@ -16,27 +16,27 @@ from torch import Tensor
 
 from ksvd_sae.learning.kernels.least_squares_numba import use_torch_threads
 
-_BLOCK = 16
+BLOCK = 16
 # Rows that share one set of work arrays.
-_ROWS = 32
+ROWS = 32
 # A prime: no latent is in the sample of ranks more often than others.
-_SAMPLE_STRIDE, _SAMPLE_MARGIN = 127, 1.3
-_LEAST = np.int32(1)
+SAMPLE_STRIDE, SAMPLE_MARGIN = 127, 1.3
+LEAST = np.int32(1)
 
 # starts_B (int64), columns_Z (int32), ranks_Z (float32).
 Chosen = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 @njit(inline="always")
-def _maximum(block):  # type: ignore[no-untyped-def]
+def maximum(block):  # type: ignore[no-untyped-def]
     largest = np.int32(-2147483648)
-    for i in range(_BLOCK):
+    for i in range(BLOCK):
         largest = max(largest, block[i])
     return largest
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
-def _nth_largest(bits_N, n):  # type: ignore[no-untyped-def]
+def nth_largest(bits_N, n):  # type: ignore[no-untyped-def]
     """The n-th largest (from 1), by Hoare's selection with medians of three; reorders its argument."""
     low, high, wanted = 0, len(bits_N) - 1, n - 1
     while low < high:
@@ -64,11 +64,11 @@ def _nth_largest(bits_N, n):  # type: ignore[no-untyped-def]
 @njit(inline="always")
 def _collect(bits_M, bound, columns, found):  # type: ignore[no-untyped-def]
     """Columns and bits of the entries from bound on; returns how many. Both arrays have room for M + 1."""
-    n, whole = 0, bits_M.shape[0] // _BLOCK * _BLOCK
-    for start in range(0, whole, _BLOCK):
-        block = bits_M[start : start + _BLOCK]
-        if _maximum(block) >= bound:
-            for i in range(_BLOCK):
+    n, whole = 0, bits_M.shape[0] // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        block = bits_M[start : start + BLOCK]
+        if maximum(block) >= bound:
+            for i in range(BLOCK):
                 columns[n], found[n] = start + i, block[i]
                 n += block[i] >= bound
     for m in range(whole, bits_M.shape[0]):
@@ -80,22 +80,22 @@ def _collect(bits_M, bound, columns, found):  # type: ignore[no-untyped-def]
 @njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def _choose_by_row(bits_BM, k, columns_BK, bits_BK, counts_B):  # type: ignore[no-untyped-def]
     n_rows, m = bits_BM.shape
-    n_blocks = m // _BLOCK
-    for group in prange((n_rows + _ROWS - 1) // _ROWS):
+    n_blocks = m // BLOCK
+    for group in prange((n_rows + ROWS - 1) // ROWS):
         maxima, columns = np.empty(n_blocks, np.int32), np.empty(m + 1, np.int32)
         found, scratch = np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
-        for row in range(group * _ROWS, min((group + 1) * _ROWS, n_rows)):
-            bits_M, bound = bits_BM[row], _LEAST
+        for row in range(group * ROWS, min((group + 1) * ROWS, n_rows)):
+            bits_M, bound = bits_BM[row], LEAST
             # k blocks have a maximum that is no smaller than the k-th largest maximum.
             if n_blocks >= 2 * k:
                 for block in range(n_blocks):
-                    maxima[block] = _maximum(bits_M[block * _BLOCK : (block + 1) * _BLOCK])
-                bound = max(bound, _nth_largest(maxima, k))
+                    maxima[block] = maximum(bits_M[block * BLOCK : (block + 1) * BLOCK])
+                bound = max(bound, nth_largest(maxima, k))
             n = _collect(bits_M, bound, columns, found)
             last, ties = bound, n
             if n > k:
                 scratch[:n] = found[:n]
-                last, ties = _nth_largest(scratch[:n], k), k
+                last, ties = nth_largest(scratch[:n], k), k
                 for i in range(n):
                     ties -= found[i] > last
             kept = 0
@@ -108,7 +108,7 @@ def _choose_by_row(bits_BM, k, columns_BK, bits_BK, counts_B):  # type: ignore[n
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
-def _close_gaps(counts_B, columns_BK, bits_BK, columns_Z, bits_Z):  # type: ignore[no-untyped-def]
+def close_gaps(counts_B, columns_BK, bits_BK, columns_Z, bits_Z):  # type: ignore[no-untyped-def]
     z = 0
     for row in range(len(counts_B)):
         for i in range(counts_B[row]):
@@ -128,15 +128,15 @@ def _count(bits_BM, bound, counts_B):  # type: ignore[no-untyped-def]
 @njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def _collect_all(bits_BM, bound, starts_B, columns_Z, bits_Z):  # type: ignore[no-untyped-def]
     n_rows, m = bits_BM.shape
-    for group in prange((n_rows + _ROWS - 1) // _ROWS):
+    for group in prange((n_rows + ROWS - 1) // ROWS):
         columns, found = np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
-        for row in range(group * _ROWS, min((group + 1) * _ROWS, n_rows)):
+        for row in range(group * ROWS, min((group + 1) * ROWS, n_rows)):
             n, start = _collect(bits_BM[row], bound, columns, found), starts_B[row]
             columns_Z[start : start + n], bits_Z[start : start + n] = columns[:n], found[:n]
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")
-def _keep(starts_B, columns_Z, bits_Z, last, n):  # type: ignore[no-untyped-def]
+def keep(starts_B, columns_Z, bits_Z, last, n):  # type: ignore[no-untyped-def]
     """Leave only n pairs, in place: those above last and the first of those that equal it."""
     ties, kept = n, 0
     for z in range(len(bits_Z)):
@@ -152,7 +152,7 @@ def _keep(starts_B, columns_Z, bits_Z, last, n):  # type: ignore[no-untyped-def]
     starts_B[len(starts_B) - 1] = kept
 
 
-def _starts(counts_B: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def starts(counts_B: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     starts_B = np.zeros(len(counts_B) + 1, np.int64)
     np.cumsum(counts_B, out=starts_B[1:])
     return starts_B
@@ -168,9 +168,9 @@ def largest_by_row(ranks_BM: Tensor, k: int) -> Chosen:
     columns_BK, bits_BK = np.empty((n_rows, k), np.int32), np.empty((n_rows, k), np.int32)
     counts_B = np.empty(n_rows, np.int32)
     _choose_by_row(bits_BM, k, columns_BK, bits_BK, counts_B)
-    starts_B = _starts(counts_B)
+    starts_B = starts(counts_B)
     columns_Z, bits_Z = np.empty(starts_B[-1], np.int32), np.empty(starts_B[-1], np.int32)
-    _close_gaps(counts_B, columns_BK, bits_BK, columns_Z, bits_Z)
+    close_gaps(counts_B, columns_BK, bits_BK, columns_Z, bits_Z)
     return starts_B, columns_Z, bits_Z.view(np.float32)
 
 
@@ -183,17 +183,17 @@ def largest_of_all(ranks_BM: Tensor, n: int) -> Chosen:
     """
     use_torch_threads()
     bits_BM = ranks_BM.numpy().view(np.int32)
-    sample_S = bits_BM.reshape(-1)[::_SAMPLE_STRIDE].copy()
-    nth = min(len(sample_S), 1 + int(_SAMPLE_MARGIN * n / _SAMPLE_STRIDE))
-    bound = max(_LEAST, np.int32(_nth_largest(sample_S, nth)))
+    sample_S = bits_BM.reshape(-1)[::SAMPLE_STRIDE].copy()
+    nth = min(len(sample_S), 1 + int(SAMPLE_MARGIN * n / SAMPLE_STRIDE))
+    bound = max(LEAST, np.int32(nth_largest(sample_S, nth)))
     counts_B = np.empty(len(ranks_BM), np.int32)
     _count(bits_BM, bound, counts_B)
-    if counts_B.sum() < n and bound > _LEAST:
-        bound = _LEAST
+    if counts_B.sum() < n and bound > LEAST:
+        bound = LEAST
         _count(bits_BM, bound, counts_B)
-    starts_B = _starts(counts_B)
+    starts_B = starts(counts_B)
     columns_Z, bits_Z = np.empty(starts_B[-1], np.int32), np.empty(starts_B[-1], np.int32)
     _collect_all(bits_BM, bound, starts_B, columns_Z, bits_Z)
     if len(bits_Z) > n:
-        _keep(starts_B, columns_Z, bits_Z, _nth_largest(bits_Z.copy(), n), n)
+        keep(starts_B, columns_Z, bits_Z, nth_largest(bits_Z.copy(), n), n)
     return starts_B, columns_Z[:n], bits_Z[:n].view(np.float32)

@@ -15,25 +15,26 @@ from numba import njit, prange
 
 from ksvd_sae.learning.kernels.least_squares_numba import use_torch_threads
 
+# A function's own: inlined by numba (not by LLVM) its sums would follow the caller's rules, one number at a time.
 _FAST = {"reassoc", "nnan", "ninf", "nsz", "contract"}
 _Array = np.ndarray[Any, Any]
 
 
-@njit(fastmath=_FAST, inline="always")
-def _dot(a, b):  # type: ignore[no-untyped-def]
+@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
+def dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(a.shape[0]):
         total += a[i] * b[i]
     return total
 
 
-@njit(fastmath=_FAST, inline="always")
+@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
 def _add(out, a, row):  # type: ignore[no-untyped-def]
     for i in range(out.shape[0]):
         out[i] += a * row[i]
 
 
-@njit(fastmath=_FAST, inline="always")
+@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
 def _add_rows(out, values_Z, rows_Z, first, end, matrix):  # type: ignore[no-untyped-def]
     """out += Σ_z values_z·matrix[rows_z]; four at a time: fewer passes over ``out``."""
     z = first
@@ -48,8 +49,8 @@ def _add_rows(out, values_Z, rows_Z, first, end, matrix):  # type: ignore[no-unt
         z += 1
 
 
-@njit(fastmath=_FAST, inline="always")
-def _products(row, rows_Z, first, end, matrix, out_Z):  # type: ignore[no-untyped-def]
+@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
+def products(row, rows_Z, first, end, matrix, out_Z):  # type: ignore[no-untyped-def]
     """out_z = row·matrix[rows_z]; four at a time: fewer passes over ``row``, and no sum waits for another."""
     z = first
     while z + 4 <= end:
@@ -63,16 +64,16 @@ def _products(row, rows_Z, first, end, matrix, out_Z):  # type: ignore[no-untype
         out_Z[z], out_Z[z + 1], out_Z[z + 2], out_Z[z + 3] = t0, t1, t2, t3
         z += 4
     while z < end:
-        out_Z[z] = _dot(row, matrix[rows_Z[z]])
+        out_Z[z] = dot(row, matrix[rows_Z[z]])
         z += 1
 
 
 @njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def _fold_norms(w_enc_MD, b_enc_M, w_dec_MD, b_dec_D, folded_MD, offset_M, norms_M):  # type: ignore[no-untyped-def]
     for m in prange(len(norms_M)):
-        norm = np.sqrt(_dot(w_dec_MD[m], w_dec_MD[m]))
+        norm = np.sqrt(dot(w_dec_MD[m], w_dec_MD[m]))
         norms_M[m] = norm
-        offset_M[m] = norm * (b_enc_M[m] - _dot(w_enc_MD[m], b_dec_D))
+        offset_M[m] = norm * (b_enc_M[m] - dot(w_enc_MD[m], b_dec_D))
         row, out = w_enc_MD[m], folded_MD[m]
         for i in range(row.shape[0]):
             out[i] = norm * row[i]
@@ -95,7 +96,7 @@ def _decode(  # type: ignore[no-untyped-def]
             gradient = gradients_GBD[g, row]
             for i in range(out.shape[0]):
                 gradient[i] = out[i] - x[i]
-            errors_GB[g, row] = _dot(gradient, gradient)
+            errors_GB[g, row] = dot(gradient, gradient)
             for i in range(out.shape[0]):
                 gradient[i] *= scale
         for g in range(n_groups - 1, -1, -1):
@@ -106,7 +107,7 @@ def _decode(  # type: ignore[no-untyped-def]
             first, last = z, z
             while first > starts_B[row] and (g == 0 or columns_Z[first - 1] >= ends_G[g - 1]):
                 first -= 1
-            _products(gradient, columns_Z, first, last, w_dec_MD, by_value_Z)
+            products(gradient, columns_Z, first, last, w_dec_MD, by_value_Z)
             z = first
 
 
@@ -129,22 +130,22 @@ def _accumulate(  # type: ignore[no-untyped-def]
     x_BD, gradients_GBD, ends_G, b_dec_D, starts_M, rows_S, values_S, by_value_S, bounds_P, w_dec_MD, w_enc_MD, b_enc_M
 ):
     for part in prange(len(bounds_P) - 1):
-        g = 0
-        for m in range(bounds_P[part], bounds_P[part + 1]):
+        low, high, g = bounds_P[part], bounds_P[part + 1], 0
+        # One gradient after the other: half as much to keep in cache.
+        for m in range(low, high):
             while m >= ends_G[g]:
                 g += 1
-            first, end = starts_M[m], starts_M[m + 1]
-            total = np.float32(0.0)
-            for z in range(first, end):
+            w_dec_MD[m] = np.float32(0.0)
+            _add_rows(w_dec_MD[m], values_S, rows_S, starts_M[m], starts_M[m + 1], gradients_GBD[g])
+        for m in range(low, high):
+            encoder, total = w_enc_MD[m], np.float32(0.0)
+            for z in range(starts_M[m], starts_M[m + 1]):
                 total += by_value_S[z]
             b_enc_M[m] = total
-            w_dec_MD[m] = np.float32(0.0)
-            _add_rows(w_dec_MD[m], values_S, rows_S, first, end, gradients_GBD[g])
             # The encoder sees x − b_dec.
-            encoder = w_enc_MD[m]
             for i in range(encoder.shape[0]):
                 encoder[i] = -total * b_dec_D[i]
-            _add_rows(encoder, by_value_S, rows_S, first, end, x_BD)
+            _add_rows(encoder, by_value_S, rows_S, starts_M[m], starts_M[m + 1], x_BD)
 
 
 class Gradients(NamedTuple):
@@ -159,7 +160,7 @@ class Gradients(NamedTuple):
 def fold_norms(
     w_enc_MD: _Array, b_enc_M: _Array, w_dec_MD: _Array, b_dec_D: _Array, folded_MD: _Array
 ) -> tuple[_Array, _Array]:
-    """What gives the ranks norm·((x − b_dec)·w_enc + b_enc) by one product: folded = norm·w_enc, in place, and an offset.
+    """What gives the ranks norm·((x − b_dec)·w_enc + b_enc) by one product: norm·w_enc, into folded, and an offset.
 
     Returns: offset_M; norms_M of the rows of w_dec.
     """

@@ -1,8 +1,9 @@
 """SAELens' TopK-like training SAEs with the zeros left out of every product but one: the same steps, sooner.
 
-Of the six dense products of a training step only the pre-activations need all latents. The decoder and all gradients
-touch the chosen ones alone, k of d_sae a sample. SAELens has an option for that, ``use_sparse_activations``, but its
-backward pass fails on a CPU (torch 2.15), and it leaves the encoder's gradient dense.
+Of the six dense products of a training step only the pre-activations need all latents, and those may be in bfloat16
+where that is quick (``sparse_bfloat16_numba``). The decoder and all gradients touch the chosen ones alone, k of d_sae a
+sample. SAELens has an option for that, ``use_sparse_activations``, but its backward pass fails on a CPU (torch 2.15),
+and it leaves the encoder's gradient dense.
 
 A step's reconstruction, losses and gradients are computed at once, in the forward pass (``sparse_steps_numba``).
 
@@ -20,6 +21,7 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ksvd_sae.evaluation.sparse_bfloat16_numba import Products, bfloat16_pays
 from ksvd_sae.evaluation.sparse_choice_numba import Chosen, largest_by_row, largest_of_all
 from ksvd_sae.evaluation.sparse_steps_numba import fold_norms, reconstruct
 
@@ -69,68 +71,69 @@ class _SparseSteps:
     W_enc: nn.Parameter
     _room: dict[str, Tensor]
 
-    @override
     def initialize_weights(self) -> None:
         super().initialize_weights()  # type: ignore[misc]
         self.W_enc = nn.Parameter(self.W_enc.data.T.contiguous().T)
         self._room = {}
 
-    @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)  # type: ignore[misc]
         # The format on disk knows one order of dimensions.
         state_dict["W_enc"] = state_dict["W_enc"].contiguous()
 
-    def room(self, name: str, *shape: int) -> Tensor:
+    def room(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory that steps use again and again; what is in it is gone with the next step."""
         if name not in self._room or self._room[name].shape != shape:
-            self._room[name] = torch.empty(shape)
+            self._room[name] = torch.empty(shape, dtype=dtype)
         return self._room[name]
 
 
 @torch.no_grad()
-def _ranks(sae: Any, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """Pre-activations times norms of the decoder's rows, (B, M); the norms."""
-    m, d = sae.W_dec.shape
+def _choose(sae: Any, x_BD: Tensor) -> tuple[Chosen, Any]:
+    """The chosen by their ranks, pre-activations times norms of the decoder's rows; those norms."""
+    (m, d), k = sae.W_dec.shape, sae.cfg.k
     folded_MD = sae.room("folded", m, d)
     weights = (sae.b_enc.numpy(), sae.W_dec.numpy(), sae.b_dec.numpy(), folded_MD.numpy())
     offset_M, norms_M = fold_norms(_latents_as_rows(sae.W_enc), *weights)
+    n = int(k * len(x_BD)) if isinstance(sae, BatchTopKTrainingSAE) else None
+    if bfloat16_pays(x_BD.device):
+        products = Products(x_BD, folded_MD, offset_M, sae.room("products", len(x_BD), m, dtype=torch.bfloat16))
+        return (products.largest_by_row(k) if n is None else products.largest_of_all(n)), norms_M
     ranks_BM = sae.room("ranks", len(x_BD), m)
     torch.addmm(torch.from_numpy(offset_M), x_BD, folded_MD.T, out=ranks_BM)
-    return ranks_BM, torch.from_numpy(norms_M)
+    return (largest_by_row(ranks_BM, k) if n is None else largest_of_all(ranks_BM, n)), norms_M
 
 
 def _step(sae: Any, step_input: TrainStepInput, ends: list[int]) -> TrainStepOutput:
     """What ``training_forward_pass`` of SAELens' classes gives, feature_acts as a sparse tensor.
 
     Decoder norms multiply pre-activations before the choice and divide them after it: only the choice sees them.
-    hidden_pre lies in memory that the next step uses again. Of the losses only ``loss`` itself has gradients.
+    hidden_pre is feature_acts: not all of it is known. Of the losses only ``loss`` itself has gradients.
 
     Args: ends: of the groups of latents whose prefixes have a loss of their own, but for the last; [] for none.
     """
     x_BD = step_input.sae_in.to(sae.dtype).contiguous()
     (n, d), m = x_BD.shape, sae.cfg.d_sae
-    ranks_BM, norms_M = _ranks(sae, x_BD)
-    starts_B, columns_Z, ranks_Z = sae.chosen(ranks_BM)
+    (starts_B, columns_Z, ranks_Z), norms_M = _choose(sae, x_BD)
     ends = [*ends, m]
     loss, losses_G, out_BD = _Reconstruction.apply(
         *(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec),
-        *(x_BD, starts_B, columns_Z, ranks_Z / norms_M.numpy()[columns_Z]),
+        *(x_BD, starts_B, columns_Z, ranks_Z / norms_M[columns_Z]),
         *(np.array(ends), sae.room("gradients", len(ends), n, d)),
     )
     losses = {"mse_loss": losses_G[-1]}
     losses |= {f"inner_mse_loss_{end}": losses_G[g] for g, end in enumerate(ends[:-1])}
-    auxiliary = _auxiliary_loss(sae, x_BD, out_BD, ranks_BM, step_input.dead_neuron_mask)
+    auxiliary = _auxiliary_loss(sae, x_BD, out_BD, torch.from_numpy(norms_M), step_input.dead_neuron_mask)
     losses["auxiliary_reconstruction_loss"] = auxiliary
     rows_Z = np.repeat(np.arange(n), np.diff(starts_B))
     indices_2Z = torch.from_numpy(np.stack([rows_Z, columns_Z]))
     acts_BM = torch.sparse_coo_tensor(
         indices_2Z, torch.from_numpy(ranks_Z), (n, m), is_coalesced=True, check_invariants=False
     )
-    return TrainStepOutput(x_BD, out_BD, acts_BM, ranks_BM, loss + auxiliary, losses)
+    return TrainStepOutput(x_BD, out_BD, acts_BM, acts_BM, loss + auxiliary, losses)
 
 
-def _auxiliary_loss(sae: Any, x_BD: Tensor, out_BD: Tensor, ranks_BM: Tensor, dead_M: Tensor | None) -> Tensor:
+def _auxiliary_loss(sae: Any, x_BD: Tensor, out_BD: Tensor, norms_M: Tensor, dead_M: Tensor | None) -> Tensor:
     """SAELens' ``calculate_topk_aux_loss``: what the best dead latents make of the error. Dense in the dead ones."""
     dead_X = None if dead_M is None else dead_M.nonzero().flatten()
     if dead_X is None or len(dead_X) == 0:
@@ -139,7 +142,7 @@ def _auxiliary_loss(sae: Any, x_BD: Tensor, out_BD: Tensor, ranks_BM: Tensor, de
     w_enc_XD = sae.W_enc.T[dead_X]
     before_BX = x_BD @ w_enc_XD.T + (sae.b_enc[dead_X] - w_enc_XD @ sae.b_dec)
     if len(dead_X) > most:
-        best = ranks_BM[:, dead_X].topk(most, sorted=False).indices
+        best = (before_BX.detach() * norms_M[dead_X]).topk(most, sorted=False).indices
         before_BX = before_BX * torch.zeros_like(before_BX).scatter_(1, best, 1.0)
     error_BD = before_BX @ sae.W_dec[dead_X] - (x_BD - out_BD)
     return sae.cfg.aux_loss_coefficient * min(len(dead_X) / most, 1.0) * error_BD.square().sum(dim=-1).mean()
@@ -148,10 +151,6 @@ def _auxiliary_loss(sae: Any, x_BD: Tensor, out_BD: Tensor, ranks_BM: Tensor, de
 class SparseTopKTrainingSAE(_SparseSteps, TopKTrainingSAE):
     """``TopKTrainingSAE``; the step in sparse arithmetic."""
 
-    def chosen(self, ranks_BM: Tensor) -> Chosen:
-        """Each sample's k largest."""
-        return largest_by_row(ranks_BM, self.cfg.k)
-
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         return _step(self, step_input, [])
@@ -159,10 +158,6 @@ class SparseTopKTrainingSAE(_SparseSteps, TopKTrainingSAE):
 
 class SparseBatchTopKTrainingSAE(_SparseSteps, BatchTopKTrainingSAE):
     """``BatchTopKTrainingSAE``; the step in sparse arithmetic."""
-
-    def chosen(self, ranks_BM: Tensor) -> Chosen:
-        """The k·B largest of the batch."""
-        return largest_of_all(ranks_BM, int(self.cfg.k * len(ranks_BM)))
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -173,10 +168,6 @@ class SparseBatchTopKTrainingSAE(_SparseSteps, BatchTopKTrainingSAE):
 
 class SparseMatryoshkaTrainingSAE(_SparseSteps, MatryoshkaBatchTopKTrainingSAE):
     """``MatryoshkaBatchTopKTrainingSAE`` without its own auxiliary loss; the step in sparse arithmetic."""
-
-    def chosen(self, ranks_BM: Tensor) -> Chosen:
-        """The k·B largest of the batch."""
-        return largest_of_all(ranks_BM, int(self.cfg.k * len(ranks_BM)))
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:

@@ -1,6 +1,8 @@
 """A training step in sparse arithmetic has the losses, gradients and codes of SAELens' own."""
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,11 @@ from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingS
 from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from safetensors.torch import load_file
 
-from ksvd_sae.evaluation.sparse_choice_numba import _SAMPLE_STRIDE, Chosen, largest_by_row, largest_of_all
+from ksvd_sae.evaluation import sparse_training
+from ksvd_sae.evaluation.sparse_bfloat16_numba import Products
+from ksvd_sae.evaluation.sparse_choice_numba import SAMPLE_STRIDE, Chosen, largest_by_row, largest_of_all
 from ksvd_sae.evaluation.sparse_training import (
     SparseBatchTopKTrainingSAE,
     SparseMatryoshkaTrainingSAE,
@@ -18,9 +23,9 @@ from ksvd_sae.evaluation.sparse_training import (
     sparse_steps_pay,
 )
 from tests.strategies import generator
-from tests.tolerances import SPARSE_STEP
+from tests.tolerances import SPARSE_PARAMETERS, SPARSE_STEP
 
-N_SAMPLES, D_IN, D_SAE = 96, 16, 64
+N_SAMPLES, D_IN, D_SAE = 83, 17, 67
 KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
     "topk": (TopKTrainingSAE, SparseTopKTrainingSAE, TopKTrainingSAEConfig, {}),
     "batchtopk": (BatchTopKTrainingSAE, SparseBatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, {}),
@@ -28,14 +33,14 @@ KINDS: dict[str, tuple[Any, Any, Any, dict[str, Any]]] = {
         MatryoshkaBatchTopKTrainingSAE,
         SparseMatryoshkaTrainingSAE,
         MatryoshkaBatchTopKTrainingSAEConfig,
-        {"matryoshka_widths": [8, 24, 64]},
+        {"matryoshka_widths": [8, 24, 67]},
     ),
 }
-# d_in / 2 = 8 dead latents at most are helped at a time.
+# d_in // 2 = 8 dead latents at most are helped at a time.
 DEAD = {"none": 0, "a few": 5, "too many": 30}
 
 
-def pair(kind: str, k: int) -> tuple[Any, Any]:
+def pair(kind: str, k: int, shift: float = 0.0) -> tuple[Any, Any]:
     """SAELens' SAE and ours with the same weights, rows of different norms, biases that are not zero."""
     theirs_class, ours_class, config_class, options = KINDS[kind]
     config = config_class(d_in=D_IN, d_sae=D_SAE, k=k, aux_loss_coefficient=0.5, **options)
@@ -45,7 +50,7 @@ def pair(kind: str, k: int) -> tuple[Any, Any]:
         theirs.W_dec.mul_(torch.logspace(-1, 1, D_SAE)[:, None])
         theirs.W_enc.add_(0.3 * torch.randn(D_IN, D_SAE, generator=generator(1)))
         theirs.b_dec.copy_(torch.randn(D_IN, generator=generator(2)))
-        theirs.b_enc.copy_(0.5 * torch.randn(D_SAE, generator=generator(3)))
+        theirs.b_enc.copy_(0.5 * torch.randn(D_SAE, generator=generator(3)) + shift)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -61,11 +66,28 @@ def step(sae: Any, n_dead: int) -> TrainStepOutput:
     return output
 
 
+@pytest.fixture(params=["float32", "bfloat16"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By which products a step chooses its latents, whatever this processor is good at."""
+    monkeypatch.setattr(sparse_training, "bfloat16_pays", lambda device: request.param == "bfloat16")
+    return str(request.param)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dead", DEAD)
-@pytest.mark.parametrize("k", [1, 5, 16])
+@pytest.mark.parametrize(("k", "shift"), [(1, 0.0), (5, 0.0), (16, -4.0), (64, 0.0)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_step(kind: str, k: int, dead: str) -> None:
-    theirs, ours = pair(kind, k)
+def test_step(kind: str, k: int, shift: float, dead: str, threads: int) -> None:
+    """Also for samples that no latent, or fewer than k, have a pre-activation above 0 for (shift)."""
+    theirs, ours = pair(kind, k, shift)
     expected, found = step(theirs, DEAD[dead]), step(ours, DEAD[dead])
     assert set(found.losses) == set(expected.losses)
     for name, loss in expected.losses.items():
@@ -80,10 +102,72 @@ def test_step(kind: str, k: int, dead: str) -> None:
         assert float((mine.grad - true.grad).abs().max()) < SPARSE_STEP * scale, name
     for mine, true in zip(ours.buffers(), theirs.buffers(), strict=True):
         torch.testing.assert_close(mine, true)
+    assert torch.get_num_threads() == threads
+
+
+def test_some_samples_choose_nothing() -> None:
+    """What the shift of ``test_step`` is for."""
+    acts_BM = step(pair("topk", 16, -4.0)[0], 0).feature_acts
+    per_sample = (acts_BM > 0).sum(dim=1)
+    assert int(per_sample.min()) == 0
+    assert int(per_sample.max()) > 1
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_short_training(kind: str) -> None:
+    """Adam, its states and gradients in the layout of W_enc; as SAELens', the weights that it ends with."""
+    ends = []
+    for sae in pair(kind, 5):
+        start = [parameter.detach().clone() for parameter in sae.parameters()]
+        adam = torch.optim.Adam(sae.parameters(), lr=1e-2, fused=True)
+        for index in range(10):
+            step(sae, 20 if index > 5 else 0)
+            adam.step()
+            adam.zero_grad()
+        ends.append((start, [parameter.detach() for parameter in sae.parameters()]))
+    for start, true, mine in zip(ends[0][0], ends[0][1], ends[1][1], strict=True):
+        assert float((mine - true).norm()) < SPARSE_PARAMETERS * float((true - start).norm())
+
+
+def test_saved_in_the_usual_layout(tmp_path: Path) -> None:
+    theirs, ours = pair("topk", 5)
+    ours.save_inference_model(tmp_path / "ours")
+    theirs.save_inference_model(tmp_path / "theirs")
+    for name, tensor in load_file(tmp_path / "theirs" / "sae_weights.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "ours" / "sae_weights.safetensors")[name], tensor)
+
+
+@pytest.mark.parametrize("offset", [-1.0, 0.0, 3.0])
+@pytest.mark.parametrize(
+    ("n_samples", "d", "m", "k"), [(1, 3, 1, 1), (83, 17, 67, 64), (83, 65, 261, 1), (40, 64, 999, 9)]
+)
+def test_products_in_bfloat16_choose_the_same(n_samples: int, d: int, m: int, k: int, offset: float) -> None:
+    """Each row's k largest, and the k a row largest of all, are those of the product in float32."""
+    # Latents of all sizes: what rounding may hide differs by latent. Half the samples look alike: near ties.
+    folded_MD = torch.randn(m, d, generator=generator(7)) * torch.logspace(-1, 1, m)[:, None]
+    x_BD = torch.randn(n_samples, d, generator=generator(8))
+    x_BD[::2] = x_BD[0] + 1e-4 * x_BD[::2]
+    offset_M = offset * torch.rand(m, generator=generator(9))
+    room_BM = torch.empty(n_samples, m, dtype=torch.bfloat16)
+    products = Products(x_BD, folded_MD, offset_M.numpy(), room_BM)
+    ranks_BM = (x_BD @ folded_MD.T + offset_M).relu()
+    by_row, of_all = products.largest_by_row(k), products.largest_of_all(k * n_samples)
+    for (starts_B, columns_Z, found_Z), wanted in (
+        (by_row, ranks_BM.topk(k).values.flatten()),
+        (of_all, ranks_BM.flatten().topk(k * n_samples).values),
+    ):
+        rows_Z = torch.arange(n_samples).repeat_interleave(torch.from_numpy(starts_B).diff())
+        found = torch.from_numpy(found_Z)
+        close = {"rtol": SPARSE_STEP, "atol": SPARSE_STEP}
+        torch.testing.assert_close(found, ranks_BM[rows_Z, torch.from_numpy(columns_Z).long()], **close)
+        padded = torch.cat([found, torch.zeros(len(wanted) - len(found))])
+        torch.testing.assert_close(padded.sort().values, wanted.sort().values, **close)
 
 
 @pytest.mark.parametrize(
-    "case", ["normal", "few positive", "none positive", "sorted", "ties", "hidden from the sample", "in the sample alone"]
+    "case",
+    ["normal", "few positive", "none positive", "sorted", "ties", "hidden from the sample", "in the sample alone"],
 )
 @pytest.mark.parametrize("n", [1, 400, 9000])
 def test_largest_of_all_is_topk(case: str, n: int) -> None:
@@ -98,7 +182,7 @@ def test_largest_of_all_is_topk(case: str, n: int) -> None:
     elif case == "ties":
         ranks_N = (2 * ranks_N).round()
     elif "sample" in case:
-        sampled_N = torch.arange(len(ranks_N)) % _SAMPLE_STRIDE == 0
+        sampled_N = torch.arange(len(ranks_N)) % SAMPLE_STRIDE == 0
         ranks_N += 5.0 * (sampled_N == (case == "in the sample alone"))
     ranks_BM = ranks_N.reshape(77, 261)
     wanted = ranks_N.relu().topk(n).values
