@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, field_validator, model_validator
 
+from ksvd_sae.derived_config import DerivedConfig, LinearTopKConfig, RecodedConfig, filled
+from ksvd_sae.dictionary_options import SAETraining, View, Viewed, WeightingConfig
 from ksvd_sae.errors import ConfigError
 from ksvd_sae.eval_config import EvaluationConfig, ReportConfig, Strict
 from ksvd_sae.published_config import PublishedSAEConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-# How a signed code is given to evals; see ksvd_sae/sae.py.
-View = Literal["signed", "split"]
+# Of a dictionary's name, in the split view.
 SPLIT_SUFFIX = ".split"
 
 
@@ -67,27 +68,6 @@ class HarvestConfig(Strict):
     gradient_batch_contexts: int = Field(4, ge=1)
 
 
-class WeightingConfig(Strict):
-    """The metric that a dictionary is learned in; see ksvd_sae/learning/weighting.py. A bare name is short for kind."""
-
-    kind: Literal["none", "std", "fisher_diag", "fisher"] = "none"
-    power: float = Field(0.5, gt=0, le=2, description="of 'std': 1 makes all dimensions equally loud")
-    ridge: float | None = Field(None, ge=0, description="fraction of the mean moment; null takes the kind's default")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
-
-
-class _Viewed(Strict):
-    view: Literal["signed", "split", "both"] = Field(
-        "signed",
-        description="what evals see of signed codes; signed: codes as they come; split: an atom's positive and "
-        "negative part as two latents; both: each in a row of its own",
-    )
-
-
 class _Learned(Strict):
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
@@ -95,7 +75,7 @@ class _Learned(Strict):
     weighting: WeightingConfig = Field(default_factory=lambda: WeightingConfig())
 
 
-class DBKSVDConfig(_Learned, _Viewed):
+class DBKSVDConfig(_Learned, Viewed):
     """A DB-KSVD dictionary (arXiv 2505.18441)."""
 
     kind: Literal["db_ksvd"] = "db_ksvd"
@@ -132,13 +112,9 @@ class DBKSVDConfig(_Learned, _Viewed):
         return self
 
 
-class SAEConfig(_Learned):
+class SAEConfig(_Learned, SAETraining):
     """An SAE trained by SAELens on the same shards: what all kinds share."""
 
-    passes: int = Field(10, ge=1)
-    batch_samples: int = Field(1024, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    lr_decay_fraction: float = Field(0.2, ge=0, le=1)
     snapshots: list[Annotated[int, Field(gt=0)]] = Field(
         default_factory=list, description="samples seen at which to save the SAE as it is then, in snapshot-<samples>"
     )
@@ -190,21 +166,22 @@ class JumpReLUSAEConfig(SAEConfig):
     pre_act_loss_coefficient: float | None = Field(None, gt=0, description="against dead latents; null leaves it out")
 
 
-class PCAConfig(_Viewed):
+class PCAConfig(Viewed):
     """Control: the first k principal components, coded by projection."""
 
     kind: Literal["pca"] = "pca"
     k: int = Field(gt=0)
 
 
-class RandomConfig(_Viewed):
-    """Control: random unit atoms, coded by the same coder as DB-KSVD."""
+class RandomConfig(Viewed):
+    """Control: random unit atoms, no direction likelier than another in their metric, coded as DB-KSVD codes."""
 
     kind: Literal["random"] = "random"
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
     seed: int | None = Field(None, description="of the draw alone; null takes the run's")
     coder: Literal["mp", "mp_refit", "omp", "ormp"] = "mp"
+    weighting: WeightingConfig = Field(default_factory=lambda: WeightingConfig())
 
 
 # Names become file names.
@@ -218,7 +195,9 @@ DictionaryConfig = Annotated[
     | JumpReLUSAEConfig
     | PublishedSAEConfig
     | PCAConfig
-    | RandomConfig,
+    | RandomConfig
+    | RecodedConfig
+    | LinearTopKConfig,
     Field(discriminator="kind"),
 ]
 
@@ -256,11 +235,16 @@ class RunConfig(Strict):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     report: ReportConfig = Field(default_factory=lambda: ReportConfig())
 
+    @field_validator("dictionaries")
+    @classmethod
+    def _taken_from_others(cls, found: dict[str, DictionaryConfig]) -> dict[str, DictionaryConfig]:
+        return {name: filled(name, c, found) if isinstance(c, DerivedConfig) else c for name, c in found.items()}
+
     @model_validator(mode="after")
     def _sizes(self) -> "RunConfig":
         for name, dictionary in self.dictionaries.items():
             n_atoms = getattr(dictionary, "n_atoms", None)
-            if n_atoms is not None and dictionary.k > n_atoms:
+            if n_atoms is not None and (dictionary.k or 0) > n_atoms:
                 raise ValueError(f"dictionaries.{name}: k = {dictionary.k} is above n_atoms = {n_atoms}")
             weighting = getattr(dictionary, "weighting", None)
             if weighting is not None and weighting.kind.startswith("fisher") and not self.harvest.gradient_tokens:
@@ -358,6 +342,8 @@ _DICTIONARY_MODELS: dict[str, type[BaseModel]] = {
     "published_sae": PublishedSAEConfig,
     "pca": PCAConfig,
     "random": RandomConfig,
+    "recoded": RecodedConfig,
+    "linear_topk": LinearTopKConfig,
 }
 
 

@@ -100,6 +100,10 @@ class Dictionary:
         """What one unit of each coefficient adds to a raw sample, (M, d_in); unit rows if there is no weighting."""
         return self.atoms_MD if self.weighting is None else self.weighting.undo(self.atoms_MD)
 
+    def unit_raw_atoms(self) -> Tensor:
+        """``raw_atoms`` at unit norm, as decoder rows of a SAE are, (M, d_in)."""
+        return self.atoms_MD if self.weighting is None else torch.nn.functional.normalize(self.raw_atoms(), dim=1)
+
     @classmethod
     def from_estimator(cls, ksvd: DoubleBatchKSVD, provenance: dict[str, Any] | None = None) -> "Dictionary":
         """The dictionary that a fitted estimator learned."""

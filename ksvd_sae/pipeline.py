@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,53 +19,25 @@ import torch
 from ksvd_sae.activations.gradients import GradientMoments, gradients_key, open_gradients
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, RunConfig, SAEConfig, View, view_name, views
+from ksvd_sae.config import DictionaryConfig, RunConfig, SAEConfig, views
+from ksvd_sae.derived_config import DerivedConfig, LinearTopKConfig, metric
 from ksvd_sae.device import resolve_device
 from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.dictionary_options import View
 from ksvd_sae.errors import ConfigError, ManifestError
 from ksvd_sae.offline import bbc_news
 from ksvd_sae.offline.eval_data import write_eval_data
 from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
 from ksvd_sae.provenance import cache_dir, content_hash, is_finished, read_manifest, write_manifest
 from ksvd_sae.published_config import PublishedSAEConfig
-from ksvd_sae.replicas import Replica, replicas
+from ksvd_sae.recoding import Source, derive_dictionary
+from ksvd_sae.replicas import Replica, other_training, replicas
+from ksvd_sae.trained import TrainedDictionary
 from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
 EVALUATE_STAGE = "evaluate"
-
-
-@dataclass(frozen=True)
-class TrainedDictionary:
-    """A finished training: its name in this run, config, folder, manifest, and the view that its codes are given in.
-
-    seed: None where nothing is drawn. label: its name, with the seed where the run has several trainings of it.
-    """
-
-    name: str
-    config: DictionaryConfig
-    folder: Path
-    manifest: dict[str, Any]
-    seed: int | None
-    label: str
-    view: View = "signed"
-
-    def in_views(self) -> "list[TrainedDictionary]":
-        """The same in each view that the config asks for, signed first."""
-        return [replace(self, view=view) for view in views(self.config)]
-
-    @property
-    def panelist(self) -> str:
-        """Its name among what is evaluated, which says the view too."""
-        return view_name(self.label, self.view)
-
-    @property
-    def content(self) -> str:
-        """Hash of the dictionary as it codes."""
-        key = {"trained": self.manifest["hash"], "coder": getattr(self.config, "coder", None)}
-        # Only here: scores from before there were views stay valid.
-        return content_hash(key if self.view == "signed" else {**key, "view": self.view})
 
 
 class Run:
@@ -171,16 +143,18 @@ class Run:
             for folder, key in [self._training(r.config)]
         ]
 
-    def _training(self, config: DictionaryConfig) -> tuple[Path, dict[str, Any]]:
-        key = {
+    def _training(self, config: DictionaryConfig, of: DictionaryConfig | None = None) -> tuple[Path, dict[str, Any]]:
+        key: dict[str, Any] = {
             "harvest": content_hash(self._harvest_key),
             "dictionary": training_fields(config),
             "seed": self._seed(config),
         }
         if config.kind in ALGORITHM:
             key["algorithm"] = ALGORITHM[config.kind]
-        if isinstance(config, DBKSVDConfig | SAEConfig) and config.weighting.kind.startswith("fisher"):
+        if metric(config).kind.startswith("fisher"):
             key["gradients"] = content_hash(self._gradients_key)
+        if isinstance(config, DerivedConfig):
+            key["of"] = content_hash(self._training(of or other_training(self.config, config))[1])
         return self.cache / "dictionaries" / f"{config.kind}-{content_hash(key)}", key
 
     def _is_trained(self, config: DictionaryConfig) -> bool:
@@ -195,19 +169,33 @@ class Run:
         own: int | None = getattr(config, "seed", None)
         return self.config.seed if own is None else own
 
-    def train_one(self, name: str, config: DictionaryConfig, shards: ActivationShards) -> TrainedDictionary:
-        """One dictionary, learned or reused; it need not be in the config."""
-        return self._train(Replica(name, config, self._seed(config), name), shards)
+    def train_one(
+        self, name: str, config: DictionaryConfig, shards: ActivationShards, of: DictionaryConfig | None = None
+    ) -> TrainedDictionary:
+        """One dictionary, learned or reused; it need not be in the config.
 
-    def _train(self, replica: Replica, shards: ActivationShards) -> TrainedDictionary:
+        Args: of: what a derived one takes its atoms from, learned first; None: found in the config by its name.
+        """
+        return self._train(Replica(name, config, self._seed(config), name), shards, of)
+
+    def _train(
+        self, replica: Replica, shards: ActivationShards, of: DictionaryConfig | None = None
+    ) -> TrainedDictionary:
         name, config = replica.label, replica.config
-        folder, key = self._training(config)
+        folder, key = self._training(config, of)
         if is_finished(folder, TRAIN_STAGE, key):
             logger.info("train %s: reusing %s", name, folder)
         else:
             clear_unfinished(folder)
             started = time.perf_counter()
-            facts = train_dictionary(config, shards, folder, self.setting(config))
+            if isinstance(config, DerivedConfig):
+                other = self.train_one(config.of, of or other_training(self.config, config), shards)
+                source = Source(other.config, other.folder, other.manifest["samples_seen"])
+                # The time that the other took is its own.
+                started = time.perf_counter()
+                facts = derive_dictionary(config, source, shards, folder, self.setting(config))
+            else:
+                facts = train_dictionary(config, shards, folder, self.setting(config))
             facts.setdefault("seconds", round(time.perf_counter() - started, 1))
             write_manifest(folder, TRAIN_STAGE, key, name=name, device=str(self.device), **facts)
             logger.info("train %s: %.1f s, %s", name, facts["seconds"], folder)
@@ -233,7 +221,7 @@ class Run:
 
     def load_sae(self, trained: TrainedDictionary) -> Any:
         """The trained dictionary as a SAELens SAE in its view, with the coder that the config asks for."""
-        if isinstance(trained.config, SAEConfig | PublishedSAEConfig):
+        if isinstance(trained.config, SAEConfig | LinearTopKConfig | PublishedSAEConfig):
             from ksvd_sae.evaluation.baselines import load_sae
 
             return load_sae(trained.folder, self.device)
@@ -277,9 +265,10 @@ class Run:
         heldout = evaluate_heldout(panel, self.shards("heldout"), content_hash(self._harvest_key), output / "heldout")
         results = [replace(heldout, data=self.heldout_name)]
         results += evaluate_saebench(panel, evaluation, setting, self.heldout_name, output)
-        facts = {t.panelist: self._facts(t, heldout.metrics[t.panelist]) for t in trained}
+        facts = {t.panelist: t.facts(heldout.metrics[t.panelist]["l0"]) for t in trained}
+        trained_on = self.heldout_name.removesuffix("-heldout")
         rows = [row for result in results for row in tidy_rows(result, facts)]
-        rows += [row for t in trained for row in self._training_rows(t, facts[t.panelist])]
+        rows += [row for t in trained for row in t.training_rows(facts[t.panelist], trained_on)]
         return write_manifest(
             self._evaluation_folder,
             EVALUATE_STAGE,
@@ -322,43 +311,6 @@ class Run:
     def evaluated(self) -> dict[str, Any]:
         """Manifest of the finished evaluation; ManifestError if there is none."""
         return read_manifest(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key)
-
-    def _facts(self, trained: TrainedDictionary, heldout: dict[str, float | None]) -> dict[str, Any]:
-        config = trained.config
-        if isinstance(config, PublishedSAEConfig):
-            known = trained.manifest
-            view = "signed" if known["signed"] else "non-negative"
-            facts = {"dictionary": trained.name, "view": view, "d_sae": known["d_sae"], "k": known["k"]}
-            return {**facts, "l0": heldout["l0"], "seed": None}
-        signed = not (isinstance(config, SAEConfig) or getattr(config, "nonnegative", False))
-        n_atoms = getattr(config, "n_atoms", config.k)
-        return {
-            "dictionary": trained.name,
-            "view": trained.view if signed else "non-negative",
-            "d_sae": 2 * n_atoms if trained.view == "split" else n_atoms,
-            "k": config.k,
-            "l0": heldout["l0"],
-            "seed": trained.seed,
-        }
-
-    def _training_rows(self, trained: TrainedDictionary, facts: dict[str, Any]) -> list[dict[str, Any]]:
-        """samples_seen and seconds of a training, as rows of the table; what is not known of one is NaN."""
-        published = isinstance(trained.config, PublishedSAEConfig)
-        # Downloading is no training.
-        known = {**trained.manifest, "seconds": None} if published else trained.manifest
-        return [
-            {
-                **facts,
-                "eval": "training",
-                "data": self.heldout_name.removesuffix("-heldout"),
-                "metric": metric,
-                "value": float("nan") if known[metric] is None else float(known[metric]),
-                "eval_seed": None,
-                "n": known["samples_seen"],
-                "source": trained.folder.name,
-            }
-            for metric in ("samples_seen", "seconds")
-        ]
 
     # ------------------------------------------------------------ compare
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ksvd_sae.config import DictionaryConfig, RunConfig, seed_name
+from ksvd_sae.derived_config import DerivedConfig, RecodedConfig
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,22 @@ def replicas(run: RunConfig) -> Iterator[Replica]:
             yield Replica(name, seeded, seed, name if len(seeds) == 1 else seed_name(name, seed))
 
 
+def other_training(run: RunConfig, config: DerivedConfig) -> DictionaryConfig:
+    """The training that a derived dictionary takes its atoms from: of its own seed, where the other has one."""
+    other = run.dictionaries[config.of]
+    if not _is_drawn(run, other) or getattr(other, "seed", None) is not None:
+        return other
+    return other.model_copy(update={"seed": config.seed})
+
+
+def _is_drawn(run: RunConfig, config: DictionaryConfig) -> bool:
+    """Whether a training depends on a seed; a pursuit does not, but the atoms may."""
+    drawn = run.dictionaries[config.of] if isinstance(config, RecodedConfig) else config
+    return "seed" in type(drawn).model_fields
+
+
 def _seeds(run: RunConfig, config: DictionaryConfig) -> list[int | None]:
-    if "seed" not in type(config).model_fields:
+    if not _is_drawn(run, config):
         return [None]
     own: int | None = getattr(config, "seed", None)
     return [own] if own is not None else [*(run.training_seeds or [run.seed])]

@@ -246,11 +246,9 @@ def sae_from_dictionary(
     )
     sae = DBKSVDSAE(cfg)
     with torch.no_grad():
-        raw_MD = dictionary.raw_atoms()
         if weighting is not None:
-            raw_MD = torch.nn.functional.normalize(raw_MD, dim=1)
             sae.weighting.copy_(weighting.matrix)
-        sae.W_dec.copy_(sae._both_signs(raw_MD))
+        sae.W_dec.copy_(sae._both_signs(dictionary.unit_raw_atoms()))
         sae.W_enc.copy_(sae.W_dec.T)
         sae.b_dec.copy_(dictionary.centre_D)
     return sae

@@ -10,8 +10,11 @@ import torch
 
 from ksvd_sae.activations.gradients import GradientMoments
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, PCAConfig, RandomConfig, SAEConfig, View, WeightingConfig
+from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, PCAConfig, RandomConfig, SAEConfig
+from ksvd_sae.derived_config import RecodedConfig
 from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.dictionary_options import View, WeightingConfig
+from ksvd_sae.errors import ConfigError
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
 from ksvd_sae.learning.matryoshka import paper_groups
@@ -27,15 +30,24 @@ CHECKPOINT_BATCHES = 64
 # Goes up when the same config learns another dictionary than before: finished trainings are found by it.
 ALGORITHM = {"db_ksvd": 2}
 # What configs got later, with the value at which trainings come out as before: left out of keys there.
-_ADDED = {"precision": "float32"}
-# Coder and view are for afterwards; the seed is in keys by itself, as a run has one too.
-_NOT_OF_TRAINING = {"coder", "view", "seed"}
+_ADDED: dict[str, dict[str, Any]] = {
+    "db_ksvd": {"precision": "float32"},
+    "random": {"weighting": WeightingConfig().model_dump(mode="json")},
+}
+# Coder and view are for afterwards; the seed is in keys by itself, as a run has one too; the other dictionary that one
+# is of counts by what it is, not by its name.
+_NOT_OF_TRAINING = {"coder", "view", "seed", "of"}
 
 
 def training_fields(config: DictionaryConfig, *, seed: bool = False) -> dict[str, Any]:
     """What of a config its dictionary follows from, for keys; the seed if asked for."""
-    fields = config.model_dump(mode="json", exclude=_NOT_OF_TRAINING - ({"seed"} if seed else set()))
-    return {name: value for name, value in fields.items() if name not in _ADDED or value != _ADDED[name]}
+    kept = {"seed"} if seed else set()
+    if isinstance(config, RecodedConfig):
+        # Its coder is what makes it another dictionary than the one that it is of.
+        kept = {*kept, "coder"}
+    fields = config.model_dump(mode="json", exclude=_NOT_OF_TRAINING - kept)
+    added = _ADDED.get(config.kind, {})
+    return {name: value for name, value in fields.items() if name not in added or value != added[name]}
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,12 @@ def train_dictionary(
         atoms_MD = principal_components(shards.batches(16_384), config.k, centre_D)
         setting.save(Dictionary(atoms_MD, centre_D.float(), config.k, "projection"), folder)
         return {"samples_seen": shards.n_samples}
-    return _draw_random(config, shards, folder, setting)
+    if isinstance(config, RandomConfig):
+        return _draw_random(config, shards, folder, setting)
+    raise ConfigError(
+        f"train_dictionary: a dictionary of kind {config.kind!r} is made from another",
+        cure="train it in a run, which makes the other first (ksvd_sae.recoding.derive_dictionary)",
+    )
 
 
 def estimator(
@@ -202,5 +219,6 @@ def _draw_random(
     generator = torch.Generator().manual_seed(setting.seed)
     atoms_MD = torch.randn(config.n_atoms, shards.d_in, generator=generator)
     atoms_MD = torch.nn.functional.normalize(atoms_MD, dim=1)
-    setting.save(Dictionary(atoms_MD, shards.centre_D.float(), config.k, config.coder), folder)
+    weighting = setting.weighting(config.weighting, shards)
+    setting.save(Dictionary(atoms_MD, shards.centre_D.float(), config.k, config.coder, weighting=weighting), folder)
     return {"samples_seen": 0}

@@ -18,6 +18,8 @@ PACKAGE = "ksvd_sae"
 LAYERS = (
     ("errors", "provenance"),
     ("eval_config", "published_config"),
+    ("dictionary_options",),
+    ("derived_config",),
     ("config", "device"),
     ("replicas",),
     ("progress",),
@@ -29,6 +31,7 @@ LAYERS = (
     ("evaluation",),
     ("reporting",),
     ("hub", "trainers"),
+    ("recoding", "trained"),
     ("pipeline",),
     ("bench", "doctor", "studies"),
     ("cli",),

@@ -20,8 +20,9 @@ from ksvd_sae.config import DictionaryConfig, RunConfig, parse_config
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import KsvdSaeError, ManifestError
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.pipeline import Run, TrainedDictionary
+from ksvd_sae.pipeline import Run
 from ksvd_sae.provenance import MANIFEST, content_hash, file_sha256, write_json, write_manifest
+from ksvd_sae.trained import TrainedDictionary
 from ksvd_sae.trainers import TRAIN_LOG
 from tests.tiny_saes import one_thread
 from tests.tiny_shards import raw_activations, write_harvest

@@ -17,7 +17,8 @@ from ksvd_sae.learning.sparse_coding import Code
 
 if TYPE_CHECKING:
     from ksvd_sae.activations.shards import ActivationShards
-    from ksvd_sae.pipeline import Run, TrainedDictionary
+    from ksvd_sae.pipeline import Run
+    from ksvd_sae.trained import TrainedDictionary
 
 PLANTED, ACTIVATIONS = "planted", "activations"
 _NOISE = 0.05

@@ -5,7 +5,7 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, count
 from pathlib import Path
@@ -29,6 +29,7 @@ from ksvd_sae.config import (
     SAEConfig,
     TopKSAEConfig,
 )
+from ksvd_sae.dictionary_options import SAETraining
 from ksvd_sae.errors import ConfigError, ManifestError, ShapeError
 from ksvd_sae.evaluation.baseline_saes import TrainedSpace, to_raw_units
 from ksvd_sae.evaluation.sparse_training import (
@@ -76,20 +77,45 @@ def train_sae(
         ('sparse' or 'dense': how steps were computed).
     Raises: ShapeError (k too large, groups, a weighting of another width), ConfigError (a snapshot beyond the end).
     """
-    started = time.perf_counter()
-    batch_samples = min(config.batch_samples, shards.n_samples)
-    steps = config.passes * shards.n_samples // batch_samples
+    batch_samples, steps = size_of_training(config, shards)
     _check(config, shards, weighting, steps * batch_samples)
     torch.manual_seed(seed)
     metadata = SAEMetadata(model_name=model_name, hook_name=hook_name, context_size=context_size, prepend_bos=True)
     sae = _training_sae(config, steps, {"d_in": shards.d_in, "device": str(device), "metadata": metadata})
-    space = _space(shards, weighting).to(device)
+    space = trained_space(shards, weighting).to(device)
     save = partial(_save, sae, space, shards, batch_samples)
+    return fit_sae(config, sae, space, shards, folder, save, seed=seed, log_steps=log_steps, snapshots=config.snapshots)
+
+
+def size_of_training(config: SAETraining, shards: ActivationShards) -> tuple[int, int]:
+    """Samples in a batch, and steps."""
+    batch_samples = min(config.batch_samples, shards.n_samples)
+    return batch_samples, config.passes * shards.n_samples // batch_samples
+
+
+def fit_sae(
+    config: SAETraining,
+    sae: Any,
+    space: TrainedSpace,
+    shards: ActivationShards,
+    folder: Path,
+    save: Callable[[Path], None],
+    *,
+    seed: int,
+    log_steps: int,
+    snapshots: Sequence[int] = (),
+) -> dict[str, Any]:
+    """SAELens' trainer on the shards in ``space``, with log and snapshots, saved by ``save``; see ``train_sae``.
+
+    Args: sae: SAELens' training SAE, on the device of ``space``.
+    """
+    started, device = time.perf_counter(), space.centre_D.device
+    batch_samples, steps = size_of_training(config, shards)
     data = (space.apply(batch_BD.to(device)) for batch_BD in _endless(shards, batch_samples, seed))
     folder.mkdir(parents=True, exist_ok=True)
     # The trainer draws its own bar on stderr; ours shows the same.
     with progress(f"train {_kind(config)}", steps * batch_samples, "samples") as advance:
-        monitor = _Monitor(folder, log_steps, steps, config.snapshots, save, advance)
+        monitor = _Monitor(folder, log_steps, steps, snapshots, save, advance)
         trainer = _Trainer(_trainer_config(config, steps, batch_samples, shards.n_samples, device), sae, data, monitor)
         with contextlib.redirect_stderr(io.StringIO()):
             trainer.fit()
@@ -98,7 +124,7 @@ def train_sae(
         "samples_seen": trainer.n_training_samples,
         "dead_at_end": monitor.last["dead"],
         "l0_at_end": round(monitor.last["l0"], 2),
-        "products": "sparse" if isinstance(sae, _SPARSE) else "dense",
+        "products": "sparse" if isinstance(sae, SPARSE) else "dense",
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -118,10 +144,10 @@ def load_sae(folder: Path, device: torch.device) -> SAE[Any]:
 # ---------------------------------------------------------------- what SAELens is given
 
 
-_SPARSE = (SparseTopKTrainingSAE, SparseBatchTopKTrainingSAE, SparseMatryoshkaTrainingSAE)
+SPARSE = (SparseTopKTrainingSAE, SparseBatchTopKTrainingSAE, SparseMatryoshkaTrainingSAE)
 
 
-def _kind(config: SAEConfig) -> str:
+def _kind(config: SAETraining) -> str:
     return str(type(config).model_fields["kind"].default)
 
 
@@ -181,7 +207,7 @@ def _training_sae(config: SAEConfig, steps: int, common: dict[str, Any]) -> Any:
 
 
 def _trainer_config(
-    config: SAEConfig, steps: int, batch_samples: int, n_samples: int, device: torch.device
+    config: SAETraining, steps: int, batch_samples: int, n_samples: int, device: torch.device
 ) -> SAETrainerConfig:
     return SAETrainerConfig(
         total_training_samples=steps * batch_samples,
@@ -196,10 +222,15 @@ def _trainer_config(
     )
 
 
-def _space(shards: ActivationShards, weighting: Weighting | None) -> TrainedSpace:
-    """The coordinates in which activations have an average variance of 1 a dimension."""
+def trained_space(
+    shards: ActivationShards, weighting: Weighting | None, centre_D: Tensor | None = None
+) -> TrainedSpace:
+    """The coordinates in which activations have an average variance of 1 a dimension.
+
+    Args: centre_D: None takes the mean of the activations.
+    """
     statistics = shards.statistics
-    centre_D = statistics.centre_D.float()
+    centre_D = statistics.centre_D.float() if centre_D is None else centre_D
     if weighting is None:
         return TrainedSpace(centre_D, 1 / statistics.scale)
     squares, n = 0.0, 0
@@ -284,7 +315,7 @@ class _Monitor:
         folder: Path,
         log_steps: int,
         steps: int,
-        snapshots: list[int],
+        snapshots: Sequence[int],
         save: Callable[[Path], None],
         advance: Advance,
     ):

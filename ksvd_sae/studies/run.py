@@ -19,9 +19,10 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError, TextError
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.splice import SpliceEvaluator
-from ksvd_sae.pipeline import Run, TrainedDictionary
+from ksvd_sae.pipeline import Run
 from ksvd_sae.provenance import commit, content_hash
 from ksvd_sae.studies.grid import Cell, CodingVariant, StudyConfig, cells
+from ksvd_sae.trained import TrainedDictionary
 from ksvd_sae.trainers import ALGORITHM, training_fields
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,90 @@
+"""A linear encoder with TopK for a dictionary that stays as it is: what a SAE's way of coding makes of given atoms.
+
+The trainer sees z = ((x − centre)·W)·s as for any SAE, with the dictionary's own centre and metric W. There its atoms
+are unit rows; they are the decoder, whose bias is 0, and neither moves: W_enc and b_enc alone are trained. The start is
+W_enc = W_decᵀ.
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
+from torch import Tensor
+
+from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.derived_config import LinearTopKConfig
+from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.errors import ShapeError
+from ksvd_sae.evaluation.baseline_saes import TrainedSpace, to_raw_units
+from ksvd_sae.evaluation.baselines import fit_sae, trained_space
+from ksvd_sae.evaluation.sparse_training import SparseTopKTrainingSAE, sparse_steps_pay
+
+
+def train_linear_topk(
+    config: LinearTopKConfig,
+    dictionary: Dictionary,
+    shards: ActivationShards,
+    folder: Path,
+    *,
+    model_name: str,
+    hook_name: str,
+    context_size: int,
+    seed: int,
+    device: torch.device,
+    log_steps: int = 20,
+) -> dict[str, Any]:
+    """Fit the encoder and save a SAELens TopK SAE in raw units: unit decoder rows along the atoms, b_dec the centre.
+
+    With ``config.signed`` the decoder is [D; −D], twice the latents, the atoms first. Saved and logged as by
+    ``train_sae``; the class is SAELens' TopKSAE, or WeightedTopKSAE for a dictionary with a metric.
+
+    Args: dictionary: of which atoms, centre and metric are taken.
+    Returns: facts for the manifest, as ``train_sae`` gives; samples_seen are the encoder's alone.
+    Raises: ShapeError (k too large, a dictionary of another width).
+    """
+    if config.k is None or config.k > min(dictionary.n_atoms, shards.d_in) or dictionary.d_in != shards.d_in:
+        raise ShapeError(
+            "train_linear_topk: the dictionary does not fit k or the activations",
+            got=f"k = {config.k}, atoms {tuple(dictionary.atoms_MD.shape)}",
+            limit=f"k at most {min(dictionary.n_atoms, shards.d_in)}, atoms of {shards.d_in} dimensions",
+        )
+    torch.manual_seed(seed)
+    rows_FD = _rows(dictionary.atoms_MD, config)
+    training_config = TopKTrainingSAEConfig(
+        d_in=shards.d_in,
+        d_sae=len(rows_FD),
+        k=config.k,
+        aux_loss_coefficient=config.aux_loss_coefficient,
+        device=str(device),
+        metadata=SAEMetadata(model_name=model_name, hook_name=hook_name, context_size=context_size, prepend_bos=True),
+    )
+    sae = (SparseTopKTrainingSAE if sparse_steps_pay(device) else TopKTrainingSAE)(training_config)
+    with torch.no_grad():
+        sae.W_dec.copy_(rows_FD)
+        sae.W_enc.copy_(rows_FD.T)
+        sae.b_dec.zero_()
+    # Without gradients, Adam leaves them alone.
+    sae.W_dec.requires_grad_(False)
+    sae.b_dec.requires_grad_(False)
+    space = trained_space(shards, dictionary.weighting, dictionary.centre_D).to(device)
+    save = partial(_save, sae, space, _rows(dictionary.unit_raw_atoms(), config))
+    return fit_sae(config, sae, space, shards, folder, save, seed=seed, log_steps=log_steps)
+
+
+def _rows(atoms_MD: Tensor, config: LinearTopKConfig) -> Tensor:
+    return torch.cat([atoms_MD, -atoms_MD]) if config.signed else atoms_MD
+
+
+def _save(sae: Any, space: TrainedSpace, rows_FD: Tensor, folder: Path) -> None:
+    """The SAE in raw units, with the rows and the centre as they are, not as they come back through two maps."""
+    with tempfile.TemporaryDirectory() as trained:
+        sae.save_inference_model(trained)
+        raw = to_raw_units(SAE.load_from_disk(trained), space)
+    with torch.no_grad():
+        raw.W_dec.copy_(rows_FD)
+        raw.b_dec.copy_(space.centre_D)
+    raw.save_model(folder)
