@@ -13,7 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from ksvd_sae.config import DictionaryConfig, DictionaryName, RunConfig, load_config, views
+from ksvd_sae.config import DictionaryConfig, DictionaryName, RunConfig, SAEConfig, load_config, views
+from ksvd_sae.derived_config import DerivedConfig, LinearTopKConfig, filled
 from ksvd_sae.errors import ConfigError
 
 _DICTIONARY: TypeAdapter[Any] = TypeAdapter(DictionaryConfig)
@@ -24,7 +25,10 @@ class _Strict(BaseModel):
 
 
 class CodingVariant(_Strict):
-    """A way to code with a trained dictionary; what is left out is as trained."""
+    """A way to code with a trained dictionary by pursuit; what is left out is as trained.
+
+    nonnegative: null: as the dictionary's own codes, so that of SAEs: true.
+    """
 
     coder: Literal["mp", "mp_refit", "omp", "ormp", "matryoshka"]
     k: int | None = Field(None, ge=1)
@@ -39,12 +43,14 @@ class CodingVariant(_Strict):
 class Entry(_Strict):
     """One kind of dictionary.
 
-    dictionary: its config without k and seed. codings: by name; empty: the dictionary's own encoder (SAEs).
+    dictionary: its config without k and seed; ``of`` names another entry, whose cell of the same layer, k and seed it
+        takes its atoms from.
+    codings: by name; null, and none at all, for the dictionary's own encoder. SAEs can be coded by pursuit too.
     layers, k, seeds: where they differ from the study's.
     """
 
     dictionary: dict[str, Any]
-    codings: dict[DictionaryName, CodingVariant] = Field(default_factory=dict)
+    codings: dict[DictionaryName, CodingVariant | None] = Field(default_factory=dict)
     layers: list[int] | None = None
     k: list[int] | None = None
     seeds: list[int] | None = None
@@ -66,14 +72,18 @@ class StudyConfig(_Strict):
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and the codings to measure it under (empty: its own encoder)."""
+    """One training and the codings to measure it under (None, and no coding: its own encoder).
+
+    of: the config of what it takes its atoms from, if it does.
+    """
 
     entry: str
     layer: int
     k: int
     seed: int
     dictionary: Any
-    codings: dict[str, CodingVariant]
+    codings: dict[str, CodingVariant | None]
+    of: Any = None
 
     @property
     def name(self) -> str:
@@ -110,12 +120,51 @@ def cells(study: StudyConfig) -> Iterator[Cell]:
                 and k in (entry.k or study.k)
                 and layer in (entry.layers or study.layers)
             ):
-                yield Cell(name, layer, k, seed, _dictionary(name, entry, k, seed), entry.codings)
+                yield _cell(study, name, layer, k, seed)
+
+
+def _cell(study: StudyConfig, name: str, layer: int, k: int, seed: int) -> Cell:
+    entry = study.entries[name]
+    dictionary, of = _dictionary(name, entry, k, seed), None
+    if isinstance(dictionary, DerivedConfig):
+        found = {name: dictionary}
+        if dictionary.of != name and dictionary.of in study.entries:
+            found[dictionary.of] = _dictionary(dictionary.of, study.entries[dictionary.of], k, seed)
+        try:
+            dictionary, of = filled(name, dictionary, found), found.get(dictionary.of)
+        except ValueError as error:
+            raise ConfigError(
+                f"study entry {name!r}: {error}",
+                limit=f"entries: {', '.join(study.entries)}",
+                cure="let of name an entry that is learned",
+            ) from error
+    for coding, variant in entry.codings.items():
+        _check_coding(name, dictionary, coding, variant)
+    return Cell(name, layer, k, seed, dictionary, entry.codings, of)
+
+
+def _check_coding(name: str, dictionary: Any, coding: str, variant: CodingVariant | None) -> None:
+    if variant is None:
+        return
+    if isinstance(dictionary, LinearTopKConfig):
+        raise ConfigError(
+            f"study entry {name!r}: coding {coding!r} would leave the fitted encoder out",
+            cure=f"give the coding to {dictionary.of!r}, whose atoms these are",
+        )
+    if isinstance(dictionary, SAEConfig) and variant.coder == "matryoshka":
+        raise ConfigError(
+            f"study entry {name!r}: coding {coding!r} needs the groups of a DB-KSVD dictionary", cure="coder: omp"
+        )
+    if variant.coder == "ormp" and isinstance(dictionary, SAEConfig) and variant.nonnegative is not False:
+        raise ConfigError(
+            f"study entry {name!r}: coding {coding!r}: coder 'ormp' has signs, the SAE's codes have none",
+            cure="coder: omp, or nonnegative: false to let the codes have signs",
+        )
 
 
 def _dictionary(name: str, entry: Entry, k: int, seed: int) -> Any:
     raw = {**entry.dictionary, "k": k}
-    if raw.get("kind") not in ("pca", "random"):
+    if raw.get("kind") not in ("pca", "random", "recoded"):
         raw["seed"] = seed
     try:
         found = _DICTIONARY.validate_python(raw)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.config import RunConfig
-from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError, TextError
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.splice import SpliceEvaluator
 from ksvd_sae.pipeline import Run
 from ksvd_sae.provenance import commit, content_hash
+from ksvd_sae.recoding import as_dictionary
 from ksvd_sae.studies.grid import Cell, CodingVariant, StudyConfig, cells
 from ksvd_sae.trained import TrainedDictionary
 from ksvd_sae.trainers import ALGORITHM, training_fields
@@ -69,7 +69,7 @@ class Study:
         """Cells with the codings that have no row yet."""
         done = {row["key"] for row in self.rows()}
         for cell in cells(self.config):
-            codings: dict[str, CodingVariant | None] = {**cell.codings} if cell.codings else {OWN_ENCODER: None}
+            codings = cell.codings or {OWN_ENCODER: None}
             left = {name: variant for name, variant in codings.items() if self._key(cell, variant) not in done}
             if left:
                 yield cell, left
@@ -94,7 +94,7 @@ class Study:
                 benches.clear()
                 benches[cell.layer] = _Bench(self.config, self.runs[cell.layer], self.cache)
             bench = benches[cell.layer]
-            trained = bench.run.train_one(cell.name, cell.dictionary, bench.train)
+            trained = bench.run.train_one(cell.name, cell.dictionary, bench.train, cell.of)
             for name, variant in codings.items():
                 row = {"key": self._key(cell, variant), **_identity(cell, name, variant)}
                 row |= bench.measure(trained, variant) | _training(trained)
@@ -107,8 +107,11 @@ class Study:
         """What a row's numbers follow from."""
         run = self.runs[cell.layer]
         coding = None if variant is None else variant.model_dump(mode="json")
+        # Left out where there is none: rows from before an entry could take another's atoms stay valid.
+        of = {} if cell.of is None else {"of": [training_fields(cell.of, seed=True), ALGORITHM.get(cell.of.kind)]}
         return content_hash(
             {
+                **of,
                 "model": run.model.model_dump(mode="json"),
                 "text": run.text.model_dump(mode="json"),
                 "harvest": run.harvest.model_dump(mode="json"),
@@ -138,7 +141,7 @@ def _identity(cell: Cell, name: str, variant: CodingVariant | None) -> dict[str,
         "seed": cell.seed,
         "coding": name,
         "coding_k": cell.k if variant is None else variant.k_of(cell.k),
-        "n_atoms": getattr(config, "n_atoms", cell.k),
+        "n_atoms": getattr(config if cell.of is None else cell.of, "n_atoms", cell.k),
     }
 
 
@@ -188,7 +191,7 @@ class _Bench:
         """Error and behaviour of one dictionary under one coding, on held-out tokens and contexts."""
         sae = self.run.load_sae(trained)
         if variant is not None:
-            dictionary = Dictionary.load(trained.folder)
+            dictionary = as_dictionary(trained.config, trained.folder, self.train, self.run.setting())
             changes: dict[str, Any] = {"coder": variant.coder, "rtol": variant.rtol, "k": variant.k_of(dictionary.k)}
             if variant.nonnegative is not None:
                 changes["nonnegative"] = variant.nonnegative

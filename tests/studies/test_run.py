@@ -26,7 +26,7 @@ class Bench:
         self.train = None
         self.run = SimpleNamespace(train_one=self.train_one)
 
-    def train_one(self, name: str, config: Any, shards: Any) -> SimpleNamespace:
+    def train_one(self, name: str, config: Any, shards: Any, of: Any) -> SimpleNamespace:
         if Bench.fail_at == len(Bench.trained):
             raise RuntimeError("the power went")
         Bench.trained.append(name)
