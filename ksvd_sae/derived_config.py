@@ -41,8 +41,8 @@ class RecodedConfig(DerivedConfig, Viewed):
 class LinearTopKConfig(DerivedConfig, SAETraining):
     """A linear encoder with TopK fitted to the atoms of another dictionary, which stay as they are.
 
-    SAELens' trainer moves the encoder's weights and bias, from the atoms themselves as a start. A scale for each latent
-    needs no parameter: it is the length of the encoder's column.
+    SAELens' trainer moves the encoder's weights and bias; it starts from the atoms themselves, scaled. A scale for each
+    latent needs no parameter: it is the length of the encoder's column.
 
     With signs, the decoder is [D; −D], two latents an atom, of which each has an encoder of its own. The other way to
     have signs, the k largest in size of m signed latents (SAELens' abstopk), is what this gives when an atom's two

@@ -21,6 +21,7 @@ from tests.strategies import generator
 from tests.tiny_hub import COMMIT, dictionary_learning_files, offline_hub, write_repository
 from tests.tiny_saes import one_thread
 from tests.tiny_shards import raw_activations, write_harvest
+from tests.tolerances import UNIT_NORM
 
 D_IN, D_SAE, K = 16, 40, 3
 REPOSITORY, FOLDER = "someone/saes", "TopK/trainer_0"
@@ -213,3 +214,26 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 def test_an_unknown_amount_is_no_zero() -> None:
     assert column_texts("samples seen", [float("nan"), 0.0, 2048.0]) == [UNKNOWN, "0", "2,048"]
     assert column_texts("d_sae", [float("nan")]) == ["n/a"]
+
+
+def test_its_atoms_under_another_coder(place: Path) -> None:
+    """Nobody says how long it was trained, nor how many atoms it has before it is fetched."""
+    derived = {
+        "omp": {"kind": "recoded", "of": "published", "coder": "omp", "k": K},
+        "linear": {"kind": "linear_topk", "of": "published", "k": K, "passes": 4, "batch_samples": 128, "lr": 5e-3},
+    }
+    run = run_in(place, config_with(published=PUBLISHED, **derived))
+    published, omp, linear = run.train()
+    saes = [run.load_sae(trained) for trained in (published, omp, linear)]
+    for sae in saes[1:]:
+        assert torch.allclose(sae.W_dec, saes[0].W_dec, atol=UNIT_NORM[torch.float32])
+        assert torch.equal(sae.b_dec, saes[0].b_dec)
+    assert linear.manifest["samples_seen"] is None
+    assert linear.manifest["encoder_samples"] == 4 * 2000 // 128 * 128
+    rows = {(r["dictionary"], r["metric"]): r for r in run.evaluate()["rows"]}
+    assert rows["omp", "samples_seen"]["value"] is None
+    assert {rows[name, "fvu"]["d_sae"] for name in ("published", "omp", "linear")} == {D_SAE}
+    fvu = {name: rows[name, "fvu"]["value"] for name in ("published", "omp", "linear")}
+    assert fvu["omp"] < fvu["linear"] < fvu["published"]
+    with pytest.raises(ConfigError, match="the k of 'published' is not known before it is fetched; give k"):
+        config_with(published=PUBLISHED, omp={"kind": "recoded", "of": "published"})

@@ -1,8 +1,11 @@
 """A linear encoder with TopK for a dictionary that stays as it is: what a SAE's way of coding makes of given atoms.
 
 The trainer sees z = ((x − centre)·W)·s as for any SAE, with the dictionary's own centre and metric W. There its atoms
-are unit rows; they are the decoder, whose bias is 0, and neither moves: W_enc and b_enc alone are trained. The start is
-W_enc = W_decᵀ.
+are unit rows; they are the decoder, whose bias is 0, and neither moves: W_enc and b_enc alone are trained.
+
+The start is W_enc = c·W_decᵀ. With c = 1 each latent would rebuild its sample alone, and k of them overshoot: where
+atoms share a direction, as on language models' residual streams, by k times, and the error is hundreds of times the
+variance. So c is the one scale that fits the first samples best.
 """
 
 import tempfile
@@ -22,6 +25,8 @@ from ksvd_sae.errors import ShapeError
 from ksvd_sae.evaluation.baseline_saes import TrainedSpace, to_raw_units
 from ksvd_sae.evaluation.baselines import fit_sae, trained_space
 from ksvd_sae.evaluation.sparse_training import SparseTopKTrainingSAE, sparse_steps_pay
+
+_SCALE_SAMPLES = 4096
 
 
 def train_linear_topk(
@@ -66,13 +71,25 @@ def train_linear_topk(
     with torch.no_grad():
         sae.W_dec.copy_(rows_FD)
         sae.W_enc.copy_(rows_FD.T)
+        sae.b_enc.zero_()
         sae.b_dec.zero_()
     # Without gradients, Adam leaves them alone.
     sae.W_dec.requires_grad_(False)
     sae.b_dec.requires_grad_(False)
     space = trained_space(shards, dictionary.weighting, dictionary.centre_D).to(device)
+    first_BD = next(shards.batches(min(_SCALE_SAMPLES, shards.n_samples)))
+    _scale_(sae, space.apply(first_BD.to(device)))
     save = partial(_save, sae, space, _rows(dictionary.unit_raw_atoms(), config))
     return fit_sae(config, sae, space, shards, folder, save, seed=seed, log_steps=log_steps)
+
+
+@torch.no_grad()
+def _scale_(sae: TopKTrainingSAE, z_BD: Tensor) -> None:
+    """Multiply the encoder by the c that makes ‖z − c·ẑ‖² least."""
+    rebuilt_BD = sae.decode(sae.encode(z_BD)).double()
+    squares = float(rebuilt_BD.square().sum())
+    if squares > 0:
+        sae.W_enc.mul_(float((z_BD.double() * rebuilt_BD).sum()) / squares)
 
 
 def _rows(atoms_MD: Tensor, config: LinearTopKConfig) -> Tensor:
