@@ -13,6 +13,7 @@ from tests.tolerances import SPLICED_LOSS
 
 KSVD: dict[str, Any] = {"kind": "db_ksvd", "n_atoms": 128, "passes": 2, "batch_samples": 2048}
 TOPK: dict[str, Any] = {"kind": "topk_sae", "n_atoms": 128, "passes": 2, "batch_samples": 512}
+LINEAR: dict[str, Any] = {"kind": "linear_topk", "passes": 2, "batch_samples": 512}
 CODINGS = {"mp": {"coder": "mp"}, "refit": {"coder": "mp_refit"}, "omp": {"coder": "omp"}, "ormp": {"coder": "ormp"}}
 LAYERS = [1, 2]
 
@@ -34,7 +35,9 @@ def study_file(place: Workplace) -> Path:
         "entries": {
             "db-ksvd": {"dictionary": KSVD, "codings": CODINGS},
             "db-ksvd-fisher": {"dictionary": {**KSVD, "weighting": "fisher_diag"}, "codings": {"mp": {"coder": "mp"}}},
-            "topk-sae": {"dictionary": TOPK},
+            "topk-sae": {"dictionary": TOPK, "codings": {"own": None, "omp": {"coder": "omp"}}},
+            "recoded": {"dictionary": {"kind": "recoded", "of": "db-ksvd", "coder": "omp"}, "layers": LAYERS[:1]},
+            "linear": {"dictionary": {**LINEAR, "of": "topk-sae"}, "layers": LAYERS[:1]},
         },
     }
     path = place.folder / "tiny-study.yaml"
@@ -49,7 +52,7 @@ def measured(workplace: Workplace) -> list[dict[str, Any]]:
     where = {"folder": workplace.folder, "hf_home": workplace.hf_home, "cache": workplace.folder / "cache"}
     done = ksvd_sae("study", str(path), **where)  # type: ignore[arg-type]
     assert done.returncode == 0, done.stderr
-    assert "24 new rows, 0 still to measure" in done.stdout
+    assert "32 new rows, 0 still to measure" in done.stdout
     again = ksvd_sae("study", str(path), **where)  # type: ignore[arg-type]
     assert "0 new rows, 0 still to measure" in again.stdout, again.stderr
     return rows_of(workplace.folder / "results" / "tiny-study" / "rows.jsonl")
@@ -57,7 +60,7 @@ def measured(workplace: Workplace) -> list[dict[str, Any]]:
 
 def test_every_cell_has_its_row(measured: list[dict[str, Any]]) -> None:
     cells = [(row["entry"], row["layer"], row["seed"], row["coding"]) for row in measured]
-    assert len(set(cells)) == len(cells) == 2 * 2 * (len(CODINGS) + 1 + 1)
+    assert len(set(cells)) == len(cells) == 2 * 2 * (len(CODINGS) + 1 + 2) + 2 * (1 + 1)
     assert {row["weighting"] for row in measured} == {"none", "fisher_diag"}
 
 
@@ -76,6 +79,18 @@ def test_numbers_fit_together(measured: list[dict[str, Any]]) -> None:
         for seed in (0, 1):
             fvu = {row["coding"]: row["fvu"] for row in here if row["entry"] == "db-ksvd" and row["seed"] == seed}
             assert fvu["mp"] > fvu["refit"] > fvu["omp"] > fvu["ormp"]
+
+
+def test_one_dictionary_under_another_coder(measured: list[dict[str, Any]]) -> None:
+    """An entry of another's atoms is the other under that coding, bit for bit; a SAE's own encoder is not the best."""
+    fvu = {(r["entry"], r["coding"], r["seed"]): r["fvu"] for r in measured if r["layer"] == LAYERS[0]}
+    seen = {(r["entry"], r["seed"]): r["samples_seen"] for r in measured if r["layer"] == LAYERS[0]}
+    for seed in (0, 1):
+        assert fvu["recoded", "own", seed] == fvu["db-ksvd", "omp", seed]
+        assert fvu["topk-sae", "omp", seed] < fvu["topk-sae", "own", seed]
+        assert seen["recoded", seed] == seen["db-ksvd", seed]
+        assert seen["linear", seed] == 2 * seen["topk-sae", seed]
+    assert {r["n_atoms"] for r in measured} == {128}
 
 
 def test_seeds_differ(measured: list[dict[str, Any]]) -> None:

@@ -87,6 +87,16 @@ def test_a_change_is_measured_again(tmp_path: Path) -> None:
     assert len(list(study(tmp_path, seeds=[0, 7, 9]).missing())) == 4
 
 
+def test_what_an_entry_is_of_is_in_its_key(tmp_path: Path) -> None:
+    def entries(n_atoms: int) -> dict[str, Any]:
+        of = {"dictionary": {"kind": "db_ksvd", "n_atoms": n_atoms}}
+        return {"of": of, "x": {"dictionary": {"kind": "recoded", "of": "of", "coder": "omp"}}}
+
+    assert study(tmp_path, entries=entries(32)).run() == 16
+    assert study(tmp_path, entries=entries(32)).run() == 0
+    assert study(tmp_path, entries=entries(33)).run() == 16
+
+
 def test_a_line_that_was_cut_off(tmp_path: Path) -> None:
     first = study(tmp_path)
     first.run()
