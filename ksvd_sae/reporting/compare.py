@@ -9,12 +9,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ksvd_sae.config import PCAConfig, RandomConfig, RunConfig, SAEConfig, dump_config, view_name, views
+from ksvd_sae.config import (
+    DictionaryConfig,
+    PCAConfig,
+    RandomConfig,
+    RunConfig,
+    SAEConfig,
+    dump_config,
+    view_name,
+    views,
+)
+from ksvd_sae.derived_config import DerivedConfig
 from ksvd_sae.eval_config import AutoInterpConfig
 from ksvd_sae.provenance import atomic_path, write_json
 from ksvd_sae.published_config import PublishedSAEConfig
 from ksvd_sae.replicas import replicas
-from ksvd_sae.reporting import l0_plots, latex, plots, rank_plot, report, scores, style, tables
+from ksvd_sae.reporting import l0_plots, latex, pivot, plots, rank_plot, report, scores, style, tables
 from ksvd_sae.reporting.atoms import take_examples
 from ksvd_sae.reporting.published import published_note, published_section
 from ksvd_sae.reporting.sections import Section, section_markdown
@@ -40,13 +50,13 @@ def write_comparison(
     scores.check_table(frame)
     for name in _OUTPUTS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    controls = frozenset(n for n, c in config.dictionaries.items() if isinstance(c, PCAConfig | RandomConfig))
+    controls = frozenset(n for n, c in config.dictionaries.items() if _is_control(c, config))
     notes = comparison_notes(config)
     published = published_section(config, frame, manifest.get("versions", {}).get("sae-bench"), controls)
     line = "" if isinstance(published, Section) else published
     notes += [note for note in (published_note(config), line) if note]
     compared = verdicts(frame, _baselines(config))
-    found = [verdict_section(compared), published]
+    found = [pivot.coder_section(manifest["rows"], config), verdict_section(compared), published]
     sections = [section for section in found if isinstance(section, Section)]
     _copy_results(folder, manifest, evaluations)
     for name, path in logs.items():
@@ -87,6 +97,12 @@ def write_comparison(
 def _baselines(config: RunConfig) -> frozenset[str]:
     """The SAEs: what DB-KSVD is compared with."""
     return frozenset(n for n, c in config.dictionaries.items() if isinstance(c, SAEConfig | PublishedSAEConfig))
+
+
+def _is_control(dictionary: DictionaryConfig, config: RunConfig) -> bool:
+    """Whether its atoms are a control's, however they are coded."""
+    learned = config.dictionaries[dictionary.of] if isinstance(dictionary, DerivedConfig) else dictionary
+    return isinstance(learned, PCAConfig | RandomConfig)
 
 
 def comparison_notes(config: RunConfig) -> list[str]:

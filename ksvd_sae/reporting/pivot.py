@@ -1,0 +1,109 @@
+"""Dictionaries by coders, score by score, for runs where dictionaries are coded in several ways.
+
+Down a column the dictionary changes, along a row the coder: so one sees which of the two a score follows.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ksvd_sae.config import RunConfig, SAEConfig
+from ksvd_sae.derived_config import DerivedConfig, LinearTopKConfig, RecodedConfig, has_signs, metric
+from ksvd_sae.published_config import PublishedSAEConfig
+from ksvd_sae.reporting.headline import HEADLINES, MISSING, Headline, column_texts
+from ksvd_sae.reporting.sections import Section
+
+OWN, LINEAR = "own encoder", "linear TopK"
+_NAMES = {"mp": "MP", "mp_refit": "MP, refit", "omp": "OMP", "ormp": "ORMP"}
+_ORDER = (OWN, LINEAR, *_NAMES.values())
+
+
+def coder_section(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> Section | None:
+    """A row a score and dictionary, a column a coder; None if no dictionary of the run has its atoms from another.
+
+    Args: rows: of the evaluate stage, one a score. Seeds are averaged; of a dictionary with two views the first counts.
+    """
+    places = _places(config)
+    if not places:
+        return None
+    columns = sorted({column for _, column in places.values()}, key=_rank)
+    table = []
+    for headline in HEADLINES:
+        values = {} if headline.eval == "training" else _values(rows, headline)
+        # Of two in one place, which differ in nothing that a score follows from, the first counts.
+        cells = {places[name]: value for name, value in reversed(values.items()) if name in places}
+        texts = dict(zip(cells, column_texts(headline.label, list(cells.values())), strict=True))
+        for of in dict.fromkeys(of for of, _ in places.values() if cells):
+            table.append([headline.heading, of, *(_text(cells, texts, (of, column)) for column in columns)])
+    lead = (
+        f"For each score, down a column the dictionary changes, along a row the coder; '{LINEAR}' is a linear encoder "
+        "fitted to the dictionary as it is. A dash: not in this run."
+    )
+    heads = ("score", "dictionary", *columns)
+    return Section("Dictionaries by coders", "coders", lead, heads, frozenset(columns), table)
+
+
+def _places(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Row and column of each dictionary of those that are coded in several ways."""
+    taken = {c.of for c in config.dictionaries.values() if isinstance(c, DerivedConfig)}
+    return {
+        name: (c.of if isinstance(c, DerivedConfig) else name, _coder(c, config))
+        for name, c in config.dictionaries.items()
+        if isinstance(c, DerivedConfig) or name in taken
+    }
+
+
+def _coder(config: Any, run: RunConfig) -> str:
+    """The coder's name, with whatever else differs from the dictionary that it codes with."""
+    if isinstance(config, SAEConfig | PublishedSAEConfig):
+        return OWN
+    if not isinstance(config, DerivedConfig):
+        coder = getattr(config, "coder", "projection")
+        return _NAMES.get(coder, coder)
+    of: Any = run.dictionaries[config.of]
+    name = LINEAR
+    signed = has_signs(of)
+    if isinstance(config, RecodedConfig):
+        name, signed = _NAMES[config.coder], has_signs(config)
+    elif isinstance(config, LinearTopKConfig):
+        signed = bool(config.signed)
+    if config.k != of.k:
+        name += f", k = {config.k}"
+    if signed != has_signs(of):
+        name += ", with signs" if signed else ", without signs"
+    if config.weighting != metric(of):
+        name += f", in the metric {metric(config).kind}"
+    return name
+
+
+def _rank(column: str) -> tuple[int, str]:
+    known = [i for i, name in enumerate(_ORDER) if column == name or column.startswith(f"{name}, ")]
+    # 'MP, refit' begins as 'MP' does: the longer name counts.
+    return (max(known) if known else len(_ORDER), column)
+
+
+def _values(rows: Sequence[Mapping[str, Any]], headline: Headline) -> dict[str, float]:
+    """Mean over seeds of a score by dictionary; NaN where an eval gave none."""
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        if row["eval"] == headline.eval and row["metric"] in (headline.metric, headline.minus):
+            views = found.setdefault(row["dictionary"], {})
+            value = row["value"]
+            views.setdefault(row["view"], {}).setdefault(row["metric"], []).append(math.nan if value is None else value)
+    values = {}
+    for name, views in found.items():
+        scores = views[min(views, key=lambda view: view == "split")]
+        if headline.metric in scores:
+            minus = _mean(scores.get(headline.minus, [math.nan])) if headline.minus else 0.0
+            values[name] = _mean(scores[headline.metric]) - minus
+    return values
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _text(cells: Mapping[tuple[str, str], float], texts: Mapping[tuple[str, str], str], place: tuple[str, str]) -> str:
+    if place not in cells:
+        return "–"
+    return texts[place] if math.isfinite(cells[place]) else MISSING
