@@ -172,7 +172,7 @@ def test_a_linear_encoder_leaves_the_decoder_alone(place: Path, of: str, weighti
 def test_training_is_what_lowers_the_error(place: Path) -> None:
     still = {**LINEAR, "of": "ksvd", "lr": 1e-12}
     run, trained = train(place, ksvd=KSVD, linear={**LINEAR, "of": "ksvd"}, still=still)
-    assert heldout_fvu(run, trained["linear"]) < 0.7 * heldout_fvu(run, trained["still"])
+    assert heldout_fvu(run, trained["linear"]) < 0.95 * heldout_fvu(run, trained["still"])
 
 
 def test_it_starts_from_the_atoms(place: Path) -> None:

@@ -32,8 +32,10 @@ def coder_section(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> Secti
         values = {} if headline.eval == "training" else _values(rows, headline)
         # Of two in one place, which differ in nothing that a score follows from, the first counts.
         cells = {places[name]: value for name, value in reversed(values.items()) if name in places}
+        if not cells:
+            continue
         texts = dict(zip(cells, column_texts(headline.label, list(cells.values())), strict=True))
-        for of in dict.fromkeys(of for of, _ in places.values() if cells):
+        for of in dict.fromkeys(of for of, _ in places.values()):
             table.append([headline.heading, of, *(_text(cells, texts, (of, column)) for column in columns)])
     lead = (
         f"For each score, down a column the dictionary changes, along a row the coder; '{LINEAR}' is a linear encoder "
