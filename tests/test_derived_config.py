@@ -98,6 +98,10 @@ def test_round_trip() -> None:
         ),
         ({"it": {"kind": "recoded", "of": "pca", "k": 9}}, "k = 9 is above the 8 atoms of 'pca'"),
         ({"it": {"kind": "linear_topk", "of": "random", "k": 17}}, "k = 17 is above the 16 atoms of 'random'"),
+        (
+            {"own": {**KSVD, "seed": 1}, "it": {"kind": "recoded", "of": "own", "seed": 2}},
+            r"dictionaries\.it: seed = 2, but 'own' is trained with seed 1",
+        ),
         ({"it": {"kind": "linear_topk", "of": "pca"}}, r"dictionaries\.it\.of: 'pca' is a PCA.*nothing to choose"),
         ({"it": {"kind": "recoded", "of": "topk", "coder": "ormp"}}, "coder 'ormp' has signs; use 'omp'"),
         ({"it": {"kind": "recoded", "of": "topk", "view": "split"}}, "view 'split' needs signs"),

@@ -281,6 +281,35 @@ def test_evaluate_and_compare(place: Path) -> None:
     assert again == run.config
 
 
+def test_each_seed_takes_the_atoms_of_its_own(place: Path) -> None:
+    """What is drawn is trained once for each seed of the run; atoms that do not depend on a seed are coded once."""
+    raw = {
+        "ksvd": KSVD,
+        "omp": {"kind": "recoded", "of": "ksvd"},
+        "linear": {**LINEAR, "of": "ksvd"},
+        "pca": RAW["dictionaries"]["pca"],
+        "pca.mp": {"kind": "recoded", "of": "pca", "coder": "mp", "k": 2},
+    }
+    run = run_in(place, config_with(dictionaries=raw, training_seeds=[0, 5]))
+    trained = {(one.name, one.seed): one for one in run.train()}
+    assert list(trained) == [
+        *((name, seed) for name in ("ksvd", "omp", "linear") for seed in (0, 5)),
+        ("pca", None),
+        ("pca.mp", None),
+    ]
+    for seed in (0, 5):
+        atoms_MD = run.load_sae(trained["ksvd", seed]).W_dec.detach()
+        assert torch.equal(run.load_sae(trained["omp", seed]).W_dec.detach(), atoms_MD)
+        assert torch.equal(run.load_sae(trained["linear", seed]).W_dec.detach()[:24], atoms_MD)
+    assert trained["omp", 0].folder != trained["omp", 5].folder
+    # One seed of the run is the same training as by itself.
+    (_, alone) = run_in(place, config_with(dictionaries={"ksvd": KSVD, "omp": raw["omp"]})).train()
+    assert alone.folder == trained["omp", 0].folder
+    # And so is the other's own.
+    own = run_in(place, config_with(dictionaries={"ksvd": {**KSVD, "seed": 5}, "omp": raw["omp"]}))
+    assert own.train()[1].folder == trained["omp", 5].folder
+
+
 def test_by_itself_it_is_no_training(place: Path) -> None:
     run, trained = train(place, topk=TOPK, linear={**LINEAR, "of": "topk"})
     config = trained["linear"].config
