@@ -271,12 +271,14 @@ def test_evaluate_and_compare(place: Path) -> None:
     fvu = {row["dictionary"]: row["value"] for row in rows if row["metric"] == "fvu"}
     assert fvu["omp"] == pytest.approx(heldout_fvu(run, trained["omp"]), rel=1e-5)
     assert "linear" in run.compare().read_text()
-    comparison = (run.results / "comparison.md").read_text().splitlines()
-    table = comparison[comparison.index("### FVU ↓") :]
-    assert table[2] == "| dictionary | linear TopK | MP | MP, k = 2 | OMP | projection |"
-    assert [line.split(" | ")[0] for line in table[4:6]] == ["| ksvd", "| pca"]
-    assert "n/a" not in "".join(table[4:6])
-    assert table[4].count("–") == 2, "neither MP with another k nor a projection"
+    lines = (run.results / "comparison.md").read_text().splitlines()
+    lines = lines[lines.index("## Dictionaries by coders") :]
+    head, _, *table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert head == ["score", "dictionary", "linear TopK", "MP", "MP, k = 2", "OMP", "projection"]
+    assert [row[:2] for row in table[:2]] == [["FVU ↓", "ksvd"], ["FVU ↓", "pca"]]
+    assert table[0][4] == table[0][6] == "–", "neither MP with another k nor a projection"
+    assert float(table[0][5]) == pytest.approx(fvu["omp"], rel=1e-2)
+    assert "Dictionaries by coders" in (run.results / "report.html").read_text()
     again = parse_config(json.loads(json.dumps(run.evaluated()["config"])))
     assert again == run.config
 

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from ksvd_sae.config import RunConfig, parse_config
-from ksvd_sae.reporting.pivot import coder_tables
+from ksvd_sae.reporting.pivot import coder_section
+from ksvd_sae.reporting.sections import Section
 from tests.test_config import RAW
 
 SIZES: dict[str, Any] = {"n_atoms": 64, "k": 4}
@@ -30,14 +31,14 @@ def rows(eval_name: str = "heldout", metric: str = "fvu", view: str = "signed", 
     ]
 
 
-def table(lines: list[str], heading: str) -> dict[str, dict[str, str]]:
-    start = lines.index(f"### {heading}")
-    cut = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start + 2 :] if line.startswith("|")]
-    return {line[0]: dict(zip(cut[0][1:], line[1:], strict=True)) for line in cut[2:]}
+def table(section: Section | None, heading: str) -> dict[str, dict[str, str]]:
+    assert section is not None
+    assert section.heads[:2] == ("score", "dictionary")
+    return {row[1]: dict(zip(section.heads[2:], row[2:], strict=True)) for row in section.rows if row[0] == heading}
 
 
 def test_every_score_in_its_cell() -> None:
-    found = coder_tables(
+    found = coder_section(
         rows(ksvd=0.1, ksvd_omp=0.09, ksvd_linear=0.15, sae=0.14, sae_omp=0.1, alone=0.7) + rows(metric="l0", ksvd=4.0),
         config(),
     )
@@ -45,12 +46,13 @@ def test_every_score_in_its_cell() -> None:
         "ksvd": {"own encoder": "–", "linear TopK": "0.1500", "MP": "0.1000", "OMP": "0.0900"},
         "sae": {"own encoder": "0.1400", "linear TopK": "–", "MP": "–", "OMP": "0.1000"},
     }
-    assert [line for line in found if line.startswith("### ")] == ["### FVU ↓"], "scores that no one has are left out"
+    assert found is not None
+    assert {row[0] for row in found.rows} == {"FVU ↓"}, "scores that no one has are left out"
 
 
 def test_differences_seeds_views_and_missing_scores() -> None:
     core = "core"
-    found = coder_tables(
+    found = coder_section(
         rows(core, "ce_loss_with_sae", ksvd=4.5, sae=4.0)
         + rows(core, "ce_loss_with_sae", ksvd=4.7)
         + rows(core, "ce_loss_without_sae", ksvd=4.0, sae=4.0)
@@ -76,7 +78,7 @@ def test_what_differs_besides_the_coder_is_said() -> None:
         "b": {"kind": "recoded", "of": "sae", "coder": "mp_refit", "nonnegative": False},
         "c": {"kind": "linear_topk", "of": "ksvd", "signed": False, "weighting": "std"},
     }
-    found = table(coder_tables(rows(ksvd=0.1, a=0.2, b=0.3, c=0.4), config(**changed)), "FVU ↓")
+    found = table(coder_section(rows(ksvd=0.1, a=0.2, b=0.3, c=0.4), config(**changed)), "FVU ↓")
     assert list(found["ksvd"]) == [
         "own encoder",
         "linear TopK",
@@ -91,4 +93,4 @@ def test_what_differs_besides_the_coder_is_said() -> None:
 
 
 def test_a_run_without_such_dictionaries_has_no_table() -> None:
-    assert coder_tables(rows(ours=0.1), parse_config(RAW)) == []
+    assert coder_section(rows(ours=0.1), parse_config(RAW)) is None
