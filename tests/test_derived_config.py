@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import yaml
 
-from ksvd_sae.config import LinearTopKConfig, RecodedConfig, RunConfig, dump_config, parse_config
+from ksvd_sae.config import LinearTopKConfig, RecodedConfig, RunConfig, dump_config, load_config, parse_config
+from ksvd_sae.derived_config import DerivedConfig, metric
 from ksvd_sae.dictionary_options import WeightingConfig
 from ksvd_sae.errors import ConfigError
+from tests.command_line import EVAL_CONFIGS
 from tests.test_config import RAW
 
 KSVD: dict[str, Any] = {"kind": "db_ksvd", "n_atoms": 64, "k": 8, "rtol": 0.1, "weighting": "std"}
@@ -118,3 +120,18 @@ def test_mistakes_are_named(more: dict[str, Any], words: str) -> None:
 def test_ormp_with_signs_may_be() -> None:
     assert recoded(of="topk", coder="ormp", nonnegative=False).coder == "ormp"
     assert recoded(of="ksvd", coder="ormp", view="both").nonnegative is False
+
+
+def test_encoder_vs_dictionary_is_a_whole_grid() -> None:
+    """Every dictionary in both metrics, under a linear encoder, MP and OMP; names say all."""
+    run = load_config(EVAL_CONFIGS / "encoder-vs-dictionary.yaml")
+    learned = {name: c for name, c in run.dictionaries.items() if not isinstance(c, DerivedConfig)}
+    assert len(learned) == 10
+    assert {metric(c).kind for c in learned.values()} == {"none", "std"}
+    for name, config in learned.items():
+        assert metric(config).kind == ("std" if name.endswith("-std") else "none")
+        coded = {n: c for n, c in run.dictionaries.items() if isinstance(c, DerivedConfig) and c.of == name}
+        coders = {getattr(c, "coder", "linear") for c in coded.values()} | {getattr(config, "coder", "own")} - {"own"}
+        assert coders == {"linear", "mp", "omp"}
+        assert {n: f"{name}.{getattr(c, 'coder', 'linear')}" for n, c in coded.items()} == {n: n for n in coded}
+        assert {(c.k, metric(c).kind) for c in coded.values()} == {(20, metric(config).kind)}

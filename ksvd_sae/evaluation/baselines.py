@@ -124,7 +124,7 @@ def fit_sae(
         "samples_seen": trainer.n_training_samples,
         "dead_at_end": monitor.last["dead"],
         "l0_at_end": round(monitor.last["l0"], 2),
-        "products": "sparse" if isinstance(sae, SPARSE) else "dense",
+        "products": "sparse" if isinstance(sae, _SPARSE) else "dense",
         "seconds": round(time.perf_counter() - started, 1),
     }
 
@@ -144,7 +144,7 @@ def load_sae(folder: Path, device: torch.device) -> SAE[Any]:
 # ---------------------------------------------------------------- what SAELens is given
 
 
-SPARSE = (SparseTopKTrainingSAE, SparseBatchTopKTrainingSAE, SparseMatryoshkaTrainingSAE)
+_SPARSE = (SparseTopKTrainingSAE, SparseBatchTopKTrainingSAE, SparseMatryoshkaTrainingSAE)
 
 
 def _kind(config: SAETraining) -> str:
