@@ -170,6 +170,55 @@ class AutoInterpConfig(Strict):
         return self
 
 
+class RavelConfig(Strict):
+    """SAEBench's RAVEL: how well an attribute of an entity is changed without changing its others.
+
+    Left out of SAEBench's own: ``top_n_templates``, which its version 0.6.0 does not read, and ``train_mdas``, which
+    trains a rotation in place of the dictionary.
+    """
+
+    dataset: str | None = Field(None, description="null: adamkarvonen/ravel_prompts; own-ravel: our small set")
+    attributes: dict[str, list[str]] = Field(
+        default_factory=lambda: {
+            "city": ["Country", "Continent", "Language"],
+            "nobel_prize_winner": ["Country of Birth", "Field", "Gender"],
+        },
+        min_length=1,
+        description="kind of entity -> its attributes, two or more",
+    )
+    top_n_entities: int = Field(500, ge=2, description="those that most prompts are answered right for")
+    downsample: int | None = Field(None, ge=2, description="prompts asked of each kind; null: all")
+    pairs_per_attribute: int = Field(5000, ge=2)
+    train_fraction: float = Field(0.7, gt=0, lt=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    epochs: int = Field(2, ge=1)
+    n_generated_tokens: int = Field(6, ge=1)
+    # As SAEBench's command line has it for Gemma-2-2B; the 2048 of its config's default fits no GPU.
+    llm_batch_prompts: int = Field(8, ge=1)
+    seed: int = 42
+
+    @property
+    def right_prompts_needed(self) -> int:
+        """Prompts of an attribute that must be answered right: SAEBench makes a pair of each and as many for isolation,
+        splits them, and leaves out what does not fill a batch."""
+        n = self.llm_batch_prompts
+        while min(int(2 * n * self.train_fraction), 2 * n - int(2 * n * self.train_fraction)) < self.llm_batch_prompts:
+            n += 1
+        return n
+
+    @model_validator(mode="after")
+    def _something_to_isolate_from_and_to_train_on(self) -> "RavelConfig":
+        for kind, attributes in self.attributes.items():
+            if len(set(attributes)) < 2 or len(set(attributes)) < len(attributes):
+                raise ValueError(f"ravel.attributes: {kind} needs two or more different attributes, has {attributes}")
+        if self.pairs_per_attribute < self.right_prompts_needed:
+            raise ValueError(
+                f"ravel.pairs_per_attribute = {self.pairs_per_attribute} fills no batch of llm_batch_prompts = "
+                f"{self.llm_batch_prompts} in both parts of the split; at least {self.right_prompts_needed}"
+            )
+        return self
+
+
 class EvaluationConfig(Strict):
     """The evals to run; null leaves one out, and the table says so."""
 
@@ -177,6 +226,7 @@ class EvaluationConfig(Strict):
     sparse_probing: SparseProbingConfig | None = Field(default_factory=lambda: SparseProbingConfig())
     scr: ScrConfig | None = None
     autointerp: AutoInterpConfig | None = None
+    ravel: RavelConfig | None = None
     seeds: list[int] = Field(
         default_factory=list,
         description="run each eval that draws (not core) once for each, for error bars; empty: with its own seed",

@@ -15,6 +15,7 @@ from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, read_metrics
 from ksvd_sae.evaluation.saebench.autointerp import judged_latents, run_autointerp
 from ksvd_sae.evaluation.saebench.core import run_core
+from ksvd_sae.evaluation.saebench.ravel import HUB_DATASET, run_ravel, scored_pairs
 from ksvd_sae.evaluation.saebench.scr import run_scr
 from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
 from ksvd_sae.offline import bbc_news, biographies
@@ -67,7 +68,13 @@ def evaluate_saebench(
     Args: heldout_name: the local data set that ``dataset: heldout`` stands for.
     Raises: EvaluationError if any score is missing; finished results stay.
     """
-    evals = {"core": _core, "sparse_probing": _sparse_probing, "scr": _scr, "autointerp": _autointerp}
+    evals = {
+        "core": _core,
+        "sparse_probing": _sparse_probing,
+        "scr": _scr,
+        "ravel": _ravel,
+        "autointerp": _autointerp,
+    }
     results = []
     for name, evaluate in evals.items():
         for seed, seeded in _seeded(config, name):
@@ -131,6 +138,16 @@ def _autointerp(
     judge = autointerp.endpoint.model if autointerp.judge == "endpoint" and autointerp.endpoint else "lexical"
     n = {name: judged_latents(path) for name, path in files.items()}
     return _results("autointerp", f"{dataset}, judge: {judge}", n, files)
+
+
+def _ravel(
+    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
+) -> EvalResults | None:
+    if (ravel := config.ravel) is None:
+        return None
+    files = run_ravel(panel, ravel, setting, output / "ravel")
+    n = {name: scored_pairs(path) for name, path in files.items()}
+    return _results("ravel", ravel.dataset or HUB_DATASET, n, files)
 
 
 def _results(eval_name: str, data: str, n: int | dict[str, int], files: dict[str, Path]) -> EvalResults:

@@ -81,6 +81,7 @@ def run_eval(
     for name in sorted({p.name for p in panel} - {p.name for p in missing}):
         logger.info("%s of %s: reusing %s", eval_name, name, files[name].name)
     reasons: list[str] = []
+    failures: dict[str, list[str]] = {}
     waiting: list[tuple[str, Any]] = []
     for panelist in missing:
         try:
@@ -101,8 +102,10 @@ def run_eval(
             logger.debug("%s failed", eval_name, exc_info=True)
             undone = [(stem, sae) for stem, sae in waiting if not _result_file(output, stem).exists()]
             failed = undone[0][0] if undone else "after the last score"
-            reasons.append(f"{failed}: {type(error).__name__}: {error}")
+            failures.setdefault(f"{type(error).__name__}: {error}", []).append(failed)
             waiting = undone[1:]
+    # What is wrong with the model or the data is said once, not for every SAE.
+    reasons += [f"{', '.join(names)}: {what}" for what, names in failures.items()]
     lost = [p.name for p in panel if not files[p.name].exists()]
     if lost or reasons:
         raise EvaluationError(

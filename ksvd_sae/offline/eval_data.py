@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ksvd_sae.eval_config import EvaluationConfig
-from ksvd_sae.offline import bbc_news, biographies
+from ksvd_sae.offline import bbc_news, biographies, ravel
 
 
 def write_eval_data(folder: Path, evaluation: EvaluationConfig) -> None:
@@ -16,3 +16,5 @@ def write_eval_data(folder: Path, evaluation: EvaluationConfig) -> None:
         # SAEBench takes a quarter of a set from each profession and gender, and twice that where they are biased.
         sizes = (size // 2 + 1 for size in (scr.train_set_size, scr.test_set_size))
         biographies.write_dataset(folder / biographies.NAME, *sizes)
+    if evaluation.ravel is not None and evaluation.ravel.dataset == ravel.NAME:
+        ravel.write_files(folder / ravel.NAME)

@@ -11,7 +11,7 @@ UNKNOWN = "unknown"
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 # The evals in the order in which tables list them: from the cheapest to know to the dearest.
-EVALS = ("training", "heldout", "core", "sparse_probing", "autointerp")
+EVALS = ("training", "heldout", "core", "sparse_probing", "scr", "ravel", "autointerp")
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,30 @@ HEADLINES = (
         "test accuracy of a linear probe on the five best latents (fraction of texts)",
         "higher",
         reference="llm_top_5_test_accuracy",
+    ),
+    Headline(
+        "RAVEL",
+        "ravel",
+        "disentanglement_score",
+        "score",
+        "mean of cause and isolation: an attribute of an entity changed, its others kept (fraction of pairs)",
+        "higher",
+    ),
+    Headline(
+        "RAVEL cause",
+        "ravel",
+        "cause_score",
+        "score",
+        "how often swapping an attribute's latents brings the other entity's answer (fraction of pairs)",
+        "higher",
+    ),
+    Headline(
+        "RAVEL isolation",
+        "ravel",
+        "isolation_score",
+        "score",
+        "how often the answers to other attributes stay as they were (fraction of pairs)",
+        "higher",
     ),
     Headline(
         "autointerp",
