@@ -116,7 +116,8 @@ class TestSummary:
         table = tables.summary(frame)
         assert list(table.columns) == [
             *("dictionary", "view", "d_sae", "k", "L0", "samples seen", "FVU", "loss recovered", "KL"),
-            *("nats lost", "probing top-1", "probing top-5", "autointerp", "dead"),
+            *("nats lost", "probing top-1", "probing top-5"),
+            *("RAVEL", "RAVEL cause", "RAVEL isolation", "autointerp", "dead"),
         ]
         assert list(table["dictionary"]) == list(methods)
         turned = table_of(dict(reversed(methods.items())))
