@@ -349,8 +349,8 @@ def test_what_depends_on_no_dictionary_is_computed_once(
     # 4 batches to train on and 2 to score, for each of 2 attributes.
     assert work == {"completions": 1, "activations": 12}
     models.asked.clear()
-    # Another panel and another training of the masks do not ask the model again; nor do epochs.
-    run(counted, setting, tmp_path / "two", CONFIG.model_copy(update={"epochs": 2}))
+    # Another panel, other pairs and a longer training of the masks do not ask the model again; nor do epochs.
+    run(counted, setting, tmp_path / "two", CONFIG.model_copy(update={"epochs": 2, "seed": 4}))
     assert work == {"completions": 1, "activations": 24}
     assert models.asked == ["model", "tokenizer"]
 
@@ -369,7 +369,7 @@ def test_second_call_reuses(setting: EvalSetting, models: Models, tmp_path: Path
 def test_another_input_is_another_result(change: str, setting: EvalSetting, work: Counter[str], tmp_path: Path) -> None:
     counted, config = CountedPanel({"topk-sae": tiny_topk_sae}), CONFIG
     if change == "config":
-        config = CONFIG.model_copy(update={"seed": 4})
+        config = CONFIG.model_copy(update={"n_generated_tokens": 1})
     else:
         write_prompts(tmp_path / DATASET, tiny_language_model("gpt_neox"))
         path = tmp_path / DATASET / "base" / f"ravel_{KIND}_entity_attributes.json"
