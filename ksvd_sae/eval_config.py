@@ -219,6 +219,31 @@ class RavelConfig(Strict):
         return self
 
 
+class AbsorptionConfig(Strict):
+    """SAEBench's first-letter absorption. Names and defaults are SAEBench's where it has them."""
+
+    vocabulary_sample: int | None = Field(
+        None, ge=100, description="words of the model's vocabulary, drawn evenly over letters; null: all"
+    )
+    prompt_template: str = Field("{word} has the first letter:", pattern=r"\{word\}")
+    prompt_token_pos: int = Field(-6, le=-1, description="where the word's token is, from the end of the prompt")
+    llm_batch_contexts: int = Field(10, ge=1)
+    max_k_value: int = Field(10, ge=1, description="k-sparse probes use 1 to this many latents")
+    f1_jump_threshold: float = Field(0.03, description="F1 that another latent must add to count as a split feature")
+    k_sparse_probe_l1_decay: float = Field(0.01, ge=0)
+    k_sparse_probe_batch_size: int = Field(4096, ge=1)
+    k_sparse_probe_num_epochs: int = Field(50, ge=1)
+    eval_k_sparse_probe_batch_size: int = Field(24, ge=1)
+    precalc_k_sparse_probe_sae_acts: bool = Field(
+        False, description="code the words once and not 50 + 26·max_k_value times; needs words × d_sae floats of memory"
+    )
+    min_gt_probe_f1: float = Field(0.6, ge=0, lt=1, description="letters whose probe on the activations does better")
+    # Scores come with their standard deviation over letters, which one letter has not.
+    min_feats_for_eval: int = Field(20, ge=2, le=26, description="letters that there must be")
+    llm_cache_bytes: int = Field(2**30, ge=0, description="activations kept so that the LLM runs once for the panel")
+    seed: int = 42
+
+
 class EvaluationConfig(Strict):
     """The evals to run; null leaves one out, and the table says so."""
 
@@ -227,6 +252,7 @@ class EvaluationConfig(Strict):
     scr: ScrConfig | None = None
     autointerp: AutoInterpConfig | None = None
     ravel: RavelConfig | None = None
+    absorption: AbsorptionConfig | None = None
     seeds: list[int] = Field(
         default_factory=list,
         description="run each eval that draws (not core) once for each, for error bars; empty: with its own seed",

@@ -109,6 +109,8 @@ SHARED_CORE = {"rtol": 1e-5, "atol": 1e-5}
 # Weights after ten steps of Adam, as a fraction of the way they went: it divides a gradient by its size, so where a
 # gradient is rounding the steps differ by as much as they are long.
 SPARSE_PARAMETERS = 1e-2
+# SAEBench's scores, from the same activations: shares of words, which rounding cannot move by less than one word.
+SAEBENCH_SCORE = 1e-5
 # Codes of an orthonormal basis rebuild a float32 sample to rounding: squared, 1e-14, with room for the mean.
 PERFECT_FVU = 1e-9
 

@@ -1,15 +1,18 @@
 """What SAEBench needs changed around it to run on our data. Each adapter says why it exists.
 
-All are context managers that put everything back.
+All are context managers that put everything back. Those of one eval alone lie beside them (absorption_adapters.py).
 """
 
 import logging
 import os
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from sae_bench.evals.autointerp import main as autointerp
 from sae_bench.evals.core import main as core
 from sae_bench.evals.scr_and_tpp import main as scr
@@ -43,6 +46,36 @@ def working_directory(folder: Path) -> Iterator[None]:
             del os.environ["GIT_CEILING_DIRECTORIES"]
         else:
             os.environ["GIT_CEILING_DIRECTORIES"] = ceiling
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` inside: how SAEBench, which has no hooks, is changed without touching its files."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Put the random states of Python, numpy and torch back: an eval that is seeded must not seed what comes after."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.eval_config import EvaluationConfig
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, read_metrics
+from ksvd_sae.evaluation.saebench.absorption import run_absorption, words_scored
 from ksvd_sae.evaluation.saebench.autointerp import judged_latents, run_autointerp
 from ksvd_sae.evaluation.saebench.core import run_core
 from ksvd_sae.evaluation.saebench.ravel import HUB_DATASET, run_ravel, scored_pairs
@@ -72,6 +73,7 @@ def evaluate_saebench(
         "core": _core,
         "sparse_probing": _sparse_probing,
         "scr": _scr,
+        "absorption": _absorption,
         "ravel": _ravel,
         "autointerp": _autointerp,
     }
@@ -126,6 +128,17 @@ def _scr(
     files = run_scr(panel, scr, {biographies.NAME: biographies.PROFESSIONS}, setting, output)
     data = "SAEBench's two data sets" if scr.datasets is None else ", ".join(scr.datasets)
     return _results("scr", data, scr.test_set_size, files)
+
+
+def _absorption(
+    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
+) -> EvalResults | None:
+    if (absorption := config.absorption) is None:
+        return None
+    files = run_absorption(panel, absorption, setting, output / "absorption")
+    sample = absorption.vocabulary_sample
+    data = "vocabulary" if sample is None else f"vocabulary sample of {sample}"
+    return _results("absorption", data, words_scored(next(iter(files.values()))), files)
 
 
 def _autointerp(

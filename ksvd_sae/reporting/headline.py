@@ -11,7 +11,7 @@ UNKNOWN = "unknown"
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 # The evals in the order in which tables list them: from the cheapest to know to the dearest.
-EVALS = ("training", "heldout", "core", "sparse_probing", "scr", "ravel", "autointerp")
+EVALS = ("training", "heldout", "core", "sparse_probing", "scr", "absorption", "ravel", "autointerp")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Headline:
         style: how its numbers are written.
         meaning: what it is, with its unit, as a phrase.
         reference: a metric of the same eval to name beside it: what no dictionary reaches by itself.
+        optional: no column where nothing was scored; for evals that run only where a config asks for them.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Headline:
     better: Literal["lower", "higher"] | None = None
     minus: str | None = None
     reference: str | None = None
+    optional: bool = False
 
     @property
     def arrow(self) -> str:
@@ -103,12 +105,43 @@ HEADLINES = (
         reference="llm_top_5_test_accuracy",
     ),
     Headline(
+        "SCR top-20",
+        "scr",
+        "scr_metric_threshold_20",
+        "score",
+        "how much of a classifier's spurious gender bias goes when the 20 latents that carry it are zeroed "
+        "(fraction; below 0: bias was added)",
+        "higher",
+        optional=True,
+    ),
+    Headline(
+        "absorption",
+        "absorption",
+        "mean_absorption_fraction_score",
+        "score",
+        "how much of a word's first letter other latents carry where the letter's own do not "
+        "(fraction, mean over words, then letters)",
+        "lower",
+        optional=True,
+    ),
+    Headline(
+        "full absorption",
+        "absorption",
+        "mean_full_absorption_score",
+        "score",
+        "words on which the letter's own latents are silent and another latent stands in for them "
+        "(fraction of words, mean over letters)",
+        "lower",
+        optional=True,
+    ),
+    Headline(
         "RAVEL",
         "ravel",
         "disentanglement_score",
         "score",
         "mean of cause and isolation: an attribute of an entity changed, its others kept (fraction of pairs)",
         "higher",
+        optional=True,
     ),
     Headline(
         "RAVEL cause",
@@ -117,6 +150,7 @@ HEADLINES = (
         "score",
         "how often swapping an attribute's latents brings the other entity's answer (fraction of pairs)",
         "higher",
+        optional=True,
     ),
     Headline(
         "RAVEL isolation",
@@ -125,6 +159,7 @@ HEADLINES = (
         "score",
         "how often the answers to other attributes stay as they were (fraction of pairs)",
         "higher",
+        optional=True,
     ),
     Headline(
         "autointerp",
@@ -134,6 +169,7 @@ HEADLINES = (
         "how often a judge that explained a latent in words predicts from them whether it fires in a text "
         "(fraction of texts, mean over latents)",
         "higher",
+        optional=True,
     ),
     Headline(
         "dead",

@@ -16,9 +16,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.reporting import style
-from ksvd_sae.reporting.headline import HEADLINES
 from ksvd_sae.reporting.plots import Colours
-from ksvd_sae.reporting.tables import entry_labels, intervals, summary
+from ksvd_sae.reporting.tables import entry_labels, intervals, shown_headlines, summary
 
 BEHAVIOUR = "loss recovered"
 # The largest L0 over the smallest, of the real methods, from where on the plots are drawn.
@@ -84,7 +83,8 @@ def metrics_against_l0(
     Raises: EvaluationError: no headline metric has a score.
     """
     table, widths = _families(summary(frame), controls, colours), intervals(frame)
-    panels = [headline for headline in HEADLINES if headline.better and table[headline.label].notna().any()]
+    scored = [headline for headline in shown_headlines(frame) if table[headline.label].notna().any()]
+    panels = [headline for headline in scored if headline.better]
     if not panels:
         raise EvaluationError("plotting the headline metrics against L0: none has a score", cure="turn on an eval")
     columns = min(3, len(panels))

@@ -17,8 +17,8 @@ from matplotlib.patches import ConnectionPatch, Rectangle
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.reporting import style
-from ksvd_sae.reporting.headline import HEADLINES, Headline, column_texts
-from ksvd_sae.reporting.tables import entry_labels, reference_value, summary
+from ksvd_sae.reporting.headline import Headline, column_texts
+from ksvd_sae.reporting.tables import entry_labels, reference_value, shown_headlines, summary
 
 Colours = Mapping[str, str] | None
 
@@ -142,7 +142,8 @@ def metric_bars(
         EvaluationError: no headline metric has a score.
     """
     table = summary(frame)
-    panels = [headline for headline in HEADLINES if headline.better and table[headline.label].notna().any()]
+    scored = [headline for headline in shown_headlines(frame) if table[headline.label].notna().any()]
+    panels = [headline for headline in scored if headline.better]
     if not panels:
         raise EvaluationError("plotting the headline metrics: none has a score", cure="turn on an eval")
     chosen = style.colours_of(table["dictionary"], colours, controls)

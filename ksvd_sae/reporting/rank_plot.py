@@ -6,9 +6,8 @@ import pandas as pd
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.reporting import style
-from ksvd_sae.reporting.headline import HEADLINES
 from ksvd_sae.reporting.plots import Colours
-from ksvd_sae.reporting.tables import entry_labels, summary
+from ksvd_sae.reporting.tables import entry_labels, shown_headlines, summary
 
 
 def ranks(frame: pd.DataFrame, controls: frozenset[str] = frozenset()) -> pd.DataFrame:
@@ -22,7 +21,7 @@ def ranks(frame: pd.DataFrame, controls: frozenset[str] = frozenset()) -> pd.Dat
     real = table[~table["dictionary"].isin(controls)].set_index("label")
     columns = {
         headline.heading: real[headline.label].rank(ascending=headline.better == "lower", method="average")
-        for headline in HEADLINES
+        for headline in shown_headlines(frame)
         if headline.better and real[headline.label].notna().all() and real[headline.label].nunique() > 1
     }
     return pd.DataFrame(columns, index=real.index) if len(real) > 1 else pd.DataFrame()

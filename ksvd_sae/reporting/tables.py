@@ -30,7 +30,6 @@ from ksvd_sae.reporting.scores import (
 )
 from ksvd_sae.reporting.statistics import SEEDS, UNKNOWN, Estimate, estimate
 
-SUMMARY_COLUMNS = [*DESCRIPTIONS, *(headline.label for headline in HEADLINES)]
 TITLE = "Comparison of dictionaries"
 
 Pair = tuple[str, str]
@@ -52,6 +51,11 @@ def headline_data(frame: pd.DataFrame, headline: Headline) -> str | None:
         return None
     pairs = rows.groupby("data", sort=False)[["dictionary", "view"]].apply(lambda part: len(part.drop_duplicates()))
     return str(pairs.idxmax())
+
+
+def shown_headlines(frame: pd.DataFrame) -> list[Headline]:
+    """The headline columns of a table: optional ones only where they were scored."""
+    return [headline for headline in HEADLINES if not headline.optional or headline_data(frame, headline) is not None]
 
 
 def _pairs(typed: pd.DataFrame) -> list[Pair]:
@@ -113,7 +117,7 @@ def summary(frame: pd.DataFrame) -> pd.DataFrame:
         frame: the scores. Where an eval has several data sets, the headline takes the one that
             scores most dictionaries (of equals, the first); ``legend`` names it.
     Returns:
-        SUMMARY_COLUMNS, means over seeds; NaN where there is no finite score.
+        the descriptions and ``shown_headlines``, means over seeds; NaN where there is no finite score.
     Raises:
         EvaluationError: see ``check_table``; rows of one dictionary that disagree on its size.
     """
@@ -137,13 +141,13 @@ def _summarised(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     }
     widths: dict[str, list[Any]] = {**named, "d_sae": nothing, "k": nothing}
     columns = {"L0": [_measured_l0(typed, pair) for pair in pairs]}
-    for headline in HEADLINES:
+    for headline in shown_headlines(typed):
         scores = dict(list(headline_scores(typed, headline).groupby(["dictionary", "view"], sort=False)))
         keys = [(name, "") if headline.eval == "training" else (name, view) for name, view in pairs]
         columns[headline.label] = [estimate(scores[key]) if key in scores else UNKNOWN for key in keys]
     for name, found in columns.items():
         means[name], widths[name] = [e.mean for e in found], [e.half_width for e in found]
-    return pd.DataFrame(means, columns=SUMMARY_COLUMNS), pd.DataFrame(widths, columns=SUMMARY_COLUMNS)
+    return pd.DataFrame(means), pd.DataFrame(widths)
 
 
 def entry_labels(table: pd.DataFrame) -> list[str]:
@@ -218,7 +222,7 @@ def legend(frame: pd.DataFrame) -> list[tuple[str, str]]:
     """(heading, meaning) of every headline column: its unit, its data set by its true name, and n."""
     typed = typed_frame(frame)
     entries = list(DESCRIPTIONS.items())
-    for headline in HEADLINES:
+    for headline in shown_headlines(typed):
         data = headline_data(typed, headline)
         text = headline.meaning
         if data is None:

@@ -14,7 +14,7 @@ from ksvd_sae.reporting.headline import HEADLINES, Headline
 from ksvd_sae.reporting.scores import check_table, typed_frame
 from ksvd_sae.reporting.sections import Section
 from ksvd_sae.reporting.statistics import SEEDS, difference
-from ksvd_sae.reporting.tables import headline_scores, summary
+from ksvd_sae.reporting.tables import headline_scores, shown_headlines, summary
 
 COLUMNS = ["dictionary", "view", "k", "score", "baseline", "difference", "half_width", "n", "over", "verdict"]
 
@@ -31,7 +31,12 @@ def verdicts(frame: pd.DataFrame, baselines: frozenset[str]) -> pd.DataFrame:
     """
     check_table(frame)
     typed, table = typed_frame(frame), summary(frame)
-    rows = [row for headline in HEADLINES if headline.better for row in _column(typed, table, headline, baselines)]
+    rows = [
+        row
+        for headline in shown_headlines(typed)
+        if headline.better
+        for row in _column(typed, table, headline, baselines)
+    ]
     found = pd.DataFrame(rows, columns=COLUMNS)
     order = {name: rank for rank, name in enumerate(dict.fromkeys(table["dictionary"]))}
     return found.sort_values("dictionary", key=lambda names: names.map(order), kind="stable").reset_index(drop=True)

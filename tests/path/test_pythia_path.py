@@ -86,7 +86,7 @@ def test_every_dictionary_has_its_headline_scores(place: Workplace) -> None:
     table = pd.read_csv(place.results / "comparison.csv")
     assert set(table["dictionary"]) == set(DICTIONARIES)
     assert {"heldout", "core", "sparse_probing"} <= set(table["eval"])
-    for headline in HEADLINES:
+    for headline in (headline for headline in HEADLINES if not headline.optional):
         for metric in filter(None, (headline.metric, headline.minus, headline.reference)):
             rows = table[(table["eval"] == headline.eval) & (table["metric"] == metric)]
             assert sorted(rows["dictionary"]) == sorted(DICTIONARIES), (headline.eval, metric)

@@ -48,7 +48,7 @@ def test_same_cells_as_the_markdown(frame, methods):
 
 def test_structure(frame):
     text = to_latex(tables.summary(frame), CONTROLS)
-    n_columns = len(tables.SUMMARY_COLUMNS)
+    n_columns = len(tables.summary(frame).columns)
     assert text.startswith(rf"\begin{{tabular}}{{ll{'r' * (n_columns - 2)}}}" + "\n\\toprule\n")
     assert text.endswith("\\bottomrule\n\\end{tabular}\n")
     assert {len(row) for row in rows_of(text)} == {n_columns}
@@ -64,7 +64,7 @@ def test_structure(frame):
 def test_names_cannot_break_the_table(frame, name):
     frame["dictionary"] = frame["dictionary"].replace({"db-ksvd": name})
     rows = rows_of(to_latex(tables.summary(frame), CONTROLS))
-    assert {len(row) for row in rows} == {len(tables.SUMMARY_COLUMNS)}
+    assert {len(row) for row in rows} == {len(tables.summary(frame).columns)}
     first = rows[1][0]
     assert not first.startswith(("[", "*")), "would be an argument of the line break before it"
     assert not re.search(r"(?<!\\)[%&_#$]", first)
@@ -75,7 +75,7 @@ def test_intervals_stand_behind_the_means(frame):
     table, widths = tables.summary(several), tables.intervals(several)
     rows = rows_of(to_latex(table, CONTROLS, widths))
     assert any(r" $\pm$ " in cell for cell in rows[1])
-    assert {len(row) for row in rows} == {len(tables.SUMMARY_COLUMNS)}
+    assert {len(row) for row in rows} == {len(tables.summary(frame).columns)}
 
 
 def balance(text):
@@ -98,5 +98,5 @@ def test_document(frame, tmp_path):
     # pdfLaTeX has no glyph for these.
     assert not re.search("[↓↑±−×]", code)
     comments = [line for line in text.splitlines() if line.startswith("% ")]
-    assert len(comments) == 1 + len(tables.SUMMARY_COLUMNS), "what each column means"
+    assert len(comments) == 1 + len(tables.summary(frame).columns), "what each column means"
     assert all(line.startswith("%") for line in text.split(r"\end{table}")[1].strip().splitlines())

@@ -116,8 +116,7 @@ class TestSummary:
         table = tables.summary(frame)
         assert list(table.columns) == [
             *("dictionary", "view", "d_sae", "k", "L0", "samples seen", "FVU", "loss recovered", "KL"),
-            *("nats lost", "probing top-1", "probing top-5"),
-            *("RAVEL", "RAVEL cause", "RAVEL isolation", "autointerp", "dead"),
+            *("nats lost", "probing top-1", "probing top-5", "dead"),
         ]
         assert list(table["dictionary"]) == list(methods)
         turned = table_of(dict(reversed(methods.items())))
@@ -288,7 +287,7 @@ class TestMarkdown:
         text = (tmp_path / "table.md").read_text(encoding="utf-8")
         assert text.startswith("# Demo\n\n| dictionary ")
         for headline in HEADLINES:
-            assert f"- **{headline.heading}**: " in text
+            assert (f"- **{headline.heading}**: " in text) == (not headline.optional)
         assert "on bbc-news heldout, n = 65,536" in text
         assert "nats a token" in text
         assert "the same probe on the raw activations gives 0.632" in text
@@ -300,6 +299,33 @@ class TestMarkdown:
         legend = dict(tables.legend(frame[frame["eval"] != "core"]))
         assert legend["KL ↓"].endswith("; not scored here")
         assert "not scored" not in legend["FVU ↓"]
+
+
+class TestOptionalColumns:
+    """Evals that run only where a config asks for them have no column elsewhere."""
+
+    @pytest.fixture
+    def absorbed(self, frame):
+        rows = frame[(frame["eval"] == "core") & (frame["metric"] == "l0")].head(2)
+        rows = rows.assign(eval="absorption", data="vocabulary sample of 2000", n=310)
+        rows = rows.assign(metric="mean_absorption_fraction_score", value=[0.25, 0.125])
+        return pd.concat([frame, rows], ignore_index=True)
+
+    def test_not_scored(self, frame):
+        assert "absorption" not in tables.summary(frame)
+        assert not any("absorption" in heading for heading, _ in tables.legend(frame))
+
+    def test_scored(self, absorbed):
+        table = tables.summary(absorbed)
+        assert list(table["absorption"][:2]) == [0.25, 0.125]
+        assert table["absorption"][2:].isna().all()
+        assert "full absorption" not in table, "this score of the same eval is not there"
+        assert dict(tables.legend(absorbed))["absorption ↓"].endswith("; on vocabulary sample of 2000, n = 310")
+
+    def test_scored_but_not_finite(self, absorbed):
+        """A score that is no number was asked for: its column stays."""
+        absorbed.loc[absorbed["eval"] == "absorption", "value"] = np.nan
+        assert tables.summary(absorbed)["absorption"].isna().all()
 
 
 class TestNumbers:
