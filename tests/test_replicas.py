@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from ksvd_sae.config import RunConfig, parse_config
-from ksvd_sae.errors import ConfigError
+from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.eval_config import EvaluationConfig, SparseProbingConfig
 from ksvd_sae.evaluation import panel
 from ksvd_sae.evaluation.panel import EvalResults, evaluate_saebench, result_files, tidy_rows
@@ -129,3 +129,29 @@ def test_evals_that_draw_run_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [row["eval_seed"] for r in results for row in tidy_rows(r, facts)] == [None, 1, 2]
     own = evaluate_saebench([], config.model_copy(update={"seeds": []}), setting, "heldout", Path())
     assert [r.seed for r in own] == [None, 8]
+
+
+def test_an_eval_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def failing(*_: Any) -> EvalResults:
+        raise EvaluationError("core: no score for a", cause="the disk is full")
+
+    def probe(panelists: Any, config: EvaluationConfig, *_: Any) -> EvalResults:
+        assert config.sparse_probing is not None
+        ran.append(f"probing {config.sparse_probing.seed}")
+        if config.sparse_probing.seed == 2:
+            raise EvaluationError("sparse_probing: no score for b")
+        return EvalResults("sparse_probing", "texts", 9, {}, {})
+
+    monkeypatch.setattr(panel, "_core", failing)
+    monkeypatch.setattr(panel, "_sparse_probing", probe)
+    setting: Any = None
+    with pytest.raises(EvaluationError, match="core: no score for a"):
+        evaluate_saebench([], EvaluationConfig(seeds=[1]), setting, "heldout", Path())
+    assert ran == ["probing 1"]
+    with pytest.raises(EvaluationError, match="2 evals failed") as raised:
+        evaluate_saebench([], EvaluationConfig(seeds=[2, 3]), setting, "heldout", Path())
+    assert ran == ["probing 1", "probing 2", "probing 3"]
+    assert "the disk is full" in str(raised.value)
+    assert "no score for b" in str(raised.value)

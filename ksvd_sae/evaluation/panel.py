@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import EvaluationConfig
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.runner import EvalSetting, Panelist, read_metrics
@@ -77,11 +78,25 @@ def evaluate_saebench(
         "ravel": _ravel,
         "autointerp": _autointerp,
     }
-    results = []
+    results, failures = [], []
     for name, evaluate in evals.items():
         for seed, seeded in _seeded(config, name):
-            found = evaluate(panel, seeded, setting, heldout_name, output)
+            try:
+                found = evaluate(panel, seeded, setting, heldout_name, output)
+            # One eval that fails takes no other with it: what they give is kept, and need not be computed again.
+            except EvaluationError as error:
+                logger.error("%s failed: %s", name, error.what)
+                failures.append(error)
+                continue
             results += [] if found is None else [replace(found, seed=seed)]
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise EvaluationError(
+            f"{len(failures)} evals failed; the others are done and kept",
+            cause="\n".join(str(failure) for failure in failures),
+            cure="mend what they say and run again",
+        )
     return results
 
 
