@@ -1,5 +1,6 @@
 """A run from YAML: every mistake is named with its key, and what is read can be written back."""
 
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from ksvd_sae.config import (
     views,
 )
 from ksvd_sae.errors import ConfigError
+from ksvd_sae.replicas import replicas
+from ksvd_sae.studies.grid import load_study
+from tests.command_line import EVAL_CONFIGS
 
 RAW: dict[str, Any] = {
     "name": "small",
@@ -318,3 +322,20 @@ class TestFile:
         (tmp_path / "a.yaml").write_text("!!python/object/apply:os.getcwd []")
         with pytest.raises(ConfigError, match="not YAML"):
             load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(EVAL_CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_of_the_repository_loads(path: Path) -> None:
+    """A run's, or a study's: those have a base."""
+    if "base" in yaml.safe_load(path.read_text()):
+        study, _ = load_study(path)
+        assert study.name == path.stem
+        return
+    assert load_config(path).name == path.stem
+
+
+def test_demo_full_has_seeds_for_error_bars() -> None:
+    run = load_config(EVAL_CONFIGS / "demo-full.yaml")
+    by_budget = Counter((replica.name, replica.config.k) for replica in replicas(run))
+    assert {n for (_, k), n in by_budget.items() if k != 20} == {1}
+    assert {n for (name, k), n in by_budget.items() if k == 20 and name != "pca"} == {3}
