@@ -223,7 +223,7 @@ class RunConfig(Strict):
 
     name: str = Field(pattern=_NAME)
     seed: int = 0
-    training_seeds: list[int] = Field(
+    training_seeds: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list,
         description="learn each dictionary without a seed of its own once for each, for error bars; empty: with `seed`",
     )

@@ -253,14 +253,25 @@ class EvaluationConfig(Strict):
     autointerp: AutoInterpConfig | None = None
     ravel: RavelConfig | None = None
     absorption: AbsorptionConfig | None = None
-    seeds: list[int] = Field(
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list,
         description="run each eval that draws (not core) once for each, for error bars; empty: with its own seed",
     )
     llm_cache_gb: float = Field(
-        10.0, ge=0, description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing"
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing",
     )
-    llm_memory_gb: float = Field(2.0, ge=0, description="memory for the untouched model's probabilities (core)")
+    llm_memory_gb: float = Field(
+        2.0, ge=0, allow_inf_nan=False, description="memory for the untouched model's probabilities (core)"
+    )
+
+    @model_validator(mode="after")
+    def _each_seed_once(self) -> "EvaluationConfig":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"evaluation.seeds: {self.seeds} names a seed twice")
+        return self
 
 
 class ReportConfig(Strict):

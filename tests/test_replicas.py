@@ -155,3 +155,25 @@ def test_an_eval_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPat
     assert ran == ["probing 1", "probing 2", "probing 3"]
     assert "the disk is full" in str(raised.value)
     assert "no score for b" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("seeds", [1, 1], "names a seed twice"),
+        ("seeds", [-1], "greater than or equal to 0"),
+        ("llm_cache_gb", float("inf"), "finite"),
+        ("llm_cache_gb", -1, "greater than or equal to 0"),
+        ("llm_memory_gb", float("nan"), "finite|greater than or equal to 0"),
+    ],
+)
+def test_bad_evaluation_settings_are_refused_before_anything_runs(key: str, value: Any, words: str) -> None:
+    raw = deepcopy(RAW)
+    raw["evaluation"][key] = value
+    with pytest.raises(ConfigError, match=words):
+        parse_config(raw)
+
+
+def test_negative_training_seed() -> None:
+    with pytest.raises(ConfigError, match="greater than or equal to 0"):
+        config_with([-1])
