@@ -60,7 +60,7 @@ class TensorCache:
         return tensors
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> bool:
-        """Keep tensors; whether there was room."""
+        """Keep tensors; whether there was room, and the disk took them."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         sizes = self._known()
         if not self._make_room(size - sizes.get(key, 0)):
@@ -69,8 +69,13 @@ class TensorCache:
         # safetensors refuses two names for one memory, such as an activation that is the last one too.
         dense = torch.contiguous_format
         own = {name: tensor.detach().cpu().clone(memory_format=dense) for name, tensor in tensors.items()}
-        with atomic_path(path) as temporary:
-            save_file(own, temporary)
+        try:
+            with atomic_path(path) as temporary:
+                save_file(own, temporary)
+        except (OSError, SafetensorError) as error:
+            # A full disk costs time and no score: what is not kept is computed again.
+            logger.warning("%s could not be kept (%s): the model will be asked again", path, error)
+            return False
         sizes[key] = path.stat().st_size
         self._used.add(key)
         return True

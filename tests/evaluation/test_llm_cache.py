@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ksvd_sae.errors import ConfigError
+from ksvd_sae.evaluation import llm_cache
 from ksvd_sae.evaluation.llm_cache import TensorCache, model_fingerprint, tokens_hash
 from tests.tiny_saes import tiny_model
 
@@ -99,3 +100,19 @@ def test_tokens_hash_tells_contexts_apart() -> None:
     assert tokens_hash(tokens_BL) == tokens_hash(tokens_BL.to(torch.int32).T.contiguous().T)
     assert tokens_hash(tokens_BL) != tokens_hash(tokens_BL.reshape(4, 3))
     assert tokens_hash(tokens_BL) != tokens_hash(tokens_BL + 1)
+
+
+def test_disk_that_takes_nothing_costs_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = TensorCache(tmp_path, 10**6)
+    monkeypatch.setattr(llm_cache, "save_file", full)
+    assert not cache.put("key", ENTRY)
+    assert "No space left" in caplog.text
+    assert cache.get("key") is None
+    assert not list(tmp_path.iterdir()), "nothing half written"
+    monkeypatch.undo()
+    assert cache.put("key", ENTRY)
