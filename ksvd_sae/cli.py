@@ -201,13 +201,16 @@ class Suite(str, Enum):
     UPDATE = "update"
     TRAIN = "train"
     SCALING = "scaling"
+    EVALS = "evals"
     ALL = "all"
     TABLE = "table"
 
 
 @app.command(epilog="Example: ksvd-sae bench coding --data planted --peers none")
 def bench(
-    suite: Annotated[Suite, typer.Argument(help="what to measure; table prints what has been measured")],
+    suite: Annotated[
+        Suite, typer.Argument(help="what to measure (all: without evals); table prints what has been measured")
+    ],
     data: Annotated[str, typer.Option(help="activations (of CONFIG's finished harvest) or planted")] = "activations",
     config: Annotated[Path, typer.Option(metavar="CONFIG.yaml")] = Path("eval_configs/demo.yaml"),
     samples: Annotated[int | None, typer.Option(help="n; the suite has a default, as for the next three")] = None,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -34,6 +34,9 @@ from ksvd_sae.recoding import Source, derive_dictionary
 from ksvd_sae.replicas import Replica, other_training, replicas
 from ksvd_sae.trained import TrainedDictionary
 from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
+
+if TYPE_CHECKING:
+    from ksvd_sae.evaluation.runner import EvalSetting, Panelist
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
@@ -243,24 +246,11 @@ class Run:
         if is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
             logger.info("evaluate: reusing %s", self._evaluation_folder)
             return self.evaluated()
-        from ksvd_sae.evaluation.llm_cache import TensorCache
         from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, result_files, tidy_rows
-        from ksvd_sae.evaluation.runner import EvalSetting, Panelist
 
         started, evaluation = time.perf_counter(), self.config.evaluation
         trained = [viewed for t in self.trained() for viewed in t.in_views()]
-        panel = [Panelist(t.panelist, t.content, partial(self.load_sae, t)) for t in trained]
-        data_folder, data_hash = self.local_data()
-        setting = EvalSetting(
-            model_name=self.config.model.name,
-            dtype=self.config.model.dtype,
-            device=str(self.device),
-            data_folder=data_folder,
-            data_hash=data_hash,
-            artifacts=self.cache / "artifacts",
-            cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
-            memory_bytes=int(evaluation.llm_memory_gb * 1e9),
-        )
+        panel, setting = self.panel(), self.eval_setting()
         output = self.cache / "evaluations"
         heldout = evaluate_heldout(panel, self.shards("heldout"), content_hash(self._harvest_key), output / "heldout")
         results = [replace(heldout, data=self.heldout_name)]
@@ -279,6 +269,31 @@ class Run:
             config=self.config.model_dump(mode="json"),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
+        )
+
+    def panel(self) -> "list[Panelist]":
+        """Every view of every finished training, as evals take them; ManifestError if one has not been done."""
+        from ksvd_sae.evaluation.runner import Panelist
+
+        trained = [viewed for t in self.trained() for viewed in t.in_views()]
+        return [Panelist(t.panelist, t.content, partial(self.load_sae, t)) for t in trained]
+
+    def eval_setting(self) -> "EvalSetting":
+        """What SAEBench's evals read and where they keep what can be used again."""
+        from ksvd_sae.evaluation.llm_cache import TensorCache
+        from ksvd_sae.evaluation.runner import EvalSetting
+
+        evaluation = self.config.evaluation
+        data_folder, data_hash = self.local_data()
+        return EvalSetting(
+            model_name=self.config.model.name,
+            dtype=self.config.model.dtype,
+            device=str(self.device),
+            data_folder=data_folder,
+            data_hash=data_hash,
+            artifacts=self.cache / "artifacts",
+            cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
+            memory_bytes=int(evaluation.llm_memory_gb * 1e9),
         )
 
     def _examples(self, output: Path) -> dict[str, Path]:

@@ -75,6 +75,8 @@ class Settings:
 
 # The suites in the order that `bench all` runs them.
 ALL = ("coding", "update", "train", "scaling")
+# And one that needs a trained panel, and as long as the rest together.
+SUITES = (*ALL, "evals")
 
 
 @dataclass

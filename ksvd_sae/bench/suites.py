@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.bench import peers, rows
-from ksvd_sae.bench.settings import ALL, Settings
+from ksvd_sae.bench.settings import SUITES, Settings
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ def run(names: tuple[str, ...], settings: Settings, folder: Path) -> tuple[list[
 
     Raises: MissingExtraError, before anything is measured, if a peer that was asked for is not installed.
     """
-    if unknown := [name for name in names if name not in ALL]:
+    if unknown := [name for name in names if name not in SUITES]:
         raise ValueError(f"no such suites: {unknown}")
     peers.require(peers.chosen(settings.peers, frozenset(names)))
     measured, failures = [], []

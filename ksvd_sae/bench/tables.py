@@ -12,7 +12,7 @@ from ksvd_sae.bench import rows as row_files
 from ksvd_sae.bench.gpu import GOALS
 from ksvd_sae.bench.rows import OURS
 from ksvd_sae.bench.scaling import slope
-from ksvd_sae.bench.settings import ALL
+from ksvd_sae.bench.settings import SUITES
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.provenance import atomic_path
 
@@ -21,11 +21,11 @@ README = "README.md"
 # A case: what is compared with each other.
 _CASE = ("suite", "case", "case_n", "d", "m", "k", "data", "cpu", "threads")
 _CONTENDER = ("impl", "config", "backend", "dtype", "device")
-_ORDER = (*ALL, "gpu")
+_ORDER = (*SUITES, "gpu")
 INTRO = """# Benchmarks
 
 Written by `ksvd-sae bench table --write` from the rows in this folder (`*.jsonl`, one object a measurement; their
-fields are explained in `ksvd_sae/bench/rows.py`). Measured by `ksvd-sae bench all`.
+fields are explained in `ksvd_sae/bench/rows.py`). Measured by `ksvd-sae bench all` and `ksvd-sae bench evals`.
 
 **seconds**: median of the repeats, with the 20 and 80 % quantiles; the implementations take turns. **samples timed**:
 fewer than the case's where an implementation is too slow for all of them; its seconds are then scaled up. **FVU**:
@@ -190,6 +190,28 @@ def _scaling(found: list[Row]) -> list[str]:
     return [where, markdown(head, body, text=3), "\n".join(f"- {line}" for line in memory)]
 
 
+def _evals(found: list[Row]) -> list[str]:
+    """A line for each eval: ours and SAEBench's own run of the same panel."""
+    head = ["eval", "SAEBench's own, s", "ours, s ↓", "faster", "scores compared", "largest difference"]
+    head += ["SAEBench's own, peak MiB", "ours, peak MiB ↓"]
+    body = []
+    for case in _cases(found):
+        by_impl = {row["impl"]: row for row in case}
+        ours, theirs = by_impl[OURS], by_impl.get("sae_bench")
+        if theirs is None:
+            body.append([ours["case"], "", _number(ours["median_s"]), "", "", "", "", _whole(ours["peak_mib"])])
+            continue
+        faster = f"{_number(theirs['median_s'] / ours['median_s'])} ×"
+        compared = [f"{ours['n_scores']:,}", f"{ours['largest_difference']:.1e}"]
+        times = [_number(theirs["median_s"]), _number(ours["median_s"]), faster]
+        body.append([ours["case"], *times, *compared, _whole(theirs["peak_mib"]), _whole(ours["peak_mib"])])
+    base = found[-1]
+    where = f"A panel of {base['n']} dictionaries ({base['dictionary']}) of {base['data']}, on {base.get('cpu')} with "
+    where += f"{base['threads']} threads; commit {base['commit']}. Both start with nothing on disk; "
+    where += "`ksvd_sae/bench/evals.py` says what SAEBench's own run is. Difference: |a − b| / max(1, |b|)."
+    return [where, markdown(head, body, text=1)]
+
+
 def _exponent(x: Sequence[float], y: Sequence[float | None]) -> str:
     known = [value for value in y if value]
     fitted = slope(x, known) if len(known) == len(y) else None
@@ -293,5 +315,6 @@ _SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "update": _update,
     "train": _train,
     "scaling": _scaling,
+    "evals": _evals,
     "gpu": _gpu,
 }

@@ -30,6 +30,7 @@ from ksvd_sae.evaluation import absorption_probes
 from ksvd_sae.evaluation.absorption_adapters import WordActivations, own_words, stopped_at_the_hook
 from ksvd_sae.evaluation.absorption_vocabulary import Vocabulary
 from ksvd_sae.evaluation.adapters import random_states_kept, replaced, seed_all
+from ksvd_sae.evaluation.llm_cache import TensorCache
 from ksvd_sae.evaluation.panel import evaluate_saebench
 from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
 from ksvd_sae.evaluation.saebench.absorption import run_absorption, words_scored
@@ -93,7 +94,8 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.setting = EvalSetting(MODEL_NAME, "float32", "cpu", folder, "0123456789ab", folder / "artifacts")
+        cache = TensorCache(folder / "llm", 10**8)
+        self.setting = EvalSetting(MODEL_NAME, "float32", "cpu", folder, "0123456789ab", folder / "artifacts", cache)
 
     def __call__(
         self, makers: dict[str, Any] | CountedPanel = PANEL, config: AbsorptionConfig = CONFIG, **setting: Any

@@ -11,7 +11,8 @@ The scores of signed codes are left as SAEBench gives them.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,8 +37,9 @@ def run_absorption(
 ) -> dict[str, Path]:
     """SAEBench's absorption eval, on words of the model's own vocabulary.
 
-    The LLM runs once for the panel, and no further than the hook. Words that are no single token in the prompt are left
-    out; their number is in the log and in the results' ``eval_result_unstructured``.
+    The LLM runs once for the panel, and no further than the hook; without a ``setting.cache`` whole and for each SAE,
+    as SAEBench has it. Words that are no single token in the prompt are left out; their number is in the log and in the
+    results' ``eval_result_unstructured``.
 
     Returns, Raises: as ``core.run_core``; also for a dictionary of another hook than a block's ``hook_resid_post``, of
         fewer than 10 latents, and where probes on the activations find too few letters.
@@ -60,6 +62,14 @@ def run_absorption(
     words, facts = _vocabulary(config)
     output = output.resolve()
 
+    @contextmanager
+    def llm_shared() -> Iterator[None]:
+        if setting.cache is None:
+            yield
+            return
+        with adapters.stopped_at_the_hook(), adapters.llm_once(memory):
+            yield
+
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         # In the panel's order, which tells whoever asks which of them failed.
         fit = list(takewhile(lambda named: _unfit(named[1], config, probes.too_few) is None, saes))
@@ -70,8 +80,7 @@ def run_absorption(
                 working_directory(Path(workspace)),
                 random_states_kept(),
                 adapters.own_words(words),
-                adapters.stopped_at_the_hook(),
-                adapters.llm_once(memory),
+                llm_shared(),
                 adapters.seeded_in_folders(Path(workspace), folder, config.seed, probes.make_ready),
                 adapters.noted(facts),
             ):
