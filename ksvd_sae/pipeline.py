@@ -36,7 +36,7 @@ from ksvd_sae.trained import TrainedDictionary
 from ksvd_sae.trainers import ALGORITHM, TRAIN_LOG, TrainingSetting, clear_unfinished, train_dictionary, training_fields
 
 if TYPE_CHECKING:
-    from ksvd_sae.evaluation.runner import EvalSetting, Panelist
+    from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
@@ -225,7 +225,7 @@ class Run:
     def load_sae(self, trained: TrainedDictionary) -> Any:
         """The trained dictionary as a SAELens SAE in its view, with the coder that the config asks for."""
         if isinstance(trained.config, SAEConfig | LinearTopKConfig | PublishedSAEConfig):
-            from ksvd_sae.evaluation.baselines import load_sae
+            from ksvd_sae.evaluation.baselines.training import load_sae
 
             return load_sae(trained.folder, self.device)
         dictionary = Dictionary.load(trained.folder)
@@ -273,7 +273,7 @@ class Run:
 
     def panel(self) -> "list[Panelist]":
         """Every view of every finished training, as evals take them; ManifestError if one has not been done."""
-        from ksvd_sae.evaluation.runner import Panelist
+        from ksvd_sae.evaluation.saebench.runner import Panelist
 
         trained = [viewed for t in self.trained() for viewed in t.in_views()]
         return [Panelist(t.panelist, t.content, partial(self.load_sae, t)) for t in trained]
@@ -281,7 +281,7 @@ class Run:
     def eval_setting(self) -> "EvalSetting":
         """What SAEBench's evals read and where they keep what can be used again."""
         from ksvd_sae.evaluation.llm_cache import TensorCache
-        from ksvd_sae.evaluation.runner import EvalSetting
+        from ksvd_sae.evaluation.saebench.runner import EvalSetting
 
         evaluation = self.config.evaluation
         data_folder, data_hash = self.local_data()
@@ -299,7 +299,7 @@ class Run:
     def _examples(self, output: Path) -> dict[str, Path]:
         """Atoms in context of the first training of every dictionary, in the codes that it gives itself."""
         from ksvd_sae.evaluation.examples import run_examples
-        from ksvd_sae.evaluation.runner import Panelist
+        from ksvd_sae.evaluation.saebench.runner import Panelist
 
         first = {t.name: t for t in reversed(self.trained())}
         chosen = [first[name] for name in self.config.dictionaries]

@@ -51,7 +51,7 @@ def derive_dictionary(
         setting.save(recoded(dictionary, config), folder)
         return {"samples_seen": source.samples_seen, "n_latents": dictionary.n_atoms}
     assert isinstance(config, LinearTopKConfig)
-    from ksvd_sae.evaluation.linear_encoder import train_linear_topk
+    from ksvd_sae.evaluation.baselines.linear_encoder import train_linear_topk
 
     facts = train_linear_topk(
         config,
@@ -87,7 +87,7 @@ def as_dictionary(
         )
     if not isinstance(config, SAEConfig | PublishedSAEConfig):
         return Dictionary.load(folder)
-    from ksvd_sae.evaluation.baselines import load_sae
+    from ksvd_sae.evaluation.baselines.training import load_sae
 
     sae = load_sae(folder, torch.device("cpu"))
     weighting = setting.weighting(metric(config), shards)

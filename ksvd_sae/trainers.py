@@ -190,7 +190,7 @@ def _train_db_ksvd(
 
 
 def _train_sae(config: SAEConfig, shards: ActivationShards, folder: Path, setting: TrainingSetting) -> dict[str, Any]:
-    from ksvd_sae.evaluation.baselines import train_sae
+    from ksvd_sae.evaluation.baselines.training import train_sae
 
     return train_sae(
         config,

@@ -17,7 +17,7 @@ from ksvd_sae.config import RunConfig, TopKSAEConfig, parse_config
 from ksvd_sae.derived_config import LinearTopKConfig
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ConfigError, ManifestError
-from ksvd_sae.evaluation.baseline_saes import WeightedTopKSAE
+from ksvd_sae.evaluation.baselines.raw_units import WeightedTopKSAE
 from ksvd_sae.pipeline import Run
 from ksvd_sae.recoding import as_dictionary
 from ksvd_sae.trained import TrainedDictionary

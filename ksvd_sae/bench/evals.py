@@ -28,7 +28,7 @@ from ksvd_sae.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
     from ksvd_sae.eval_config import EvaluationConfig
-    from ksvd_sae.evaluation.runner import EvalSetting, Panelist
+    from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist
 
 logger = logging.getLogger(__name__)
 SAE_BENCH = "sae_bench"

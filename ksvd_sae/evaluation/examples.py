@@ -25,7 +25,7 @@ from ksvd_sae.activations.text import contexts
 from ksvd_sae.config import RunConfig
 from ksvd_sae.errors import EvaluationError, ShapeError
 from ksvd_sae.evaluation.logit_lens import logit_lens
-from ksvd_sae.evaluation.runner import Panelist
+from ksvd_sae.evaluation.saebench.runner import Panelist
 from ksvd_sae.evaluation.token_texts import TokenTexts
 from ksvd_sae.provenance import atomic_path, content_hash
 

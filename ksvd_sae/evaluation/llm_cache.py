@@ -105,10 +105,11 @@ class TensorCache:
 
 
 def model_fingerprint(model: "HookedTransformer") -> str:
-    """Hash of the first entries of every weight: a model's name alone does not tell its weights."""
+    """Hash of some entries of every weight, spread over all of it: a model's name alone does not tell its weights."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
-        some = weight.detach().flatten()[:_FINGERPRINT_ENTRIES].float().cpu().contiguous().numpy()
+        every = max(1, weight.numel() // _FINGERPRINT_ENTRIES)
+        some = weight.detach().flatten()[::every].float().cpu().contiguous().numpy()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + some.tobytes())
     cfg = model.cfg
     return content_hash(

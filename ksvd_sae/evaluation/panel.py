@@ -4,20 +4,28 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.eval_config import EvaluationConfig
+from ksvd_sae.eval_config import (
+    AbsorptionConfig,
+    AutoInterpConfig,
+    CoreConfig,
+    EvaluationConfig,
+    RavelConfig,
+    ScrConfig,
+    SparseProbingConfig,
+)
 from ksvd_sae.evaluation.metrics import heldout_metrics
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist, read_metrics
 from ksvd_sae.evaluation.saebench.absorption import run_absorption, words_scored
 from ksvd_sae.evaluation.saebench.autointerp import judged_latents, run_autointerp
 from ksvd_sae.evaluation.saebench.core import run_core
 from ksvd_sae.evaluation.saebench.ravel import HUB_DATASET, run_ravel, scored_pairs
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, read_metrics
 from ksvd_sae.evaluation.saebench.scr import run_scr
 from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
 from ksvd_sae.offline import bbc_news, biographies
@@ -62,6 +70,22 @@ def evaluate_heldout(panel: list[Panelist], shards: ActivationShards, harvest_ha
     return EvalResults("heldout", "", shards.n_samples, files, metrics)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What every eval is given besides its own section of the config.
+
+    heldout: the local data set that ``dataset: heldout`` stands for. output: a folder for each eval is made in it.
+    """
+
+    panel: list[Panelist]
+    setting: EvalSetting
+    heldout: str
+    output: Path
+
+    def data(self, name: str) -> str:
+        return self.heldout if name == "heldout" else name
+
+
 def evaluate_saebench(
     panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
 ) -> list[EvalResults]:
@@ -70,25 +94,18 @@ def evaluate_saebench(
     Args: heldout_name: the local data set that ``dataset: heldout`` stands for.
     Raises: EvaluationError if any score is missing; finished results stay.
     """
-    evals = {
-        "core": _core,
-        "sparse_probing": _sparse_probing,
-        "scr": _scr,
-        "absorption": _absorption,
-        "ravel": _ravel,
-        "autointerp": _autointerp,
-    }
+    place = _Place(panel, setting, heldout_name, output)
     results, failures = [], []
-    for name, evaluate in evals.items():
-        for seed, seeded in _seeded(config, name):
+    for name, evaluate in _EVALS.items():
+        for seed, section in _seeded(config, name):
             try:
-                found = evaluate(panel, seeded, setting, heldout_name, output)
+                found = evaluate(section, place)
             # One eval that fails takes no other with it: what they give is kept, and need not be computed again.
             except EvaluationError as error:
                 logger.error("%s failed: %s", name, error.what)
                 failures.append(error)
                 continue
-            results += [] if found is None else [replace(found, seed=seed)]
+            results.append(replace(found, seed=seed))
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -100,82 +117,67 @@ def evaluate_saebench(
     return results
 
 
-def _seeded(config: EvaluationConfig, name: str) -> Iterator[tuple[int | None, EvaluationConfig]]:
-    """The config with each seed that the eval is to run with; None for an eval that draws nothing."""
+def _seeded(config: EvaluationConfig, name: str) -> Iterator[tuple[int | None, Any]]:
+    """An eval's section with each seed that it is to run with; None for an eval that draws nothing."""
     section = getattr(config, name)
     if section is None:
         return
     if "seed" not in type(section).model_fields:
-        yield None, config
+        yield None, section
         return
     for seed in config.seeds or [section.seed]:
-        yield seed, config.model_copy(update={name: section.model_copy(update={"seed": seed})})
+        yield seed, section.model_copy(update={"seed": seed})
 
 
-def _core(
-    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
-) -> EvalResults | None:
-    if (core := config.core) is None:
-        return None
-    dataset = heldout_name if core.dataset == "heldout" else core.dataset
-    files = run_core(panel, core, dataset, setting, output / "core")
-    return _results(
-        "core", dataset, core.reconstruction_batches * core.batch_contexts * (core.context_tokens - 1), files
-    )
+def _core(config: CoreConfig, place: _Place) -> EvalResults:
+    dataset = place.data(config.dataset)
+    files = run_core(place.panel, config, dataset, place.setting, place.output / "core")
+    n = config.reconstruction_batches * config.batch_contexts * (config.context_tokens - 1)
+    return _results("core", dataset, n, files)
 
 
-def _sparse_probing(
-    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
-) -> EvalResults | None:
-    if (probing := config.sparse_probing) is None:
-        return None
+def _sparse_probing(config: SparseProbingConfig, place: _Place) -> EvalResults:
     classes = {bbc_news.NAME: [str(i) for i in range(len(bbc_news.CLASSES))]}
-    files = run_sparse_probing(panel, probing, classes, setting, output / "sparse_probing")
-    data = "SAEBench's eight data sets" if probing.datasets is None else ", ".join(probing.datasets)
-    return _results("sparse_probing", data, probing.test_set_size, files)
+    files = run_sparse_probing(place.panel, config, classes, place.setting, place.output / "sparse_probing")
+    data = "SAEBench's eight data sets" if config.datasets is None else ", ".join(config.datasets)
+    return _results("sparse_probing", data, config.test_set_size, files)
 
 
-def _scr(
-    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
-) -> EvalResults | None:
-    if (scr := config.scr) is None:
-        return None
-    files = run_scr(panel, scr, {biographies.NAME: biographies.PROFESSIONS}, setting, output)
-    data = "SAEBench's two data sets" if scr.datasets is None else ", ".join(scr.datasets)
-    return _results("scr", data, scr.test_set_size, files)
+def _scr(config: ScrConfig, place: _Place) -> EvalResults:
+    files = run_scr(place.panel, config, {biographies.NAME: biographies.PROFESSIONS}, place.setting, place.output)
+    data = "SAEBench's two data sets" if config.datasets is None else ", ".join(config.datasets)
+    return _results("scr", data, config.test_set_size, files)
 
 
-def _absorption(
-    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
-) -> EvalResults | None:
-    if (absorption := config.absorption) is None:
-        return None
-    files = run_absorption(panel, absorption, setting, output / "absorption")
-    sample = absorption.vocabulary_sample
+def _absorption(config: AbsorptionConfig, place: _Place) -> EvalResults:
+    files = run_absorption(place.panel, config, place.setting, place.output / "absorption")
+    sample = config.vocabulary_sample
     data = "vocabulary" if sample is None else f"vocabulary sample of {sample}"
     return _results("absorption", data, words_scored(next(iter(files.values()))), files)
 
 
-def _autointerp(
-    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
-) -> EvalResults | None:
-    if (autointerp := config.autointerp) is None:
-        return None
-    dataset = heldout_name if autointerp.dataset == "heldout" else autointerp.dataset
-    files = run_autointerp(panel, autointerp, dataset, setting, output / "autointerp")
-    judge = autointerp.endpoint.model if autointerp.judge == "endpoint" and autointerp.endpoint else "lexical"
+def _ravel(config: RavelConfig, place: _Place) -> EvalResults:
+    files = run_ravel(place.panel, config, place.setting, place.output / "ravel")
+    return _results("ravel", config.dataset or HUB_DATASET, {name: scored_pairs(p) for name, p in files.items()}, files)
+
+
+def _autointerp(config: AutoInterpConfig, place: _Place) -> EvalResults:
+    dataset = place.data(config.dataset)
+    files = run_autointerp(place.panel, config, dataset, place.setting, place.output / "autointerp")
+    judge = config.endpoint.model if config.judge == "endpoint" and config.endpoint else "lexical"
     n = {name: judged_latents(path) for name, path in files.items()}
     return _results("autointerp", f"{dataset}, judge: {judge}", n, files)
 
 
-def _ravel(
-    panel: list[Panelist], config: EvaluationConfig, setting: EvalSetting, heldout_name: str, output: Path
-) -> EvalResults | None:
-    if (ravel := config.ravel) is None:
-        return None
-    files = run_ravel(panel, ravel, setting, output / "ravel")
-    n = {name: scored_pairs(path) for name, path in files.items()}
-    return _results("ravel", ravel.dataset or HUB_DATASET, n, files)
+# By their names in the config, in the order in which they run.
+_EVALS: dict[str, Callable[[Any, _Place], EvalResults]] = {
+    "core": _core,
+    "sparse_probing": _sparse_probing,
+    "scr": _scr,
+    "absorption": _absorption,
+    "ravel": _ravel,
+    "autointerp": _autointerp,
+}
 
 
 def _results(eval_name: str, data: str, n: int | dict[str, int], files: dict[str, Path]) -> EvalResults:

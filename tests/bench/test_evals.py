@@ -24,7 +24,7 @@ from ksvd_sae.bench.settings import Settings
 from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.eval_config import EvaluationConfig
 from ksvd_sae.evaluation.llm_cache import TensorCache
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist
 from ksvd_sae.offline import bbc_news
 from tests.tiny_letters import (
     MODEL_NAME,

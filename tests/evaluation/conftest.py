@@ -19,7 +19,7 @@ from sae_bench.evals.sparse_probing import main as probing
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist
 from tests.tiny_saes import COLOURS, METALS, MODEL_NAME, TREES, WORDS, one_thread, tiny_model
 from tests.tiny_shards import raw_activations, write_harvest
 

@@ -31,7 +31,7 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import Tensor
 
 from ksvd_sae.errors import ConfigError, DictionaryError, ShapeError
-from ksvd_sae.evaluation.baseline_saes import weighted_topk
+from ksvd_sae.evaluation.baselines.raw_units import weighted_topk
 from ksvd_sae.evaluation.published.hub_files import HubFiles, hub_files
 from ksvd_sae.published_config import WEIGHTS, PublishedSAEConfig
 

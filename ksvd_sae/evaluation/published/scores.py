@@ -57,6 +57,46 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "probe_epochs": 20,
         "seed": 42,
     },
+    "absorption": {
+        "vocabulary_sample": None,
+        "prompt_template": "{word} has the first letter:",
+        "prompt_token_pos": -6,
+        "max_k_value": 10,
+        "f1_jump_threshold": 0.03,
+        "k_sparse_probe_l1_decay": 0.01,
+        "k_sparse_probe_num_epochs": 50,
+        "min_gt_probe_f1": 0.6,
+        "min_feats_for_eval": 20,
+    },
+    "ravel": {
+        "dataset": None,
+        "attributes": {
+            "city": ["Country", "Continent", "Language"],
+            "nobel_prize_winner": ["Country of Birth", "Field", "Gender"],
+        },
+        "top_n_entities": 500,
+        "downsample": None,
+        "pairs_per_attribute": 5000,
+        "train_fraction": 0.7,
+        "learning_rate": 1e-3,
+        "epochs": 2,
+        "n_generated_tokens": 6,
+        "seed": 42,
+    },
+    "autointerp": {
+        "judge": "gpt-4o-mini",
+        "dataset": "monology/pile-uncopyrighted",
+        "n_latents": 1000,
+        "total_tokens": 2_000_000,
+        "context_tokens": 128,
+        "n_top_ex_for_generation": 10,
+        "n_iw_sampled_ex_for_generation": 5,
+        "n_top_ex_for_scoring": 2,
+        "n_iw_sampled_ex_for_scoring": 2,
+        "n_random_ex_for_scoring": 10,
+        "dead_latent_threshold": 15,
+        "seed": 42,
+    },
 }
 # L0s further apart than this factor are no match.
 L0_FACTOR = 1.25
@@ -261,6 +301,8 @@ def _of_settings(eval_name: str, protocol: RunProtocol) -> list[str]:
     theirs, ours = PROTOCOLS.get(eval_name), protocol.settings.get(eval_name)
     if theirs is None or ours is None:
         return [f"whether {eval_name} ran with the published settings was not checked"]
+    if ours.get("judge") == "endpoint":
+        ours = {**ours, "judge": ours["endpoint"]["model"]}
     differing = [name for name, value in theirs.items() if name not in ours or ours[name] != value]
     return [f"{name} {_said(ours.get(name))}, theirs {_said(theirs[name])}" for name in differing]
 

@@ -21,7 +21,7 @@ from typing import Any
 from ksvd_sae.activations.language import hook_layer
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import AbsorptionConfig
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist, run_eval
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, run_eval
 from ksvd_sae.provenance import content_hash, versions
 
 # SAEBench looks at this many latents of each word.
@@ -46,9 +46,9 @@ def run_absorption(
     """
     from sae_bench.evals.absorption import main as absorption
 
-    from ksvd_sae.evaluation import absorption_adapters as adapters
-    from ksvd_sae.evaluation.absorption_probes import LetterProbes
-    from ksvd_sae.evaluation.adapters import random_states_kept, working_directory
+    from ksvd_sae.evaluation.saebench import absorption_adapters as adapters
+    from ksvd_sae.evaluation.saebench.absorption_probes import LetterProbes
+    from ksvd_sae.evaluation.saebench.adapters import random_states_kept, working_directory
 
     shared = {
         "config": config.model_dump(include=_OF_THE_PROBES),
@@ -114,7 +114,7 @@ def _eval_config(config: AbsorptionConfig, setting: EvalSetting) -> Any:
 
 def _vocabulary(config: AbsorptionConfig) -> tuple[Callable[[Any], list[str]], Callable[[], dict[str, Any]]]:
     """The words of a tokenizer, and what to say about them; made once, though SAEBench asks for each SAE."""
-    from ksvd_sae.evaluation.absorption_vocabulary import Vocabulary
+    from ksvd_sae.evaluation.saebench.absorption_vocabulary import Vocabulary
 
     made: list[Vocabulary] = []
 

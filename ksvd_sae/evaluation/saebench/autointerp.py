@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.eval_config import AutoInterpConfig
-from ksvd_sae.evaluation.endpoint_judge import EndpointJudge
-from ksvd_sae.evaluation.judges import Judge, LexicalJudge
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.evaluation.judges.endpoint import EndpointJudge
+from ksvd_sae.evaluation.judges.lexical import Judge, LexicalJudge
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, drop_half_written, run_eval
 from ksvd_sae.provenance import content_hash
 
 # What scores follow from of these, the judge's identity says.
@@ -32,8 +32,8 @@ def run_autointerp(
     """
     from sae_bench.evals.autointerp import main as autointerp
 
-    from ksvd_sae.evaluation.adapters import activations_kept, autointerp_judge, enough_text, working_directory
-    from ksvd_sae.evaluation.judging import Judging
+    from ksvd_sae.evaluation.judges.judging import Judging
+    from ksvd_sae.evaluation.saebench.adapters import activations_kept, autointerp_judge, enough_text, working_directory
 
     judge = judge_of(config, setting.artifacts.resolve())
     # SAEBench reuses tokens by the model's name and their number alone: the folder carries the rest.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.eval_config import CoreConfig
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist, run_eval
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, run_eval
 
 
 def run_core(
@@ -19,8 +19,8 @@ def run_core(
     """
     from sae_bench.evals.core import main as core
 
-    from ksvd_sae.evaluation.adapters import collected_errors, nan_stays_nan, working_directory
-    from ksvd_sae.evaluation.shared_core import shared_core_runs
+    from ksvd_sae.evaluation.saebench.adapters import collected_errors, nan_stays_nan, working_directory
+    from ksvd_sae.evaluation.saebench.shared_core import shared_core_runs
 
     output = output.resolve()
 

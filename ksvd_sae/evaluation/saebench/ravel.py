@@ -9,7 +9,7 @@ from typing import Any
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import RavelConfig
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist, run_eval
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, run_eval
 from ksvd_sae.provenance import atomic_path, content_hash, file_sha256, versions
 
 HUB_DATASET = "adamkarvonen/ravel_prompts"
@@ -29,8 +29,8 @@ def run_ravel(panel: list[Panelist], config: RavelConfig, setting: EvalSetting, 
     """
     from sae_bench.evals.ravel import main as ravel
 
-    from ksvd_sae.evaluation import ravel_adapters as adapters
-    from ksvd_sae.evaluation.adapters import working_directory
+    from ksvd_sae.evaluation.saebench import ravel_adapters as adapters
+    from ksvd_sae.evaluation.saebench.adapters import working_directory
 
     prompts = _local_prompts(config, setting)
     hashes = {path.name: file_sha256(path) for path in prompts}

@@ -6,7 +6,7 @@ from typing import Any
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import ScrConfig
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, drop_half_written, run_eval
 from ksvd_sae.provenance import content_hash
 
 
@@ -24,7 +24,7 @@ def run_scr(
     from sae_bench.evals.scr_and_tpp import main as scr
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
-    from ksvd_sae.evaluation.adapters import bias_in_bios_datasets, working_directory
+    from ksvd_sae.evaluation.saebench.adapters import bias_in_bios_datasets, working_directory
 
     options: dict[str, Any] = {}
     if config.datasets is not None:

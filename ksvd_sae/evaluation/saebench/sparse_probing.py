@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.eval_config import SparseProbingConfig
-from ksvd_sae.evaluation.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, drop_half_written, run_eval
 from ksvd_sae.provenance import content_hash
 
 
@@ -23,7 +23,7 @@ def run_sparse_probing(
     from sae_bench.evals.sparse_probing import main as probing
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
-    from ksvd_sae.evaluation.adapters import labelled_text_datasets, working_directory
+    from ksvd_sae.evaluation.saebench.adapters import labelled_text_datasets, working_directory
 
     eval_config = SparseProbingEvalConfig(
         random_seed=config.seed,

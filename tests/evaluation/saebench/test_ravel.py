@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import EvaluationConfig, RavelConfig
-from ksvd_sae.evaluation import ravel_adapters as adapters
 from ksvd_sae.evaluation.panel import evaluate_saebench
-from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
+from ksvd_sae.evaluation.saebench import ravel_adapters as adapters
 from ksvd_sae.evaluation.saebench.ravel import run_ravel, scored_pairs
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, read_metrics
 from ksvd_sae.offline.eval_data import write_eval_data
 from ksvd_sae.sae import DBKSVDSAE
 from tests.evaluation.conftest import CountedPanel

@@ -14,7 +14,16 @@ import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from ksvd_sae.config import load_config
-from ksvd_sae.eval_config import CoreConfig, EvaluationConfig, ScrConfig, SparseProbingConfig
+from ksvd_sae.eval_config import (
+    AbsorptionConfig,
+    AutoInterpConfig,
+    CoreConfig,
+    EndpointConfig,
+    EvaluationConfig,
+    RavelConfig,
+    ScrConfig,
+    SparseProbingConfig,
+)
 from ksvd_sae.evaluation.published import scores
 from ksvd_sae.evaluation.published.scores import (
     COMPARABLE,
@@ -37,6 +46,9 @@ DEFAULTS = {
     "core": CoreConfig().model_dump(),
     "sparse_probing": SparseProbingConfig().model_dump(),
     "scr": ScrConfig().model_dump(),
+    "absorption": AbsorptionConfig().model_dump(),
+    "ravel": RavelConfig().model_dump(),
+    "autointerp": AutoInterpConfig(judge="endpoint", endpoint=EndpointConfig(model="gpt-4o-mini")).model_dump(),
 }
 
 
@@ -140,7 +152,10 @@ def test_the_wheel_has_the_data(tmp_path: Path) -> None:
 def test_our_defaults_are_the_published_settings() -> None:
     """So a config that says nothing about an eval is scored as SAEBench's SAEs were."""
     for name, wanted in PROTOCOLS.items():
-        assert {key: DEFAULTS[name][key] for key in wanted} == wanted
+        # Who judges has no default that is SAEBench's.
+        assert {key: DEFAULTS[name][key] for key in wanted if key != "judge"} == {
+            key: value for key, value in wanted.items() if key != "judge"
+        }
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
@@ -276,14 +291,12 @@ def test_a_mean_is_for_the_l0_that_it_is_over(l0: float, comparable: bool) -> No
 
 
 def pythia(**changes: Any) -> RunProtocol:
-    # Absorption has published settings that no config of ours is held against yet.
     return protocol(model=PYTHIA, hook=PYTHIA_HOOK, **changes)
 
 
 @pytest.fixture
-def checked(monkeypatch: pytest.MonkeyPatch) -> RunProtocol:
-    monkeypatch.setitem(PROTOCOLS, "absorption", {})
-    return pythia(settings={**DEFAULTS, "absorption": {}})
+def checked() -> RunProtocol:
+    return pythia()
 
 
 @pytest.mark.parametrize("version", ["0.3.2", "0.6.0"])
@@ -321,9 +334,37 @@ def test_signed_codes_are_misread_by_absorption(checked: RunProtocol) -> None:
     assert found(own(20.0, view="signed"))["topk"].verdict == COMPARABLE
 
 
-def test_settings_that_were_not_checked_are_not_called_comparable() -> None:
+def test_settings_that_were_not_checked_are_not_called_comparable(monkeypatch: pytest.MonkeyPatch) -> None:
     score = own(20.0, eval="ravel", metric="cause_score")
+    assert found(score)["topk"].verdict == COMPARABLE
+    monkeypatch.delitem(PROTOCOLS, "ravel")
     assert found(score)["topk"].verdict == "whether ravel ran with the published settings was not checked"
+
+
+@pytest.mark.parametrize(
+    ("eval_name", "changes", "reason"),
+    [
+        ("absorption", {"vocabulary_sample": 1000}, "vocabulary_sample 1000, theirs SAEBench's own"),
+        ("absorption", {"min_feats_for_eval": 6}, "min_feats_for_eval 6, theirs 20"),
+        (
+            "ravel",
+            {"dataset": "own-ravel", "epochs": 1},
+            "dataset own-ravel, theirs SAEBench's own; epochs 1, theirs 2",
+        ),
+        ("autointerp", {"judge": "lexical"}, "judge lexical, theirs gpt-4o-mini"),
+        (
+            "autointerp",
+            {"endpoint": EndpointConfig(model="another").model_dump()},
+            "judge another, theirs gpt-4o-mini",
+        ),
+    ],
+)
+def test_other_settings_of_an_eval(eval_name: str, changes: dict[str, Any], reason: str) -> None:
+    theirs = next(s for s in published_scores() if s.eval == eval_name)
+    metric, l0 = theirs.metric, theirs.l0 or 50.0
+    score = own(l0, eval=eval_name, metric=metric, view="non-negative", d_sae=theirs.d_sae)
+    settings = {**DEFAULTS, eval_name: {**DEFAULTS[eval_name], **changes}}
+    assert verdict(theirs, score, protocol(settings=settings, version=theirs.version)) == reason
 
 
 def test_single_saes_go_before_means() -> None:

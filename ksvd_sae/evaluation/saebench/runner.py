@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from ksvd_sae.evaluation.llm_cache import TensorCache
 from ksvd_sae.provenance import content_hash, versions, write_json
 
 logger = logging.getLogger(__name__)
+# Key of a result's ``eval_result_unstructured``: where there is null because the value was no finite number.
+_NULLED = "null because the value was"
 
 
 @dataclass(frozen=True)
@@ -155,18 +158,29 @@ def drop_half_written(artifacts: Path) -> None:
 
 
 def _make_json_valid(path: Path) -> None:
-    """SAEBench writes NaN and Infinity, which are no JSON: they become null."""
+    """SAEBench writes NaN and Infinity, which are no JSON: they become null, and the result says which was what."""
     text = path.read_text()
     if any(word in text for word in ("NaN", "Infinity")):
-        write_json(path, _nulled(json.loads(text)))
+        were: Counter[tuple[str, str]] = Counter()
+        result = _nulled(json.loads(text), "", were)
+        if were:
+            reasons: dict[str, dict[str, int]] = {}
+            for (place, what), n in were.items():
+                reasons.setdefault(place, {})[what] = n
+            result["eval_result_unstructured"] = {**(result.get("eval_result_unstructured") or {}), _NULLED: reasons}
+        write_json(path, result)
 
 
-def _nulled(value: Any) -> Any:
+def _nulled(value: Any, place: str, were: "Counter[tuple[str, str]]") -> Any:
+    """The value with null for what is not finite; counted in ``were`` by place ('*' for all of a list) and name."""
     if isinstance(value, dict):
-        return {key: _nulled(inner) for key, inner in value.items()}
+        return {key: _nulled(inner, f"{place}/{key}".lstrip("/"), were) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_nulled(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_nulled(inner, f"{place}/*", were) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        were[place, json.dumps(value)] += 1
+        return None
+    return value
 
 
 def read_metrics(path: Path) -> dict[str, float | None]:

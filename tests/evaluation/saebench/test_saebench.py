@@ -21,8 +21,8 @@ from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import CoreConfig, ScrConfig, SparseProbingConfig
-from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
 from ksvd_sae.evaluation.saebench.core import run_core
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, read_metrics
 from ksvd_sae.evaluation.saebench.scr import run_scr
 from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
 from ksvd_sae.sae import DBKSVDSAE
@@ -537,14 +537,23 @@ def test_nan_and_infinity_become_null(
     def write(selected_saes: list[tuple[str, Any]], output_folder: str, **options: Any) -> None:
         for name, _ in selected_saes:
             metrics = {"kl": {"kl_div_score": -math.inf, "kl_div_with_sae": math.nan}, "sparsity": {"l0": 4.0}}
-            result = {"eval_type_id": "core", "eval_result_metrics": metrics, "details": [math.inf, 1, "NaN"]}
+            details = [{"density": x} for x in (math.inf, 1, "NaN", math.nan, math.nan)]
+            result = {"eval_type_id": "core", "eval_result_metrics": metrics, "eval_result_details": details}
+            result["eval_result_unstructured"] = None
             path = Path(output_folder) / f"{name}_custom_sae_eval_results.json"
             path.write_text(json.dumps(result))
 
     monkeypatch.setattr(core, "multiple_evals", write)
     files = run_core_on(counted, setting, tmp_path / "out")
     result = strict_json(files["db-ksvd"])
-    assert result["details"] == [None, 1, "NaN"]
+    assert [detail["density"] for detail in result["eval_result_details"]] == [None, 1, "NaN", None, None]
+    assert result["eval_result_unstructured"] == {
+        "null because the value was": {
+            "eval_result_metrics/kl/kl_div_score": {"-Infinity": 1},
+            "eval_result_metrics/kl/kl_div_with_sae": {"NaN": 1},
+            "eval_result_details/*/density": {"Infinity": 1, "NaN": 2},
+        }
+    }
     assert read_metrics(files["db-ksvd"]) == {"kl_div_score": None, "kl_div_with_sae": None, "l0": 4.0}
 
 

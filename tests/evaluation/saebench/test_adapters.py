@@ -11,8 +11,13 @@ import pytest
 import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, get_sae_bench_version
 
-from ksvd_sae.evaluation.adapters import activations_kept, collected_errors, labelled_text_datasets, working_directory
 from ksvd_sae.evaluation.llm_cache import TensorCache
+from ksvd_sae.evaluation.saebench.adapters import (
+    activations_kept,
+    collected_errors,
+    labelled_text_datasets,
+    working_directory,
+)
 from tests.evaluation.conftest import CLASSES, COMMIT
 from tests.tiny_saes import COLOURS, HOOK, METALS, tiny_model
 

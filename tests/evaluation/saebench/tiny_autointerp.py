@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.eval_config import AutoInterpConfig
-from ksvd_sae.evaluation.runner import EvalSetting
 from ksvd_sae.evaluation.saebench.autointerp import run_autointerp
+from ksvd_sae.evaluation.saebench.runner import EvalSetting
 from ksvd_sae.sae import DBKSVDSAE
 from tests.evaluation.conftest import LONG_TEXT, CountedPanel
-from tests.evaluation.endpoints import Endpoint
+from tests.evaluation.judges.endpoints import Endpoint
 from tests.tiny_saes import CONTEXT_TOKENS, HOOK, WORDS, tiny_db_ksvd_sae, tiny_model
 
 CONFIG = AutoInterpConfig(

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from ksvd_sae.errors import ConfigError, EvaluationError
-from ksvd_sae.evaluation.endpoint_judge import ANSWERS, EndpointJudge
-from tests.evaluation.endpoints import KEY, Endpoint, Reply, failed, said
+from ksvd_sae.evaluation.judges.endpoint import ANSWERS, EndpointJudge
+from tests.evaluation.judges.endpoints import KEY, Endpoint, Reply, failed, said
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is it?"}]
 

@@ -24,14 +24,14 @@ from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import AutoInterpConfig, EvaluationConfig
-from ksvd_sae.evaluation.judges import LexicalJudge
+from ksvd_sae.evaluation.judges.lexical import LexicalJudge
 from ksvd_sae.evaluation.llm_cache import TensorCache
 from ksvd_sae.evaluation.panel import evaluate_saebench, tidy_rows
-from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
 from ksvd_sae.evaluation.saebench.autointerp import bench_config
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, read_metrics
 from ksvd_sae.sae import DBKSVDSAE
 from tests.evaluation.conftest import COMMIT, LONG_TEXT, CountedPanel
-from tests.evaluation.tiny_autointerp import CONFIG, ShuffledSAE, changed, run_on, word_sae
+from tests.evaluation.saebench.tiny_autointerp import CONFIG, ShuffledSAE, changed, run_on, word_sae
 from tests.tiny_saes import CONTEXT_TOKENS, D_MODEL, WORDS, tiny_db_ksvd_sae, tiny_topk_sae
 from tests.tolerances import SAME_SCORE
 

@@ -10,7 +10,7 @@ from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
 from sae_bench.evals.autointerp.main import AutoInterp, Example, Examples
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evaluation.judges import LexicalJudge
+from ksvd_sae.evaluation.judges.lexical import LexicalJudge
 
 CFG = AutoInterpEvalConfig(model_name="none")
 # SAEBench's methods that make and read messages need nothing of the object but its settings.

@@ -7,7 +7,7 @@ the hits whoever judges. Judges are called from several threads at once.
 
 ``LexicalJudge`` needs no language model: it explains a latent by the tokens that it marks. It cannot see meaning, so
 its scores are below a language model's and comparable among themselves only. ``EndpointJudge`` asks any
-OpenAI-compatible endpoint; see endpoint_judge.py.
+OpenAI-compatible endpoint; see endpoint.py.
 """
 
 import json

@@ -31,8 +31,8 @@ from ksvd_sae.config import (
 )
 from ksvd_sae.dictionary_options import SAETraining
 from ksvd_sae.errors import ConfigError, ManifestError, ShapeError
-from ksvd_sae.evaluation.baseline_saes import TrainedSpace, to_raw_units
-from ksvd_sae.evaluation.sparse_training import (
+from ksvd_sae.evaluation.baselines.raw_units import TrainedSpace, to_raw_units
+from ksvd_sae.evaluation.baselines.sparse_steps import (
     SparseBatchTopKTrainingSAE,
     SparseMatryoshkaTrainingSAE,
     SparseTopKTrainingSAE,

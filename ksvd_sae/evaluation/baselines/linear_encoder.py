@@ -22,9 +22,9 @@ from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.derived_config import LinearTopKConfig
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.evaluation.baseline_saes import TrainedSpace, to_raw_units
-from ksvd_sae.evaluation.baselines import fit_sae, trained_space
-from ksvd_sae.evaluation.sparse_training import SparseTopKTrainingSAE, sparse_steps_pay
+from ksvd_sae.evaluation.baselines.raw_units import TrainedSpace, to_raw_units
+from ksvd_sae.evaluation.baselines.sparse_steps import SparseTopKTrainingSAE, sparse_steps_pay
+from ksvd_sae.evaluation.baselines.training import fit_sae, trained_space
 
 _SCALE_SAMPLES = 4096
 

@@ -15,8 +15,8 @@ from sae_bench.evals.absorption.vocab import LETTERS
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import AbsorptionConfig
-from ksvd_sae.evaluation.absorption_adapters import every_letter_to_learn_from
-from ksvd_sae.evaluation.adapters import seed_all
+from ksvd_sae.evaluation.saebench.absorption_adapters import every_letter_to_learn_from
+from ksvd_sae.evaluation.saebench.adapters import seed_all
 
 logger = logging.getLogger(__name__)
 # What SAEBench reads again. probe.pth is a pickle: it is only ever read from ``folder``, where this module put it.

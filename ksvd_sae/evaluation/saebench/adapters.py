@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evaluation.judging import Judging, autointerp_class, client_class, output_class
+from ksvd_sae.evaluation.judges.judging import Judging, autointerp_class, client_class, output_class
 from ksvd_sae.evaluation.llm_cache import TensorCache, model_fingerprint, tokens_hash
 from ksvd_sae.provenance import content_hash
 

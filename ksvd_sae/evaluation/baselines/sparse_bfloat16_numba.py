@@ -16,7 +16,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from ksvd_sae.evaluation.sparse_choice_numba import (
+from ksvd_sae.evaluation.baselines.sparse_choice_numba import (
     BLOCK,
     LEAST,
     ROWS,
@@ -29,7 +29,7 @@ from ksvd_sae.evaluation.sparse_choice_numba import (
     nth_largest,
     starts,
 )
-from ksvd_sae.evaluation.sparse_steps_numba import dot, products
+from ksvd_sae.evaluation.baselines.sparse_steps_numba import dot, products
 from ksvd_sae.learning.kernels.least_squares_numba import use_torch_threads
 
 _FAST = {"reassoc", "nsz", "contract"}

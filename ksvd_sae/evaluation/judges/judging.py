@@ -18,8 +18,8 @@ from sae_bench.evals.autointerp.eval_output import AutoInterpEvalOutput
 from sae_bench.evals.autointerp.main import AutoInterp
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evaluation.endpoint_judge import EndpointJudge, Usage
-from ksvd_sae.evaluation.judges import Judge
+from ksvd_sae.evaluation.judges.endpoint import EndpointJudge, Usage
+from ksvd_sae.evaluation.judges.lexical import Judge
 from ksvd_sae.provenance import content_hash, write_json
 
 logger = logging.getLogger(__name__)

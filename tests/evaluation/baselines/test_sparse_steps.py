@@ -13,10 +13,15 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from safetensors.torch import load_file
 
-from ksvd_sae.evaluation import sparse_training
-from ksvd_sae.evaluation.sparse_bfloat16_numba import Products
-from ksvd_sae.evaluation.sparse_choice_numba import SAMPLE_STRIDE, Chosen, largest_by_row, largest_of_all
-from ksvd_sae.evaluation.sparse_training import (
+from ksvd_sae.evaluation.baselines import sparse_steps
+from ksvd_sae.evaluation.baselines.sparse_bfloat16_numba import Products
+from ksvd_sae.evaluation.baselines.sparse_choice_numba import (
+    SAMPLE_STRIDE,
+    Chosen,
+    largest_by_row,
+    largest_of_all,
+)
+from ksvd_sae.evaluation.baselines.sparse_steps import (
     SparseBatchTopKTrainingSAE,
     SparseMatryoshkaTrainingSAE,
     SparseTopKTrainingSAE,
@@ -69,7 +74,7 @@ def step(sae: Any, n_dead: int) -> TrainStepOutput:
 @pytest.fixture(params=["float32", "bfloat16"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """By which products a step chooses its latents, whatever this processor is good at."""
-    monkeypatch.setattr(sparse_training, "bfloat16_pays", lambda device: request.param == "bfloat16")
+    monkeypatch.setattr(sparse_steps, "bfloat16_pays", lambda device: request.param == "bfloat16")
     return str(request.param)
 
 

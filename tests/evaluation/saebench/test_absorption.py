@@ -26,14 +26,14 @@ from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import AbsorptionConfig, EvaluationConfig
-from ksvd_sae.evaluation import absorption_probes
-from ksvd_sae.evaluation.absorption_adapters import WordActivations, own_words, stopped_at_the_hook
-from ksvd_sae.evaluation.absorption_vocabulary import Vocabulary
-from ksvd_sae.evaluation.adapters import random_states_kept, replaced, seed_all
 from ksvd_sae.evaluation.llm_cache import TensorCache
 from ksvd_sae.evaluation.panel import evaluate_saebench
-from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
+from ksvd_sae.evaluation.saebench import absorption_probes
 from ksvd_sae.evaluation.saebench.absorption import run_absorption, words_scored
+from ksvd_sae.evaluation.saebench.absorption_adapters import WordActivations, own_words, stopped_at_the_hook
+from ksvd_sae.evaluation.saebench.absorption_vocabulary import Vocabulary
+from ksvd_sae.evaluation.saebench.adapters import random_states_kept, replaced, seed_all
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, read_metrics
 from ksvd_sae.sae import DBKSVDSAE
 from tests import tiny_models
 from tests.evaluation.conftest import CountedPanel

@@ -21,9 +21,9 @@ from sae_lens.saes.topk_sae import TopKTrainingSAE
 from torch import Tensor, nn
 from typing_extensions import override
 
-from ksvd_sae.evaluation.sparse_bfloat16_numba import Products, bfloat16_pays
-from ksvd_sae.evaluation.sparse_choice_numba import Chosen, largest_by_row, largest_of_all
-from ksvd_sae.evaluation.sparse_steps_numba import fold_norms, reconstruct
+from ksvd_sae.evaluation.baselines.sparse_bfloat16_numba import Products, bfloat16_pays
+from ksvd_sae.evaluation.baselines.sparse_choice_numba import Chosen, largest_by_row, largest_of_all
+from ksvd_sae.evaluation.baselines.sparse_steps_numba import fold_norms, reconstruct
 
 
 def sparse_steps_pay(device: torch.device) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import openai
 
 from ksvd_sae.errors import ConfigError, EvaluationError
-from ksvd_sae.evaluation.judges import Messages
+from ksvd_sae.evaluation.judges.lexical import Messages
 from ksvd_sae.provenance import content_hash
 
 logger = logging.getLogger(__name__)

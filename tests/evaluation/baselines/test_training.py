@@ -23,9 +23,9 @@ from ksvd_sae.config import (
     TopKSAEConfig,
 )
 from ksvd_sae.errors import ConfigError, ManifestError, ShapeError
-from ksvd_sae.evaluation import baselines
-from ksvd_sae.evaluation.baseline_saes import WeightedTopKSAE
-from ksvd_sae.evaluation.baselines import load_sae, train_sae, train_topk_sae
+from ksvd_sae.evaluation.baselines import training as baselines
+from ksvd_sae.evaluation.baselines.raw_units import WeightedTopKSAE
+from ksvd_sae.evaluation.baselines.training import load_sae, train_sae, train_topk_sae
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.learning.weighting import Weighting, weighting_by_fisher, weighting_by_std
 from tests.strategies import generator

@@ -14,14 +14,14 @@ import pytest
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.eval_config import EvaluationConfig
-from ksvd_sae.evaluation import endpoint_judge
-from ksvd_sae.evaluation.endpoint_judge import ANSWERS
-from ksvd_sae.evaluation.judges import LexicalJudge
+from ksvd_sae.evaluation.judges import endpoint as endpoint_judge
+from ksvd_sae.evaluation.judges.endpoint import ANSWERS
+from ksvd_sae.evaluation.judges.lexical import LexicalJudge
 from ksvd_sae.evaluation.panel import evaluate_saebench
-from ksvd_sae.evaluation.runner import EvalSetting, read_metrics
+from ksvd_sae.evaluation.saebench.runner import EvalSetting, read_metrics
 from tests.evaluation.conftest import CountedPanel
-from tests.evaluation.endpoints import KEY, Endpoint, Reply, failed, said
-from tests.evaluation.tiny_autointerp import CONFIG, asking, run_on, word_sae
+from tests.evaluation.judges.endpoints import KEY, Endpoint, Reply, failed, said
+from tests.evaluation.saebench.tiny_autointerp import CONFIG, asking, run_on, word_sae
 from tests.tiny_saes import tiny_topk_sae
 
 # Latents, each of which is two questions.

@@ -16,7 +16,7 @@ from transformer_lens import HookedTransformer
 
 from ksvd_sae.activations.language import hook_layer
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evaluation.adapters import replaced, seed_all
+from ksvd_sae.evaluation.saebench.adapters import replaced, seed_all
 
 
 @contextmanager

@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerFast
 
 from ksvd_sae.eval_config import CoreConfig
 from ksvd_sae.evaluation.llm_cache import TensorCache
-from ksvd_sae.evaluation.runner import EvalSetting
 from ksvd_sae.evaluation.saebench.core import run_core
-from ksvd_sae.evaluation.shared_core import shared_core_runs
+from ksvd_sae.evaluation.saebench.runner import EvalSetting
+from ksvd_sae.evaluation.saebench.shared_core import shared_core_runs
 from tests import tiny_models
 from tests.evaluation.conftest import TEXT, CountedPanel
 from tests.evaluation.test_splice import CASES, MODELS, random_tokens
@@ -104,7 +104,7 @@ def test_losses_are_saebenchs(model_name: str, hook: str, tokenizer: Any, tmp_pa
 def test_chunks_and_memory_do_not_change_losses(
     memory_bytes: int, chunk_tokens: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ksvd_sae.evaluation import shared_core
+    from ksvd_sae.evaluation.saebench import shared_core
 
     monkeypatch.setattr(shared_core, "_LOGITS_AT_ONCE", chunk_tokens * tiny_models.VOCABULARY_SIZE)
     model, hook = MODELS["gemma-2"](tokenizer), "blocks.1.hook_resid_post"

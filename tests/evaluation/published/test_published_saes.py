@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ksvd_sae.errors import ConfigError, DictionaryError, HubError, ShapeError
-from ksvd_sae.evaluation.baselines import load_sae
+from ksvd_sae.evaluation.baselines.training import load_sae
 from ksvd_sae.evaluation.published import saes
 from ksvd_sae.evaluation.published.hub_files import hub_files
 from ksvd_sae.evaluation.published.saes import check_fetched, read_tensors, take_published

@@ -1,0 +1,1 @@
+"""Who explains a latent and predicts by the explanation, for the autointerp eval."""
