@@ -10,6 +10,7 @@ from ksvd_sae.provenance import atomic_path
 from ksvd_sae.reporting import style
 from ksvd_sae.reporting.statistics import half_width
 from ksvd_sae.studies.run import Study
+from ksvd_sae.studies.versus import against_saes, versus_markdown
 
 TABLE, SUMMARY = "table.md", "summary.csv"
 _GROUP = ["layer", "k", "entry", "weighting", "coding", "coding_k"]
@@ -49,8 +50,11 @@ def summarise(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines).sort_values(["layer", "k", "nats_lost"]).reset_index(drop=True)
 
 
-def markdown(table: pd.DataFrame, study_name: str) -> str:
-    """One table a layer and k, best behaviour first."""
+def markdown(table: pd.DataFrame, study_name: str, versus: str = "") -> str:
+    """One table a layer and k, best behaviour first.
+
+    Args: versus: a section on the SAEs, see ``versus.versus_markdown``.
+    """
     parts = [
         f"# {study_name}",
         "Mean ± half-width of the 95 % interval over training seeds (Student's t; none for one seed). Sorted by nats "
@@ -67,6 +71,7 @@ def markdown(table: pd.DataFrame, study_name: str) -> str:
             lines.append([row["entry"], coded, f"{row['samples_seen']:,.0f}", str(row["seeds"]), *cells])
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         parts.append(f"## Layer {layer}, k = {k}\n\n{body}")
+    parts += [versus] if versus else []
     parts.append(_explained(table))
     return "\n\n".join(parts) + "\n"
 
@@ -159,12 +164,13 @@ def _legend(drawn: Any, colours: dict[str, str], weightings: list[str]) -> None:
 
 def write_report(study: Study) -> Path:
     """summary.csv, table.md, frontier.png and, with gradients, fisher.png in the study's folder; the table's path."""
-    table = summarise(study.rows())
+    rows = study.rows()
+    table = summarise(rows)
     study.folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(study.folder / SUMMARY) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
     with atomic_path(study.folder / TABLE) as temporary:
-        temporary.write_text(markdown(table, study.config.name))
+        temporary.write_text(markdown(table, study.config.name, versus_markdown(against_saes(rows))))
     frontier_plot(table, study.folder / "frontier.png")
     if table["fisher_error"].notna().any():
         frontier_plot(table, study.folder / "fisher.png", "fisher_error")
