@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.config import RunConfig
-from ksvd_sae.errors import ManifestError, TextError
+from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError, TextError
 from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.splice import SpliceEvaluator
 from ksvd_sae.pipeline import Run
@@ -79,9 +79,11 @@ class Study:
 
         Args: minutes: begin no new cell after this time.  layer: only this one, so that processes can share a study;
             None: all.
-        Raises: whatever training or measuring raises; rows so far are on disk.
+        Raises: EvaluationError that names the cells that could not be trained or measured, after all others are done;
+            anything that is not one of our errors at once. Rows so far are on disk.
         """
         started, n_rows = time.monotonic(), 0
+        failures: list[str] = []
         benches: dict[int, _Bench] = {}
         for cell, codings in list(self.missing()):
             if layer not in (None, cell.layer):
@@ -93,15 +95,30 @@ class Study:
                 # One layer's activations, logits and model at a time.
                 benches.clear()
                 benches[cell.layer] = _Bench(self.config, self.runs[cell.layer], self.cache)
-            bench = benches[cell.layer]
-            trained = bench.run.train_one(cell.name, cell.dictionary, bench.train, cell.of)
-            for name, variant in codings.items():
-                row = {"key": self._key(cell, variant), **_identity(cell, name, variant)}
-                row |= bench.measure(trained, variant) | _training(trained)
-                self._append({**row, "commit": commit()})
-                n_rows += 1
-                logger.info("%s, %s: FVU %.4f, nats lost %.4f", cell.name, name, row["fvu"], row["nats_lost"])
+            try:
+                for row in self._rows_of(cell, codings, benches[cell.layer]):
+                    self._append(row)
+                    n_rows += 1
+            except KsvdSaeError as error:
+                logger.error("%s failed: %s", cell.name, error.what)
+                failures.append(f"{cell.name}: {error}")
+        if failures:
+            raise EvaluationError(
+                f"study {self.config.name}: {len(failures)} dictionaries have no rows, or not all; the others are done",
+                cause="\n".join(failures),
+                cure="change these entries of the study and run it again",
+            )
         return n_rows
+
+    def _rows_of(
+        self, cell: Cell, codings: dict[str, CodingVariant | None], bench: "_Bench"
+    ) -> Iterator[dict[str, Any]]:
+        trained = bench.run.train_one(cell.name, cell.dictionary, bench.train, cell.of)
+        for name, variant in codings.items():
+            row = {"key": self._key(cell, variant), **_identity(cell, name, variant)}
+            row |= bench.measure(trained, variant) | _training(trained)
+            logger.info("%s, %s: FVU %.4f, nats lost %.4f", cell.name, name, row["fvu"], row["nats_lost"])
+            yield {**row, "commit": commit()}
 
     def _key(self, cell: Cell, variant: CodingVariant | None) -> str:
         """What a row's numbers follow from."""

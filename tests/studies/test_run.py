@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from ksvd_sae.errors import ManifestError
+from ksvd_sae.errors import EvaluationError, ManifestError, ShapeError
 from ksvd_sae.studies import run as module
 from ksvd_sae.studies.grid import load_study
 from ksvd_sae.studies.run import ROWS, Study
@@ -55,6 +55,23 @@ def test_every_cell_once(tmp_path: Path) -> None:
     assert len(rows) == 13
     assert all(row["kl"] is None for row in rows), "NaN is no JSON"
     assert {row["coding"] for row in rows if row["kind"] == "topk_sae"} == {"own"}
+
+
+def test_one_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_one(self: Bench, name: str, config: Any, shards: Any, of: Any) -> SimpleNamespace:
+        if len(Bench.trained) == 2 and name not in Bench.trained:
+            Bench.trained.append(name)
+            raise ShapeError("too few samples", got=3)
+        return train(self, name, config, shards, of)
+
+    train = Bench.train_one
+    monkeypatch.setattr(Bench, "train_one", train_one)
+    with pytest.raises(EvaluationError, match="1 dictionaries have no rows") as caught:
+        study(tmp_path).run()
+    failed = Bench.trained[2]
+    assert f"{failed}: too few samples" in str(caught.value)
+    assert len(study(tmp_path).rows()) == 12
+    assert study(tmp_path).run() == 1
 
 
 def test_processes_share_a_study_by_layer(tmp_path: Path) -> None:
