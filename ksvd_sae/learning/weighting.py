@@ -16,8 +16,8 @@ kind                  W                                                         
 ``std`` with power 1 makes all dimensions equally loud, with power 0 changes nothing; ½ lies between. The maps are
 scaled to mean(W²) = 1: greedy coding does not see a scale, but tolerances and logs do.
 
-What each is worth on Gemma-3-270M, layer 9 (M = 2,048, k = 20, OMP, 3 passes over 131,700 tokens; nats lost: the rise of
-the next-token loss with the reconstructions spliced in, mean of three seeds ± 95 % interval; FVU in raw space):
+What each is worth on Gemma-3-270M, layer 9 (M = 2,048, k = 20, OMP, 3 passes over 131,700 tokens; mean of three seeds
+± 95 % interval; FVU in raw space; nats lost: rise of the next-token loss with the reconstructions spliced in):
 
 ======================  ======  =============
 ..                      FVU     nats lost
