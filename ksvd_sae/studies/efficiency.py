@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from torch import Tensor
 
 from ksvd_sae.activations.shards import ActivationShards
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 _HELDOUT_BATCH = 16_384
 # Marks on the way of a DB-KSVD training: a factor of √2 apart.
 _STEP = 2**0.5
+_FVU_TICKS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
 
 
 def measure_efficiency(run: Run, passes: list[int], path: Path) -> list[dict[str, Any]]:
@@ -124,11 +126,18 @@ def efficiency_plot(rows: list[dict[str, Any]], path: Path) -> Path:
                 )
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=_FVU_TICKS))
+            axes.yaxis.set_minor_locator(NullLocator())
+            # Matplotlib's own labels of log axes are formulas, which the style leaves as text.
+            for which in ("x", "y"):
+                style.count_axis(axes, which)
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(label)
         drawn.axes[0].set_ylabel("held-out FVU")
         drawn.axes[0].set_title("Error against data")
         drawn.axes[1].set_title("Error against time")
-        drawn.axes[0].legend(frameon=False, fontsize=8)
+        handles, labels = drawn.axes[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     return path
 
 

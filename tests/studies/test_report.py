@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from scipy import stats
 
 from ksvd_sae.errors import EvaluationError
@@ -87,7 +89,15 @@ def test_family() -> None:
     assert [family(n) for n in ("db-ksvd", "db-ksvd-std", "topk-sae-fisher")] == ["db-ksvd", "db-ksvd", "topk-sae"]
 
 
-def test_plots_are_drawn(tmp_path: Path) -> None:
+def test_plots_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    save = Figure.savefig
+
+    def recorded(self: Figure, *arguments: Any, **options: Any) -> None:
+        save(self, *arguments, **options)
+        texts.extend(text.get_text() for text in self.findobj(Text))
+
+    monkeypatch.setattr(Figure, "savefig", recorded)
     rows = [row(seed=s, entry=e, fvu=0.1 + i) for s in range(2) for i, e in enumerate(("db-ksvd", "topk-sae-std"))]
     paths = [frontier_plot(summarise(rows), tmp_path / "frontier.png")]
     seen = [{**r, "fisher_error": 0.4 + r["fvu"]} for r in rows]
@@ -97,3 +107,6 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
+    # The style shows formulas as they are written, so no label may be one.
+    assert "held-out FVU" in texts
+    assert [text for text in texts if "\\" in text] == []
