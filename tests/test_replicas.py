@@ -108,16 +108,15 @@ def test_first_seed_is_the_training_that_there_was(place: Path, monkeypatch: pyt
 def test_evals_that_draw_run_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
 
-    def probe(panelists: Any, config: EvaluationConfig, *_: Any) -> EvalResults:
-        assert config.sparse_probing is not None
-        ran.append(config.sparse_probing.seed)
+    def probe(config: SparseProbingConfig, place: Any) -> EvalResults:
+        ran.append(config.seed)
         return EvalResults("sparse_probing", "texts", 9, {"a": Path(f"a-{ran[-1]}.json")}, {"a": {"accuracy": 0.5}})
 
     def core(*_: Any) -> EvalResults:
         return EvalResults("core", "texts", 9, {"a": Path("a-core.json")}, {"a": {"loss": 1.0}})
 
-    monkeypatch.setattr(panel, "_sparse_probing", probe)
-    monkeypatch.setattr(panel, "_core", core)
+    monkeypatch.setitem(panel._EVALS, "sparse_probing", probe)
+    monkeypatch.setitem(panel._EVALS, "core", core)
     setting: Any = None
     config = EvaluationConfig(sparse_probing=SparseProbingConfig(seed=8), seeds=[1, 2])
     results = evaluate_saebench([], config, setting, "heldout", Path())
@@ -137,15 +136,14 @@ def test_an_eval_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPat
     def failing(*_: Any) -> EvalResults:
         raise EvaluationError("core: no score for a", cause="the disk is full")
 
-    def probe(panelists: Any, config: EvaluationConfig, *_: Any) -> EvalResults:
-        assert config.sparse_probing is not None
-        ran.append(f"probing {config.sparse_probing.seed}")
-        if config.sparse_probing.seed == 2:
+    def probe(config: SparseProbingConfig, place: Any) -> EvalResults:
+        ran.append(f"probing {config.seed}")
+        if config.seed == 2:
             raise EvaluationError("sparse_probing: no score for b")
         return EvalResults("sparse_probing", "texts", 9, {}, {})
 
-    monkeypatch.setattr(panel, "_core", failing)
-    monkeypatch.setattr(panel, "_sparse_probing", probe)
+    monkeypatch.setitem(panel._EVALS, "core", failing)
+    monkeypatch.setitem(panel._EVALS, "sparse_probing", probe)
     setting: Any = None
     with pytest.raises(EvaluationError, match="core: no score for a"):
         evaluate_saebench([], EvaluationConfig(seeds=[1]), setting, "heldout", Path())
