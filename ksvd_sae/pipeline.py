@@ -249,8 +249,7 @@ class Run:
         from ksvd_sae.evaluation.panel import evaluate_heldout, evaluate_saebench, result_files, tidy_rows
 
         started, evaluation = time.perf_counter(), self.config.evaluation
-        trained = [viewed for t in self.trained() for viewed in t.in_views()]
-        panel, setting = self.panel(), self.eval_setting()
+        trained, panel, setting = self._viewed(), self.panel(), self.eval_setting()
         output = self.cache / "evaluations"
         heldout = evaluate_heldout(panel, self.shards("heldout"), content_hash(self._harvest_key), output / "heldout")
         results = [replace(heldout, data=self.heldout_name)]
@@ -275,8 +274,10 @@ class Run:
         """Every view of every finished training, as evals take them; ManifestError if one has not been done."""
         from ksvd_sae.evaluation.saebench.runner import Panelist
 
-        trained = [viewed for t in self.trained() for viewed in t.in_views()]
-        return [Panelist(t.panelist, t.content, partial(self.load_sae, t)) for t in trained]
+        return [Panelist(t.panelist, t.content, partial(self.load_sae, t)) for t in self._viewed()]
+
+    def _viewed(self) -> list[TrainedDictionary]:
+        return [viewed for t in self.trained() for viewed in t.in_views()]
 
     def eval_setting(self) -> "EvalSetting":
         """What SAEBench's evals read and where they keep what can be used again."""
