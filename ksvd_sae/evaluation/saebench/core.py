@@ -7,6 +7,9 @@ from typing import Any
 from ksvd_sae.eval_config import CoreConfig
 from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, run_eval
 
+# Counts up when the same input gives other scores. 2: KL is no longer 0.001 nats too high.
+_VERSION = 2
+
 
 def run_core(
     panel: list[Panelist], config: CoreConfig, dataset: str, setting: EvalSetting, output: Path
@@ -45,4 +48,5 @@ def run_core(
                 device=setting.device,
             )
 
-    return run_eval("core", panel, {"config": config.model_dump(), "dataset": dataset}, setting, output, evaluate)
+    key = {"config": config.model_dump(), "dataset": dataset, "version": _VERSION}
+    return run_eval("core", panel, key, setting, output, evaluate)

@@ -85,6 +85,7 @@ class _HookRuns:
         self.model, self.hook, self.cache = model, hook, cache
         self.runs = RunsFromHook(model, hook)
         self._clean_distributions = _CleanDistributions(memory_bytes)
+        self._space = _Space()
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -131,12 +132,12 @@ class _HookRuns:
 
     def _clean(self, tokens_BL: Tensor) -> dict[str, Tensor]:
         """The run as it is and with zeros: where others start, what the unembedding got, and what was lost."""
-        key = self.key("clean and zeroed run", tokens_BL)
+        key = self.key("clean and zeroed run, divergences added up in pairs", tokens_BL)
         if (kept := self.cache.get(key, self.model.cfg.device)) is not None:
             return kept
         started, _, final_BLD = self.runs.first(tokens_BL)
         zeroed_BLD = self.runs.again(started, torch.zeros_like)
-        ce_BL, _ = self._losses(final_BLD, None, tokens_BL)
+        ce_BL, _ = self._losses(final_BLD, final_BLD, tokens_BL)
         ce_ablated_BL, kl_ablated_BL = self._losses(zeroed_BLD, final_BLD, tokens_BL)
         found = {"final_BLD": final_BLD, "ce_BL": ce_BL, "ce_ablated_BL": ce_ablated_BL, "kl_ablated_BL": kl_ablated_BL}
         if started.start_BLD is not None:
@@ -148,31 +149,61 @@ class _HookRuns:
         _, _, shortformer, mask = self.model.input_to_embed(tokens_BL)
         return {"shortformer_pos_embed": shortformer, "attention_mask": mask}
 
-    def _losses(self, final_BLD: Tensor, clean_BLD: Tensor | None, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L−1) −ln p(next token) and (B, L) KL(clean ‖ this), chunk by chunk; without a clean run no KL."""
+    def _losses(self, final_BLD: Tensor, clean_BLD: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L−1) −ln p(next token) and (B, L) KL(clean ‖ this), chunk by chunk; the clean run itself may be given."""
         n_contexts, n_positions = tokens_BL.shape
         targets_N, name = tokens_BL.roll(-1, dims=1).flatten(), tokens_hash(tokens_BL)
         step = max(1, _LOGITS_AT_ONCE // self.model.cfg.d_vocab_out)
-        rows_ND, clean_ND = final_BLD.flatten(0, 1), None if clean_BLD is None else clean_BLD.flatten(0, 1)
+        rows_ND, clean_ND = final_BLD.flatten(0, 1), clean_BLD.flatten(0, 1)
         losses, divergences = [], []
         for start in range(0, len(rows_ND), step):
-            part = slice(start, start + step)
-            logits_nV = self._logits(rows_ND[part])
-            log_q_nV = torch.softmax(logits_nV, dim=-1).log_()
+            part, kept_as = slice(start, start + step), f"{name}-{start}"
+            logits_nV = self._logits(_one_if_equal(rows_ND[part]))
+            p_nV = torch.softmax(logits_nV, dim=-1, out=self._space.like(logits_nV, "p"))
+            # The clean distribution is kept as it is; another one is needed for its logarithm alone.
+            log_q_nV = p_nV.log() if final_BLD is clean_BLD else p_nV.log_()
             losses.append(_cross_entropy(logits_nV, log_q_nV, targets_N[part]))
-            if clean_ND is not None:
-                clean = self._clean_distributions.of(f"{name}-{start}", partial(self._logits, clean_ND[part]))
-                divergences.append(clean.divergence(log_q_nV))
+            if final_BLD is clean_BLD:
+                self._clean_distributions.keep(kept_as, p_nV, log_q_nV)
+                divergences.append(torch.zeros_like(losses[-1]))
+                continue
+            clean = self._clean_distributions.of(kept_as, partial(self._logits, clean_ND[part]))
+            divergences.append(clean.divergence(log_q_nV))
         ce_BL = torch.cat(losses).reshape(n_contexts, n_positions)[:, :-1]
-        kl_BL = torch.cat(divergences).reshape(n_contexts, n_positions) if divergences else torch.zeros(0)
-        return ce_BL, kl_BL
+        return ce_BL, torch.cat(divergences).reshape(n_contexts, n_positions)
 
     def _logits(self, rows_nD: Tensor) -> Tensor:
-        """What the model's forward makes of what the unembedding gets."""
+        """What the model's forward makes of what the unembedding gets; in memory that the next call overwrites."""
         model, cap = self.model, self.model.cfg.output_logits_soft_cap
+        out_nV = self._space.of("logits", len(rows_nD), model.W_U)
         # Not model.unembed: it makes W_Uᵀ contiguous at every call, which for some layouts copies the whole matrix.
-        logits_nV = torch.addmm(model.b_U, rows_nD, model.W_U)
+        logits_nV = torch.addmm(model.b_U, rows_nD, model.W_U, out=out_nV)
         return logits_nV.div_(cap).tanh_().mul_(cap) if cap > 0.0 else logits_nV
+
+
+class _Space:
+    """Memory for logits, used again and again: 268 MB fresh from the system cost as much as a softmax of them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def of(self, name: str, n: int, weight_DV: Tensor) -> Tensor:
+        """(n, V), not initialized, of the weight's kind."""
+        kept = self._kept.get(name)
+        if kept is None or len(kept) < n or kept.dtype != weight_DV.dtype:
+            kept = self._kept[name] = weight_DV.new_empty(n, weight_DV.shape[1])
+        return kept[:n]
+
+    def like(self, logits_nV: Tensor, name: str) -> Tensor:
+        return self.of(name, len(logits_nV), logits_nV)
+
+
+def _one_if_equal(rows_nD: Tensor) -> Tensor:
+    """One row if all are equal, as behind zeros in a model without biases: it has one distribution."""
+    # In 16 bits a product of one row is rounded otherwise than one of many.
+    if rows_nD.dtype == torch.float32 and bool((rows_nD == rows_nD[0]).all()):
+        return rows_nD[:1]
+    return rows_nD
 
 
 def _replaced(sae: Any, kept_BL: Tensor, activation: Tensor) -> Tensor:
@@ -190,6 +221,7 @@ def _cross_entropy(logits_nV: Tensor, log_q_nV: Tensor, targets_n: Tensor) -> Te
     The two differ where a probability is so small that float32 has lost its digits, and in 16 bits everywhere.
     """
     targets_n1 = targets_n[:, None]
+    logits_nV, log_q_nV = (x_nV.expand(len(targets_n), -1) for x_nV in (logits_nV, log_q_nV))
     if logits_nV.dtype != torch.float32:
         return -torch.log_softmax(logits_nV, dim=-1).gather(-1, targets_n1)[:, 0]
     losses_n = -log_q_nV.gather(-1, targets_n1)[:, 0]
@@ -210,11 +242,13 @@ class _Clean:
     negative_entropy_n: Tensor
 
     def divergence(self, log_q_nV: Tensor) -> Tensor:
-        """Σ p (ln p − ln q): infinite where q underflows, NaN where p does, as in core."""
+        """Σ p (ln p − ln q): infinite where q underflows, NaN where p does, as in core. May overwrite ``log_q_nV``."""
         if log_q_nV.dtype != torch.float32:
             # Sums in 16 bits: in core's own order, or they come out otherwise.
             return (self.p_nV * (self.p_nV.log() - log_q_nV)).sum(dim=-1)
-        return self.negative_entropy_n - torch.bmm(self.p_nV[:, None, :], log_q_nV[:, :, None])[:, 0, 0]
+        # Not a matrix product: on the CPU that adds a row of 262,144 entries up one by one, and is 0.001 nats off.
+        p_log_q_nV = log_q_nV.mul_(self.p_nV) if len(log_q_nV) == len(self.p_nV) else log_q_nV * self.p_nV
+        return self.negative_entropy_n - p_log_q_nV.sum(dim=-1)
 
 
 class _CleanDistributions:
@@ -228,8 +262,13 @@ class _CleanDistributions:
         if name in self._kept:
             return self._kept[name]
         p_nV = torch.softmax(logits(), dim=-1)
-        clean = _Clean(p_nV, (p_nV * p_nV.log()).sum(dim=-1))
-        if p_nV.nbytes <= self._left:
+        return self.keep(name, p_nV, p_nV.log(), own=True)
+
+    def keep(self, name: str, p_nV: Tensor, log_p_nV: Tensor, own: bool = False) -> _Clean:
+        """Keep a distribution if there is room. ``log_p_nV`` is overwritten; ``own``: p is nobody else's memory."""
+        room = p_nV.nbytes <= self._left
+        clean = _Clean(p_nV.clone() if room and not own else p_nV, log_p_nV.mul_(p_nV).sum(dim=-1))
+        if room:
             self._left -= p_nV.nbytes
             self._kept[name] = clean
         return clean
