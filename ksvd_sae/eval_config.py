@@ -37,6 +37,22 @@ class SparseProbingConfig(Strict):
     seed: int = 42
 
 
+# Numbers of latents that SAEBench's format of sae-probes' results has a place for.
+ProbeSize = Literal[1, 2, 5, 10, 20, 50, 100]
+
+
+class SaeProbesConfig(Strict):
+    """SAEBench's sparse probing on sae-probes' 113 data sets, which its package brings along."""
+
+    datasets: list[str] | None = Field(
+        None, min_length=1, description="null: all 113; names such as 5_hist_fig_ismale choose some"
+    )
+    reg_type: Literal["l1", "l2"] = Field("l1", description="regularization of the probes, its strength by validation")
+    k_values: list[ProbeSize] = Field([1, 2, 5], min_length=1)
+    binarize: bool = Field(False, description="probe on whether a latent fires, not on how much")
+    seed: int = 42
+
+
 class ScrConfig(Strict):
     """SAEBench's spurious correlation removal (SCR)."""
 
@@ -249,6 +265,7 @@ class EvaluationConfig(Strict):
 
     core: CoreConfig | None = Field(default_factory=lambda: CoreConfig())
     sparse_probing: SparseProbingConfig | None = Field(default_factory=lambda: SparseProbingConfig())
+    sparse_probing_sae_probes: SaeProbesConfig | None = None
     scr: ScrConfig | None = None
     autointerp: AutoInterpConfig | None = None
     ravel: RavelConfig | None = None
@@ -264,7 +281,7 @@ class EvaluationConfig(Strict):
         description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing",
     )
     llm_memory_gb: float = Field(
-        2.0, ge=0, allow_inf_nan=False, description="memory for the untouched model's probabilities (core)"
+        2.5, ge=0, allow_inf_nan=False, description="memory for the untouched model's probabilities (core)"
     )
 
     @model_validator(mode="after")

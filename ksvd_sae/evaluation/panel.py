@@ -17,6 +17,7 @@ from ksvd_sae.eval_config import (
     CoreConfig,
     EvaluationConfig,
     RavelConfig,
+    SaeProbesConfig,
     ScrConfig,
     SparseProbingConfig,
 )
@@ -26,6 +27,7 @@ from ksvd_sae.evaluation.saebench.autointerp import judged_latents, run_autointe
 from ksvd_sae.evaluation.saebench.core import run_core
 from ksvd_sae.evaluation.saebench.ravel import HUB_DATASET, run_ravel, scored_pairs
 from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, read_metrics
+from ksvd_sae.evaluation.saebench.sae_probes import data_sets_probed, run_sae_probes
 from ksvd_sae.evaluation.saebench.scr import run_scr
 from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
 from ksvd_sae.offline import bbc_news, biographies
@@ -143,6 +145,13 @@ def _sparse_probing(config: SparseProbingConfig, place: _Place) -> EvalResults:
     return _results("sparse_probing", data, config.test_set_size, files)
 
 
+def _sae_probes(config: SaeProbesConfig, place: _Place) -> EvalResults:
+    files = run_sae_probes(place.panel, config, place.setting, place.output / "sparse_probing_sae_probes")
+    n = data_sets_probed(next(iter(files.values())))
+    chosen = "all" if config.datasets is None else f"{n} of the"
+    return _results("sparse_probing_sae_probes", f"{chosen} data sets of sae-probes", n, files)
+
+
 def _scr(config: ScrConfig, place: _Place) -> EvalResults:
     files = run_scr(place.panel, config, {biographies.NAME: biographies.PROFESSIONS}, place.setting, place.output)
     data = "SAEBench's two data sets" if config.datasets is None else ", ".join(config.datasets)
@@ -173,6 +182,7 @@ def _autointerp(config: AutoInterpConfig, place: _Place) -> EvalResults:
 _EVALS: dict[str, Callable[[Any, _Place], EvalResults]] = {
     "core": _core,
     "sparse_probing": _sparse_probing,
+    "sparse_probing_sae_probes": _sae_probes,
     "scr": _scr,
     "absorption": _absorption,
     "ravel": _ravel,

@@ -11,7 +11,17 @@ UNKNOWN = "unknown"
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 # The evals in the order in which tables list them: from the cheapest to know to the dearest.
-EVALS = ("training", "heldout", "core", "sparse_probing", "scr", "absorption", "ravel", "autointerp")
+EVALS = (
+    "training",
+    "heldout",
+    "core",
+    "sparse_probing",
+    "sparse_probing_sae_probes",
+    "scr",
+    "absorption",
+    "ravel",
+    "autointerp",
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,7 @@ class Headline:
         style: how its numbers are written.
         meaning: what it is, with its unit, as a phrase.
         reference: a metric of the same eval to name beside it: what no dictionary reaches by itself.
+        reference_is: what gives that, as a phrase.
         optional: no column where nothing was scored; for evals that run only where a config asks for them.
     """
 
@@ -38,6 +49,7 @@ class Headline:
     better: Literal["lower", "higher"] | None = None
     minus: str | None = None
     reference: str | None = None
+    reference_is: str = "the same probe on the raw activations"
     optional: bool = False
 
     @property
@@ -103,6 +115,21 @@ HEADLINES = (
         "test accuracy of a linear probe on the five best latents (fraction of texts)",
         "higher",
         reference="llm_top_5_test_accuracy",
+    ),
+    *(
+        Headline(
+            f"sae-probes top-{k}",
+            "sparse_probing_sae_probes",
+            f"sae_top_{k}_test_accuracy",
+            "score",
+            f"test accuracy of a linear probe on the {latents} at a text's last token "
+            "(fraction of texts, mean over data sets)",
+            "higher",
+            reference="llm_test_accuracy",
+            reference_is="a probe on the whole activation",
+            optional=True,
+        )
+        for k, latents in ((1, "single best latent"), (5, "five best latents"))
     ),
     Headline(
         "SCR top-20",

@@ -236,7 +236,7 @@ def legend(frame: pd.DataFrame) -> list[tuple[str, str]]:
             text += f"; on {data or 'unnamed data'}{count}"
             reference = reference_value(typed, headline)
             if reference is not None:
-                text += f"; the same probe on the raw activations gives {score_texts([reference])[0]}"
+                text += f"; {headline.reference_is} gives {score_texts([reference])[0]}"
         entries.append((headline.heading, text))
     return entries
 
