@@ -67,7 +67,7 @@ def run_absorption(
         if setting.cache is None:
             yield
             return
-        with adapters.stopped_at_the_hook(), adapters.llm_once(memory):
+        with adapters.stopped_at_the_hook(), adapters.llm_once(memory), adapters.quick_metrics():
             yield
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
