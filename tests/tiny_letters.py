@@ -1,6 +1,7 @@
 """A tiny model whose activations carry a word's first letter, and a vocabulary with words for all letters."""
 
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
@@ -47,6 +48,32 @@ def letters_tokenizer(words: tuple[str, ...] = WORDS, odd: bool = False) -> PreT
     )
 
 
+def spaced_tokenizer(style: Literal["pythia", "llama"]) -> PreTrainedTokenizerFast:
+    """A word a token, with the space before it, as Pythia's tokenizer writes them (Ġ) or Llama's (▁)."""
+    mark = {"pythia": "Ġ", "llama": "▁"}[style]
+    prompt = [*(mark + word for word in ("has", "the", "first", "letter")), ":", "Ċ", "\n"]
+    known = ["<pad>", "<eos>", "<bos>", "<unk>", *prompt, *(mark + x for x in (*LETTERS.upper(), *WORDS))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
+    if style == "pythia":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        marked = pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="never", split=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:]"), "isolated"), marked])
+        tokenizer.decoder = decoders.Metaspace(replacement=mark, prepend_scheme="never", split=True)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        # TransformerLens loads any tokenizer of the Hub so that it sets <bos>, Pythia's too.
+        add_bos_token=True,
+        name_or_path=f"{MODEL_NAME}-{style}",
+    )
+
+
 @lru_cache(maxsize=1)
 def letter_directions() -> torch.Tensor:
     """Orthonormal, a row a letter."""
@@ -77,7 +104,7 @@ def letters_model(tokenizer: PreTrainedTokenizerFast | None = None, strength: fl
         noise_VD = torch.randn(len(tokenizer), D_MODEL, generator=generator(4)) / D_MODEL**0.5
         model.embed.W_E.copy_(noise_VD)
         for word, i in tokenizer.get_vocab().items():
-            if (letter := word[0].lower()) in LETTERS:
+            if (letter := word.lstrip("Ġ▁")[:1].lower()) and letter in LETTERS:
                 model.embed.W_E[i] += strength * letter_directions()[LETTERS.index(letter)]
     return model.eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -39,6 +39,7 @@ from tests import tiny_models
 from tests.evaluation.conftest import CountedPanel
 from tests.tiny_letters import (
     HOOK,
+    LETTERS,
     MODEL_NAME,
     ODD,
     WORDS,
@@ -46,6 +47,7 @@ from tests.tiny_letters import (
     letters_model,
     letters_tokenizer,
     letters_topk_sae,
+    spaced_tokenizer,
 )
 from tests.tolerances import SAEBENCH_SCORE
 
@@ -524,6 +526,26 @@ def test_the_llm_runs_once_for_a_panel(finished: tuple[Run, dict[str, Path], Any
     finally:
         handle.remove()
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("style", ["pythia", "llama"])
+def test_tokenizers_whose_words_carry_their_space(
+    style: Literal["pythia", "llama"], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pythia's writes a space as Ġ; Llama's as ▁, and drops it at the start of a text that it decodes."""
+    spaced = letters_model(spaced_tokenizer(style))
+    monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", lambda *_, **__: spaced)
+    files = run({"topk-sae": letters_topk_sae})
+    result = json.loads(files["topk-sae"].read_text())
+    assert result["eval_result_unstructured"]["words_used"] == len(WORDS) + len(LETTERS) + len(
+        ("has", "the", "first", "letter")
+    )
+    assert result["eval_result_unstructured"]["words_left_out"] == 0
+    letters = {detail["first_letter"] for detail in result["eval_result_details"]}
+    assert len(letters) >= CONFIG.min_feats_for_eval
+    assert all(
+        value is not None and 0 <= value <= 1 for value in (read_metrics(files["topk-sae"])[name] for name in SCORES)
+    )
 
 
 @pytest.mark.parametrize("leave", ["normally", "by exception"])
