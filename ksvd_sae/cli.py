@@ -19,6 +19,10 @@ from rich.logging import RichHandler
 from ksvd_sae.config import load_config
 from ksvd_sae.errors import ConfigError, KsvdSaeError
 
+# Large pages for large tensors, where Linux gives them when asked: 512 times fewer page faults in fresh memory.
+# torch reads this before its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 if TYPE_CHECKING:
     from ksvd_sae.bench.settings import Settings
     from ksvd_sae.pipeline import Run

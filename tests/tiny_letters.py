@@ -8,12 +8,13 @@ from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn.functional import normalize
-from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.sae import DBKSVDSAE, sae_from_dictionary
 from tests.strategies import generator, unit_atoms
+from tests.tiny_saes import as_of_the_hub, two_layers
 
 MODEL_NAME = "tiny-letters"
 HOOK = "blocks.0.hook_resid_post"
@@ -36,16 +37,7 @@ def letters_tokenizer(words: tuple[str, ...] = WORDS, odd: bool = False) -> PreT
     )
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        # TransformerLens would otherwise load the tokenizer again, by its name.
-        add_bos_token=True,
-        name_or_path=MODEL_NAME,
-    )
+    return as_of_the_hub(tokenizer, MODEL_NAME)
 
 
 def spaced_tokenizer(style: Literal["pythia", "llama"]) -> PreTrainedTokenizerFast:
@@ -62,16 +54,8 @@ def spaced_tokenizer(style: Literal["pythia", "llama"]) -> PreTrainedTokenizerFa
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("[\n:]"), "isolated"), marked])
         tokenizer.decoder = decoders.Metaspace(replacement=mark, prepend_scheme="never", split=True)
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        # TransformerLens loads any tokenizer of the Hub so that it sets <bos>, Pythia's too.
-        add_bos_token=True,
-        name_or_path=f"{MODEL_NAME}-{style}",
-    )
+    # TransformerLens loads any tokenizer of the Hub so that it sets <bos>, Pythia's too.
+    return as_of_the_hub(tokenizer, f"{MODEL_NAME}-{style}")
 
 
 @lru_cache(maxsize=1)
@@ -86,20 +70,7 @@ def letters_model(tokenizer: PreTrainedTokenizerFast | None = None, strength: fl
     Args: strength: of the letter, beside noise of norm 1; 0: activations know nothing of letters.
     """
     tokenizer = tokenizer or letters_tokenizer()
-    cfg = HookedTransformerConfig(
-        n_layers=2,
-        d_model=D_MODEL,
-        n_heads=2,
-        d_head=8,
-        d_mlp=32,
-        n_ctx=96,
-        d_vocab=len(tokenizer),
-        act_fn="gelu",
-        seed=0,
-        device="cpu",
-        model_name=MODEL_NAME,
-    )
-    model = HookedTransformer(cfg, tokenizer=tokenizer)
+    model = two_layers(tokenizer, D_MODEL, 96)
     with torch.no_grad():
         noise_VD = torch.randn(len(tokenizer), D_MODEL, generator=generator(4)) / D_MODEL**0.5
         model.embed.W_E.copy_(noise_VD)

@@ -50,6 +50,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))]
     )
+    return as_of_the_hub(tokenizer, MODEL_NAME)
+
+
+def as_of_the_hub(tokenizer: Tokenizer, name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers would load it; it knows <bos>, <eos>, <pad> and <unk>."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<bos>",
@@ -58,27 +63,36 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         # TransformerLens would otherwise load the tokenizer again, by its name.
         add_bos_token=True,
-        name_or_path=MODEL_NAME,
+        name_or_path=name,
     )
 
 
-def tiny_model(model_class: type[HookedTransformer] = HookedTransformer) -> HookedTransformer:
-    """Two layers, 16 dimensions, the same weights at every call."""
-    tokenizer = tiny_tokenizer()
+def two_layers(
+    tokenizer: PreTrainedTokenizerFast,
+    d_model: int,
+    n_ctx: int,
+    model_class: type[HookedTransformer] = HookedTransformer,
+) -> HookedTransformer:
+    """A random model of two layers, the same weights at every call; named as its tokenizer."""
     cfg = HookedTransformerConfig(
         n_layers=2,
-        d_model=D_MODEL,
+        d_model=d_model,
         n_heads=2,
         d_head=8,
         d_mlp=32,
-        n_ctx=64,
+        n_ctx=n_ctx,
         d_vocab=len(tokenizer),
         act_fn="gelu",
         seed=0,
         device="cpu",
-        model_name=MODEL_NAME,
+        model_name=tokenizer.name_or_path,
     )
-    model = model_class(cfg, tokenizer=tokenizer)
+    return model_class(cfg, tokenizer=tokenizer)
+
+
+def tiny_model(model_class: type[HookedTransformer] = HookedTransformer) -> HookedTransformer:
+    """Two layers, 16 dimensions, the same weights at every call."""
+    model = two_layers(tiny_tokenizer(), D_MODEL, 64, model_class)
     with torch.no_grad():
         # As in trained models, the stream is far from zero and has a mean: else splicing zeros would cost nothing.
         model.embed.W_E.mul_(5).add_(1)
