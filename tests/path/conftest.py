@@ -26,6 +26,13 @@ SHRUNK = {
     "evaluation.core": "{dataset: heldout, context_tokens: 32, batch_contexts: 4, reconstruction_batches: 2, "
     "sparsity_batches: 2}",
     "evaluation.sparse_probing": "{datasets: [bbc-news], train_set_size: 40, test_set_size: 20, context_tokens: 32}",
+    "evaluation.sparse_probing_sae_probes": "{datasets: [119_us_state_TX], k_values: [1]}",
+    "evaluation.scr": "{datasets: [templated-bias_in_bios], pairs: {templated-bias_in_bios: [[professor, nurse]]}, "
+    "train_set_size: 40, test_set_size: 20, context_tokens: 32, n_values: [2]}",
+    # Random weights know no letters.
+    "evaluation.absorption": "null",
+    # A thousand held-out tokens are too little text for it.
+    "evaluation.autointerp": "null",
 }
 
 

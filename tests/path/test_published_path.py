@@ -15,7 +15,7 @@ LEFT_OUT = ("db-ksvd", "db-ksvd-refit", "topk-sae", "pca", "random")
 CHANGES = {
     "dictionaries.published": f"{{kind: published_sae, repo_id: {REPOSITORY}, path: {FOLDER}, "
     "format: dictionary_learning}",
-    "evaluation.sparse_probing": "null",
+    **{f"evaluation.{name}": "null" for name in ("sparse_probing", "sparse_probing_sae_probes", "scr")},
 }
 
 

@@ -85,7 +85,8 @@ def test_the_harvest_is_what_transformers_computes(place: Workplace) -> None:
 def test_every_dictionary_has_its_headline_scores(place: Workplace) -> None:
     table = pd.read_csv(place.results / "comparison.csv")
     assert set(table["dictionary"]) == set(DICTIONARIES)
-    assert {"heldout", "core", "sparse_probing"} <= set(table["eval"])
+    evals = {"heldout", "core", "sparse_probing", "sparse_probing_sae_probes", "scr"}
+    assert evals <= set(table["eval"])
     for headline in (headline for headline in HEADLINES if not headline.optional):
         for metric in filter(None, (headline.metric, headline.minus, headline.reference)):
             rows = table[(table["eval"] == headline.eval) & (table["metric"] == metric)]
@@ -132,7 +133,7 @@ def test_atoms_of_every_dictionary_are_shown_in_context(place: Workplace) -> Non
 
 
 def test_saebench_results_are_json(place: Workplace) -> None:
-    for eval_name in ("core", "sparse_probing"):
+    for eval_name in ("core", "sparse_probing", "sparse_probing_sae_probes", "scr"):
         found = sorted((place.results / "saebench" / eval_name).iterdir())
         assert len(found) == len(DICTIONARIES)
         for path in found:

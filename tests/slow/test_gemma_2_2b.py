@@ -41,8 +41,7 @@ CHANGES = {
     "harvest.heldout_tokens": str(HELDOUT_TOKENS),
     "harvest.batch_contexts": str(BATCH_CONTEXTS),
     "dictionaries": json.dumps({DICTIONARY: ENTRY}),
-    "evaluation.core": "null",
-    "evaluation.sparse_probing": "null",
+    "evaluation": "{core: null, sparse_probing: null}",
 }
 
 
