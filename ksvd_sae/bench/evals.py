@@ -4,7 +4,8 @@ Ours shares what the language model gives among the panel's dictionaries (``Eval
 SAEBench's own code given the whole panel in one call, on the same data and with the same seeds: without a cache nothing
 of it is replaced but where it reads and writes. Both start with nothing on disk and go through the same dictionaries,
 coders included. ``largest_difference`` is the largest |a − b| / max(1, |b|) among all numbers of the result files,
-details included.
+details included. ``further_s`` is what another dictionary takes once the model has been asked: the time between the
+first result and the last, by SAEBench's own stamps, over the number of those after the first.
 
 In these rows n is the number of dictionaries, m that of the largest one's atoms, k the most of a token.
 """
@@ -156,7 +157,11 @@ def _scores(panel: Panel, name: str, impl: str, place: Path) -> dict[str, Any]:
 
 
 def _score(results: dict[str, Any]) -> dict[str, Any]:
-    return {"numbers": {f"{who}/{name}": value for who, found in results.items() for name, value in _numbers(found)}}
+    stamps = sorted(found["datetime_epoch_millis"] for found in results.values())
+    return {
+        "numbers": {f"{who}/{name}": value for who, found in results.items() for name, value in _numbers(found)},
+        "further_s": (stamps[-1] - stamps[0]) / 1000 / (len(stamps) - 1),
+    }
 
 
 def _numbers(result: Any) -> Iterator[tuple[str, float | None]]:
@@ -203,7 +208,7 @@ def _rows(name: str, found: list[Measured], panel: Panel, settings: Settings) ->
     logger.info("bench evals, %s: largest difference of a score %s", name, difference)
     return [
         _row(name, measured.job.who, seconds[measured.job.who.impl], measured.peak_mib, difference, panel, settings)
-        | {"n_scores": len(numbers[OURS])}
+        | {"n_scores": len(numbers[OURS]), "further_s": measured.scores["further_s"]}
         for measured in found
     ]
 
@@ -219,7 +224,7 @@ def _together(rows: list[dict[str, Any]], panel: Panel, settings: Settings) -> l
         fields = _row(
             TOGETHER, _who(impl, settings.device), [seconds], max(peaks, default=None), worst, panel, settings
         )
-        summed.append(fields | {"n_scores": sum(one["n_scores"] for one in of_impl)})
+        summed.append(fields | {name: sum(one[name] for one in of_impl) for name in ("n_scores", "further_s")})
     return summed
 
 

@@ -127,6 +127,7 @@ def test_both_give_the_same_scores_and_ours_asks_the_model_less(
         assert row["n_scores"] > 10
         assert row["repeats"] == 1
         assert row["versions"]["sae-bench"]
+        assert 0 < row["further_s"] < row["median_s"]
     for impl in (OURS, SAE_BENCH):
         seconds = [row["median_s"] for row in rows if row["impl"] == impl]
         assert seconds[-1] == pytest.approx(sum(seconds[:-1]))
@@ -135,7 +136,9 @@ def test_both_give_the_same_scores_and_ours_asks_the_model_less(
     table = tables.render(tmp_path / "bench")
     assert f"| {TOGETHER} |" in table
     faster = rows[-2]["median_s"] / rows[-1]["median_s"]
+    further = rows[-2]["further_s"] / rows[-1]["further_s"]
     assert f" {faster:.3g} × " in table
+    assert f" {further:.3g} × " in table
 
 
 def test_a_score_that_differs_is_seen(panel: Panel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,6 +166,10 @@ def test_results(setting: EvalSetting, models: Models, tmp_path: Path) -> None:
     assert 0 < scores["identity"]["disentanglement_score"] < 1
 
 
+@pytest.mark.skipif(
+    int(version("transformers").split(".")[0]) >= 5,
+    reason="SAEBench's own RAVEL takes outputs[0] of a layer, which from transformers 5 on is the batch's first row",
+)
 @pytest.mark.parametrize(
     ("architecture", "make"),
     [("gpt_neox", tiny_db_ksvd_sae), ("gpt_neox", identity_sae), ("gemma2", tiny_topk_sae)],
