@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -18,7 +17,7 @@ from ksvd_sae.pipeline import Run
 from ksvd_sae.reporting.headline import UNKNOWN, column_texts
 from ksvd_sae.reporting.scores import read_csv
 from tests.strategies import generator
-from tests.tiny_hub import COMMIT, dictionary_learning_files, offline_hub, write_repository
+from tests.tiny_hub import COMMIT, dictionary_learning_files, new_sessions, offline_hub, write_repository
 from tests.tiny_saes import one_thread
 from tests.tiny_shards import raw_activations, write_harvest
 from tests.tolerances import UNIT_NORM
@@ -61,7 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     publish(tmp_path)
     yield tmp_path
     monkeypatch.undo()
-    huggingface_hub.utils.reset_sessions()
+    new_sessions()
 
 
 def publish(place: Path, d_in: int = D_IN, buffer: dict[str, int] | None = None, **changes: Any) -> None:

@@ -22,7 +22,13 @@ def offline_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point huggingface_hub at ``cache``, with nothing to connect to."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    huggingface_hub.utils.reset_sessions()
+    new_sessions()
+
+
+def new_sessions() -> None:
+    """Let huggingface_hub read its settings again; from 1.0 on the function has another name."""
+    utils = huggingface_hub.utils
+    (utils.close_session if hasattr(utils, "close_session") else utils.reset_sessions)()
 
 
 def write_repository(cache: Path, repo_id: str, files: dict[str, bytes], commit: str = COMMIT) -> Path:

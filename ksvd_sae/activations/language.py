@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.transformers_5 import make_loadable
 from ksvd_sae.config import ModelConfig
 from ksvd_sae.errors import ActivationError, HookError, HubError
 
@@ -26,6 +27,7 @@ def load_model(config: ModelConfig, device: torch.device) -> "HookedTransformer"
     check_model_name(config.name)
     from transformer_lens import HookedTransformer
 
+    make_loadable()
     try:
         model = HookedTransformer.from_pretrained_no_processing(
             config.name, device=str(device), dtype=getattr(torch, config.dtype)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ksvd_sae.activations.transformers_5 import make_loadable
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evaluation.llm_cache import TensorCache
 from ksvd_sae.provenance import content_hash, versions, write_json
@@ -92,6 +93,7 @@ def run_eval(
         except Exception as error:
             reasons.append(f"loading {panelist.name}: {type(error).__name__}: {error}")
     if waiting:
+        make_loadable()
         logger.info("%s of %s", eval_name, ", ".join(p.name for p in missing))
     while waiting:
         try:

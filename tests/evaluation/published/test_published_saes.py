@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -30,6 +29,7 @@ from tests.tiny_hub import (
     GATED,
     PRIVATE,
     dictionary_learning_files,
+    new_sessions,
     offline_hub,
     served_hub,
     write_repository,
@@ -62,7 +62,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     offline_hub(tmp_path / "hub", monkeypatch)
     yield tmp_path / "hub"
     monkeypatch.undo()
-    huggingface_hub.utils.reset_sessions()
+    new_sessions()
 
 
 def weights(kind: str, norm: float = 1.0) -> dict[str, Tensor]:

@@ -251,12 +251,14 @@ def test_activations_are_those_of_the_hooks_layer(architecture: str, layer: int)
     position_B = torch.tensor([-1, -2])
     with torch.no_grad():
         hidden = model(**inputs, output_hidden_states=True).hidden_states[layer + 1]
+    # transformers 5 leaves hooks of its own.
+    before = [dict(module._forward_hooks) for module in model.modules()]
     kept: dict[str, Tensor] = {}
     with adapters.hooks_on_any_decoder(), adapters.activations_kept(kept):
         found = activation_collection.get_layer_activations(model, layer, inputs, position_B)
     torch.testing.assert_close(found, torch.stack([hidden[0, -1], hidden[1, -2]]), rtol=0, atol=1e-6)
     assert len(kept) == 1
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [dict(module._forward_hooks) for module in model.modules()] == before
 
 
 @architectures
