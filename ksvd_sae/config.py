@@ -173,6 +173,16 @@ class PCAConfig(Viewed):
     k: int = Field(gt=0)
 
 
+class IdentityConfig(Viewed):
+    """Control: the activation as it is, a latent a dimension, none left out: what an eval says without a dictionary."""
+
+    kind: Literal["identity"] = "identity"
+
+    @property
+    def k(self) -> None:
+        """As many as the activations have dimensions, which is not known before they are there."""
+
+
 class RandomConfig(Viewed):
     """Control: random unit atoms, no direction likelier than another in their metric, coded as DB-KSVD codes."""
 
@@ -195,6 +205,7 @@ DictionaryConfig = Annotated[
     | JumpReLUSAEConfig
     | PublishedSAEConfig
     | PCAConfig
+    | IdentityConfig
     | RandomConfig
     | RecodedConfig
     | LinearTopKConfig,
@@ -341,6 +352,7 @@ _DICTIONARY_MODELS: dict[str, type[BaseModel]] = {
     "jumprelu_sae": JumpReLUSAEConfig,
     "published_sae": PublishedSAEConfig,
     "pca": PCAConfig,
+    "identity": IdentityConfig,
     "random": RandomConfig,
     "recoded": RecodedConfig,
     "linear_topk": LinearTopKConfig,

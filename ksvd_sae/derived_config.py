@@ -56,7 +56,9 @@ class LinearTopKConfig(DerivedConfig, SAETraining):
 
 def has_signs(config: Any) -> bool:
     """Whether a dictionary's own codes have signs; those of SAEs have none (as far as a config can tell)."""
-    return config.kind in ("pca", "random") or (config.kind in ("db_ksvd", "recoded") and not config.nonnegative)
+    return config.kind in ("pca", "random", "identity") or (
+        config.kind in ("db_ksvd", "recoded") and not config.nonnegative
+    )
 
 
 def metric(config: Any) -> WeightingConfig:
@@ -77,6 +79,8 @@ def filled(name: str, config: DerivedConfig, others: Mapping[str, Any]) -> Any:
         raise ValueError(f"{where}.of: no dictionary {config.of!r} in this run; there are {', '.join(others)}")
     if isinstance(source, DerivedConfig):
         raise ValueError(f"{where}.of: {_why_not_twice(name, others)}")
+    if source.kind == "identity":
+        raise ValueError(f"{where}.of: {config.of!r} leaves activations as they are: there is nothing to code")
     own: int | None = getattr(source, "seed", None)
     if own is not None and config.seed not in (None, own):
         raise ValueError(f"{where}: seed = {config.seed}, but {config.of!r} is trained with seed {own}; leave one out")

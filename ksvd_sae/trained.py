@@ -58,7 +58,7 @@ class TrainedDictionary:
             "dictionary": self.name,
             "view": self.view if has_signs(config) else "non-negative",
             "d_sae": 2 * n_atoms if self.view == "split" else n_atoms,
-            "k": config.k,
+            "k": config.k or self.manifest["k"],
             "l0": l0,
             "seed": self.seed,
         }

@@ -10,7 +10,7 @@ import torch
 
 from ksvd_sae.activations.gradients import GradientMoments
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, PCAConfig, RandomConfig, SAEConfig
+from ksvd_sae.config import DBKSVDConfig, DictionaryConfig, IdentityConfig, PCAConfig, RandomConfig, SAEConfig
 from ksvd_sae.derived_config import RecodedConfig
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.dictionary_options import View, WeightingConfig
@@ -124,6 +124,10 @@ def train_dictionary(
         atoms_MD = principal_components(shards.batches(16_384), config.k, centre_D)
         setting.save(Dictionary(atoms_MD, centre_D.float(), config.k, "projection"), folder)
         return {"samples_seen": shards.n_samples}
+    if isinstance(config, IdentityConfig):
+        d_in = shards.d_in
+        setting.save(Dictionary(torch.eye(d_in), torch.zeros(d_in), d_in, "projection"), folder)
+        return {"samples_seen": 0, "n_latents": d_in, "k": d_in}
     if isinstance(config, RandomConfig):
         return _draw_random(config, shards, folder, setting)
     raise ConfigError(

@@ -105,6 +105,10 @@ def test_round_trip() -> None:
             r"dictionaries\.it: seed = 2, but 'own' is trained with seed 1",
         ),
         ({"it": {"kind": "linear_topk", "of": "pca"}}, r"dictionaries\.it\.of: 'pca' is a PCA.*nothing to choose"),
+        (
+            {"all": {"kind": "identity"}, "it": {"kind": "recoded", "of": "all"}},
+            r"dictionaries\.it\.of: 'all' leaves activations as they are",
+        ),
         ({"it": {"kind": "recoded", "of": "topk", "coder": "ormp"}}, "coder 'ormp' has signs; use 'omp'"),
         ({"it": {"kind": "recoded", "of": "topk", "view": "split"}}, "view 'split' needs signs"),
         ({"it": {"kind": "recoded", "of": "topk", "weighting": "fisher"}}, r"needs gradients; set harvest\.gradient_t"),

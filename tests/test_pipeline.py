@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sae_lens import SAE
@@ -106,6 +107,23 @@ def heldout_fvu(run: Run, trained: TrainedDictionary) -> float:
     rebuilt = run.load_sae(trained)(x_BD).detach().double().numpy()
     x = x_BD.double().numpy()
     return float(((x - rebuilt) ** 2).sum() / ((x - x.mean(axis=0)) ** 2).sum())
+
+
+def test_identity_leaves_activations_as_they_are(place: Path) -> None:
+    run = run_in(place, only("pca", identity={"kind": "identity", "view": "both"}))
+    trained = {t.name: t for t in run.train()}["identity"]
+    x_BD = run.shards("heldout").tensor()[:20]
+    signed, split = (run.load_sae(viewed) for viewed in trained.in_views())
+    assert torch.equal(signed.encode(x_BD), x_BD)
+    assert torch.equal(split.encode(x_BD), torch.cat([x_BD.clamp(min=0), (-x_BD).clamp(min=0)], dim=1))
+    for sae in (signed, split):
+        assert torch.equal(sae.decode(sae.encode(x_BD)), x_BD)
+    table = pd.DataFrame(run.evaluate()["rows"]).set_index(["dictionary", "view", "metric"])["value"]
+    for view in ("signed", "split"):
+        assert table["identity", view, "fvu"] == 0
+        assert table["identity", view, "l0"] == D_IN
+    facts = trained.facts(None)
+    assert (facts["k"], facts["d_sae"], facts["seed"]) == (D_IN, D_IN, None)
 
 
 def test_all_kinds(place: Path) -> None:

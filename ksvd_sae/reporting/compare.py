@@ -11,6 +11,7 @@ import pandas as pd
 
 from ksvd_sae.config import (
     DictionaryConfig,
+    IdentityConfig,
     PCAConfig,
     RandomConfig,
     RunConfig,
@@ -102,7 +103,7 @@ def _baselines(config: RunConfig) -> frozenset[str]:
 def _is_control(dictionary: DictionaryConfig, config: RunConfig) -> bool:
     """Whether its atoms are a control's, however they are coded."""
     learned = config.dictionaries[dictionary.of] if isinstance(dictionary, DerivedConfig) else dictionary
-    return isinstance(learned, PCAConfig | RandomConfig)
+    return isinstance(learned, PCAConfig | IdentityConfig | RandomConfig)
 
 
 def comparison_notes(config: RunConfig) -> list[str]:

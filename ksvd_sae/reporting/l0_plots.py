@@ -22,6 +22,8 @@ from ksvd_sae.reporting.tables import entry_labels, intervals, shown_headlines, 
 BEHAVIOUR = "loss recovered"
 # The largest L0 over the smallest, of the real methods, from where on the plots are drawn.
 RANGE = 1.25
+# A control that uses so many times as many latents as any real method is not drawn.
+_FURTHEST = 3.0
 
 
 def spans_a_range(frame: pd.DataFrame, controls: frozenset[str] = frozenset()) -> bool:
@@ -149,6 +151,8 @@ def _in_reach(table: pd.DataFrame, name: str) -> "pd.Series[bool]":
         return scored
     spread = max(float(real.max() - real.min()), 0.02 * float(real.abs().max()))
     near = table[name].between(real.min() - spread, real.max() + spread)
+    # The identity uses as many latents as there are dimensions.
+    near &= table["L0"] <= _FURTHEST * table.loc[real.index, "L0"].max()
     return scored & (near | ~table["control"])
 
 

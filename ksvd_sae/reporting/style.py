@@ -18,7 +18,7 @@ from matplotlib.transforms import Bbox
 from ksvd_sae.provenance import atomic_path
 
 DPI = 150
-CONTROLS = frozenset({"pca", "random"})
+CONTROLS = frozenset({"pca", "random", "identity"})
 INK = "#222222"
 FAINT = "#767676"
 GRID = "#e4e4e4"
@@ -33,6 +33,7 @@ _USUAL = {
     "db-ksvd-refit": "#56B4E9",
     "pca": "#8C8C8C",
     "random": "#4D4D4D",
+    "identity": "#B3B3B3",
 }
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">")
 
