@@ -27,6 +27,7 @@ from ksvd_sae.published_config import PublishedSAEConfig
 from ksvd_sae.replicas import replicas
 from ksvd_sae.reporting import l0_plots, latex, pivot, plots, rank_plot, report, scores, style, tables
 from ksvd_sae.reporting.atoms import take_examples
+from ksvd_sae.reporting.budget import of_one_budget
 from ksvd_sae.reporting.published import published_note, published_section
 from ksvd_sae.reporting.sections import Section, section_markdown
 from ksvd_sae.reporting.verdicts import verdict_section, verdicts
@@ -185,45 +186,51 @@ def _draw(
     """The plots that the run has data for, caption -> PNG."""
     target = folder / "plots"
     target.mkdir(parents=True, exist_ok=True)
-    colours = style.palette(list(dict.fromkeys(frame["dictionary"])), controls)
+    few, which = of_one_budget(frame, controls)
+    shown = list(dict.fromkeys(few["dictionary"]))
+    colours = style.palette([*shown, *dict.fromkeys(frame["dictionary"])], controls)
     pictures = {
-        "Headline metrics of every dictionary.": plots.metric_bars(
-            frame, target / "metrics.png", controls=controls, colours=colours
-        )
+        f"Headline metrics.{which}": plots.metric_bars(few, target / "metrics.png", controls=controls, colours=colours)
     }
     if "core" in manifest["files"]:
         caption = "Error against behaviour: FVU on held-out tokens, and the part of the model's loss that survives."
-        pictures[caption] = plots.error_against_behaviour(
-            frame, target / "error_against_behaviour.png", controls, colours=colours
+        pictures[caption + which] = plots.error_against_behaviour(
+            few, target / "error_against_behaviour.png", controls, colours=colours
         )
     labels = _labels(config)
     densities = {
         labels[panelist][0]: np.asarray(json.loads((evaluations / "heldout" / file).read_text())["density"])
         for panelist, file in manifest["files"]["heldout"].items()
-        if panelist in labels
+        if panelist in labels and labels[panelist][1] in shown
     }
-    pictures["How often each latent is used, either sign, on held-out tokens."] = plots.density_histogram(
+    pictures[f"How often each latent is used, either sign, on held-out tokens.{which}"] = plots.density_histogram(
         densities, target / "density.png", colours={label: colours[name] for label, name in labels.values()}
     )
-    pictures |= _draw_summaries(target, frame, controls, colours)
+    pictures |= _draw_against_l0(target, frame, controls, colours)
+    if not rank_plot.ranks(few, controls).empty:
+        caption = (
+            "Ranks, controls left out. Metrics overlap (KL, nats lost and loss recovered say nearly the same), and a "
+            "rank does not say by how much: a summary, no verdict."
+        )
+        pictures[caption + which] = rank_plot.mean_ranks(few, target / "ranks.png", controls, colours=colours)
     curves = {
         name: [json.loads(line) for line in logs[panelist].read_text().splitlines()]
         for panelist, (_, name) in labels.items()
-        if panelist in logs
+        if panelist in logs and name in shown
     }
     # SAEs have logs too, but no error after the step.
     curves = {name: lines for name, lines in curves.items() if lines and "fvu_after_update" in lines[0]}
     if curves:
-        pictures["Training of DB-KSVD, batch by batch."] = plots.training_curves(
+        pictures[f"Training of DB-KSVD, batch by batch.{which}"] = plots.training_curves(
             curves, target / "training.png", colours=colours
         )
     return pictures
 
 
-def _draw_summaries(
+def _draw_against_l0(
     target: Path, frame: pd.DataFrame, controls: frozenset[str], colours: dict[str, str]
 ) -> dict[str, Path]:
-    """Scores against L0 where dictionaries differ in it, and ranks where there is something to rank."""
+    """Scores against L0 where dictionaries differ in it."""
     pictures = {}
     if l0_plots.spans_a_range(frame, controls):
         pictures["Every headline metric against L0, the atoms used a token."] = l0_plots.metrics_against_l0(
@@ -233,10 +240,4 @@ def _draw_summaries(
             pictures["Loss recovered against L0, with the dictionaries that no other beats in both."] = (
                 l0_plots.pareto_against_l0(frame, target / "pareto.png", controls, colours=colours)
             )
-    if not rank_plot.ranks(frame, controls).empty:
-        caption = (
-            "Ranks, controls left out. Metrics overlap (KL, nats lost and loss recovered say nearly the same), and a "
-            "rank does not say by how much: a summary, no verdict."
-        )
-        pictures[caption] = rank_plot.mean_ranks(frame, target / "ranks.png", controls, colours=colours)
     return pictures

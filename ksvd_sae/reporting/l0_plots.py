@@ -198,7 +198,7 @@ def pareto_against_l0(
         raise EvaluationError(f"plotting {BEHAVIOUR} against L0: no method has both", cure="turn on the core eval")
     points = [(float(x), float(y)) for x, y in zip(real["L0"], real[BEHAVIOUR], strict=True)]
     front = [points[i] for i in pareto_front(points)]
-    with style.figure(path, 8.0, 5.2) as drawn:
+    with style.figure(path, 9.6, 5.2) as drawn:
         axes = drawn.add_subplot()
         _panel(axes, table, BEHAVIOUR, intervals(frame)[BEHAVIOUR])
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
@@ -211,5 +211,7 @@ def pareto_against_l0(
         axes.set_title("Loss recovered against L0; ringed and dashed: the Pareto front")
         axes.set_xlabel("L0: atoms a token, log scale   (← fewer)")
         axes.set_ylabel(f"{BEHAVIOUR}   (higher is better →)")
-        axes.legend(handles=_handles(table[_in_reach(table, BEHAVIOUR)]), loc="lower right")
+        # Beside the lines, which leave no corner free.
+        handles = _handles(table[_in_reach(table, BEHAVIOUR)])
+        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return Path(path)

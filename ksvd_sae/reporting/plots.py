@@ -77,6 +77,8 @@ def _enlarged(path: Path, table: pd.DataFrame, absent: list[str]) -> None:
         everything.yaxis.set_label_position("right")
         _scatter(close, real, "The methods, enlarged")
         _scatter(everything, table, "With controls", size=6)
+        # No error is negative, whatever room the margins want.
+        everything.set_xlim(left=max(everything.get_xlim()[0], -0.06 * everything.get_xlim()[1]))
         (x0, x1), (y0, y1) = close.get_xlim(), close.get_ylim()
         box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=style.FAINT, linewidth=0.9)
         everything.add_patch(box)

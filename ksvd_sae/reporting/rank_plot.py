@@ -1,5 +1,6 @@
 """One figure to sum up by: each method's rank in every headline metric, and the mean of its ranks."""
 
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -42,7 +43,7 @@ def mean_ranks(
     colour = dict(zip(entry_labels(whole), (chosen[name] for name in whole["dictionary"]), strict=True))
     means = table.mean(axis=1).sort_values(kind="stable")
     n = len(table)
-    with style.figure(path, 8.4, 1.5 + 0.5 * n) as drawn:
+    with style.figure(path, 8.4, 1.9 + 0.5 * n) as drawn:
         axes = drawn.add_subplot()
         for place, label in enumerate(means.index):
             row = table.loc[label]
@@ -64,6 +65,7 @@ def mean_ranks(
         axes.tick_params(left=False)
         axes.spines[["left"]].set_visible(False)
         axes.set_title("Mean rank: a bar; dots: its rank in each metric")
-        axes.set_xlabel(f"rank among {n} methods (1 is the best) in\n{', '.join(head for head in table.columns)}")
+        columns = textwrap.fill(", ".join(table.columns), 90)
+        axes.set_xlabel(f"rank among {n} methods (1 is the best) in\n{columns}")
         axes.annotate("mean", (1, 1), (8, 6), "axes fraction", "offset points", va="bottom", color=style.FAINT, size=9)
     return Path(path)

@@ -17,6 +17,8 @@ SEEDS = ["seed", "eval_seed"]
 Over = Literal["training seeds", "evaluation seeds", "nothing"]
 Verdict = Literal["better", "worse", "within noise", "no error bar"]
 _CONFIDENCE = 0.95
+# Relative: scores are sums of many float32 numbers.
+_FLOAT32 = 1e-5
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,10 @@ def estimate(scores: pd.DataFrame) -> Estimate:
 
 
 def _estimate(values: list[float], over: Over) -> Estimate:
-    mean = sum(values) / len(values) if values else float("nan")
-    return Estimate(mean, half_width(values), len(values), over)
+    mean, width = math.fsum(values) / len(values) if values else float("nan"), half_width(values)
+    # What is smaller than the scores' digits is no difference.
+    digits = _FLOAT32 * max(map(abs, values), default=0.0)
+    return Estimate(0.0 if abs(mean) < digits else mean, 0.0 if width < digits else width, len(values), over)
 
 
 def difference(scores: pd.DataFrame, baseline: pd.DataFrame, better: Literal["lower", "higher"]) -> Difference:

@@ -42,6 +42,16 @@ def test_one_score_has_no_interval(seed: int | None) -> None:
     assert math.isnan(found.half_width)
 
 
+def test_digits_that_float32_has_not_are_no_spread() -> None:
+    equal = estimate(scores([(0, None, 0.1 + 0.2), (1, None, 0.3), (2, None, 0.3 + 1e-9)]))
+    assert equal.mean == pytest.approx(0.3)
+    assert equal.half_width == 0
+    assert estimate(scores([(0, None, 0.1), (1, None, -0.1 + 1e-9)])).mean == 0
+    small = estimate(scores([(0, None, 1e-5), (1, None, 2e-5)]))
+    assert small.mean == pytest.approx(1.5e-5)
+    assert small.half_width > 0
+
+
 def test_what_is_not_finite_is_left_out() -> None:
     found = estimate(scores([(0, None, 1.0), (1, None, math.nan), (2, None, math.inf), (3, None, 3.0)]))
     assert (found.mean, found.n) == (2.0, 2)
