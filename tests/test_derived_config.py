@@ -131,9 +131,9 @@ def test_encoder_vs_dictionary_is_a_whole_grid() -> None:
     run = load_config(EVAL_CONFIGS / "encoder-vs-dictionary.yaml")
     learned = {name: c for name, c in run.dictionaries.items() if not isinstance(c, DerivedConfig)}
     assert len(learned) == 10
-    assert {metric(c).kind for c in learned.values()} == {"none", "std"}
+    assert {metric(c).kind for c in learned.values()} == {"none", "fisher_diag"}
     for name, config in learned.items():
-        assert metric(config).kind == ("std" if name.endswith("-std") else "none")
+        assert metric(config).kind == ("fisher_diag" if name.endswith("-fisher") else "none")
         coded = {n: c for n, c in run.dictionaries.items() if isinstance(c, DerivedConfig) and c.of == name}
         coders = {getattr(c, "coder", "linear") for c in coded.values()} | {getattr(config, "coder", "own")} - {"own"}
         assert coders == {"linear", "mp", "omp"}
