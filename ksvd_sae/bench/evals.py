@@ -5,7 +5,8 @@ SAEBench's own code given the whole panel in one call, on the same data and with
 of it is replaced but where it reads and writes. Both start with nothing on disk and go through the same dictionaries,
 coders included. ``largest_difference`` is the largest |a − b| / max(1, |b|) among all numbers of the result files,
 details included. ``further_s`` is what another dictionary takes once the model has been asked: the time between the
-first result and the last, by SAEBench's own stamps, over the number of those after the first.
+first result and the last, by SAEBench's own stamps, over the number of those after the first. SAEBench loads the model
+in each eval; ours, as in a run of several evals, in the first one.
 
 In these rows n is the number of dictionaries, m that of the largest one's atoms, k the most of a token.
 """
@@ -13,6 +14,7 @@ In these rows n is the number of dictionaries, m that of the largest one's atoms
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -29,6 +31,7 @@ from ksvd_sae.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
     from ksvd_sae.eval_config import EvaluationConfig
+    from ksvd_sae.evaluation.saebench.loaded_model import LoadedModel
     from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist
 
 logger = logging.getLogger(__name__)
@@ -82,14 +85,18 @@ def compare(panel: Panel, settings: Settings, folder: Path, failures: list[str])
 
     Args: folder: empty; what the evals write goes there.
     """
+    from ksvd_sae.evaluation.saebench.loaded_model import LoadedModel
+
     rows: list[dict[str, Any]] = []
     impls = (OURS,) if settings.peers == "none" else (SAE_BENCH, OURS)
-    for name in EVALS:
-        if getattr(panel.evaluation, name) is not None:
-            # SAEBench first: neither is to gain by files that the other one has read, and ours reads fewer.
-            jobs = [_job(panel, name, _who(impl, settings.device), folder) for impl in impls]
-            found = measure(jobs, settings.repeats or 1, failures, time_first=True)
-            rows += _rows(name, found, panel, settings)
+    evals = [name for name in EVALS if getattr(panel.evaluation, name) is not None]
+    model = LoadedModel()
+    for name in evals:
+        # SAEBench first: neither is to gain by files that the other one has read, and ours reads fewer.
+        whose = [_who(impl, settings.device) for impl in impls]
+        jobs = [_job(panel, name, who, folder, model, loads=name == evals[0]) for who in whose]
+        found = measure(jobs, settings.repeats or 1, failures, time_first=True)
+        rows += _rows(name, found, panel, settings)
     if len(rows) == len(EVALS) * len(impls):
         rows += _together(rows, panel, settings)
     return rows
@@ -134,11 +141,19 @@ def _who(impl: str, device: torch.device) -> Who:
     return Who(impl, "panel", "torch", device=device, packages=("sae-bench", "sae-lens", "transformer-lens"))
 
 
-def _job(panel: Panel, name: str, who: Who, folder: Path) -> Job:
+def _job(panel: Panel, name: str, who: Who, folder: Path, model: "LoadedModel", *, loads: bool) -> Job:
+    """One eval. ``model``: what the evals before have left, for ours; ``loads``: it is the first and loads it."""
+
     def empty_folder() -> Path:
+        if loads:
+            model.release()
         return Path(mkdtemp(prefix=f"{name}-", dir=folder))
 
-    return Job(who, len(panel.panelists), lambda place: _scores(panel, name, who.impl, place), _score, empty_folder)
+    def scores(place: Path) -> dict[str, Any]:
+        with model.in_use() if who.impl == OURS else nullcontext():
+            return _scores(panel, name, who.impl, place)
+
+    return Job(who, len(panel.panelists), scores, _score, empty_folder)
 
 
 def _scores(panel: Panel, name: str, impl: str, place: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ksvd_sae.evaluation.metrics import heldout_metrics
 from ksvd_sae.evaluation.saebench.absorption import run_absorption, words_scored
 from ksvd_sae.evaluation.saebench.autointerp import judged_latents, run_autointerp
 from ksvd_sae.evaluation.saebench.core import run_core
+from ksvd_sae.evaluation.saebench.loaded_model import LoadedModel
 from ksvd_sae.evaluation.saebench.ravel import HUB_DATASET, run_ravel, scored_pairs
 from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist, read_metrics
 from ksvd_sae.evaluation.saebench.sae_probes import data_sets_probed, run_sae_probes
@@ -98,16 +99,19 @@ def evaluate_saebench(
     """
     place = _Place(panel, setting, heldout_name, output)
     results, failures = [], []
-    for name, evaluate in _EVALS.items():
-        for seed, section in _seeded(config, name):
-            try:
-                found = evaluate(section, place)
-            # One eval that fails takes no other with it: what they give is kept, and need not be computed again.
-            except EvaluationError as error:
-                logger.error("%s failed: %s", name, error.what)
-                failures.append(error)
-                continue
-            results.append(replace(found, seed=seed))
+    with LoadedModel().in_use() as model:
+        for name, evaluate in _EVALS.items():
+            for seed, section in _seeded(config, name):
+                if name in _WITH_OWN_MODEL:
+                    model.release()
+                try:
+                    found = evaluate(section, place)
+                # One eval that fails takes no other with it: what they give is kept, and need not be computed again.
+                except EvaluationError as error:
+                    logger.error("%s failed: %s", name, error.what)
+                    failures.append(error)
+                    continue
+                results.append(replace(found, seed=seed))
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -185,9 +189,11 @@ _EVALS: dict[str, Callable[[Any, _Place], EvalResults]] = {
     "sparse_probing_sae_probes": _sae_probes,
     "scr": _scr,
     "absorption": _absorption,
-    "ravel": _ravel,
     "autointerp": _autointerp,
+    "ravel": _ravel,
 }
+# These load the model in another form than TransformerLens'; two would take twice the memory.
+_WITH_OWN_MODEL = {"ravel"}
 
 
 def _results(eval_name: str, data: str, n: int | dict[str, int], files: dict[str, Path]) -> EvalResults:

@@ -58,7 +58,7 @@ def write_comparison(
     line = "" if isinstance(published, Section) else published
     notes += [note for note in (published_note(config), line) if note]
     compared = verdicts(frame, _baselines(config))
-    found = [pivot.coder_section(manifest["rows"], config), verdict_section(compared), published]
+    found = [pivot.coder_section(frame, config), verdict_section(compared), published]
     sections = [section for section in found if isinstance(section, Section)]
     _copy_results(folder, manifest, evaluations)
     for name, path in logs.items():

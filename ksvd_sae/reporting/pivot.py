@@ -4,24 +4,28 @@ Down a column the dictionary changes, along a row the coder: so one sees which o
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 from ksvd_sae.config import RunConfig, SAEConfig
 from ksvd_sae.derived_config import DerivedConfig, LinearTopKConfig, RecodedConfig, has_signs, metric
 from ksvd_sae.published_config import PublishedSAEConfig
-from ksvd_sae.reporting.headline import HEADLINES, MISSING, Headline, column_texts
+from ksvd_sae.reporting.headline import HEADLINES, MISSING, Headline, column_texts, with_intervals
 from ksvd_sae.reporting.sections import Section
+from ksvd_sae.reporting.statistics import Estimate, estimate
+from ksvd_sae.reporting.tables import headline_scores
 
 OWN, LINEAR = "own encoder", "linear TopK"
 _NAMES = {"mp": "MP", "mp_refit": "MP, refit", "omp": "OMP", "ormp": "ORMP"}
 _ORDER = (OWN, LINEAR, *_NAMES.values())
 
 
-def coder_section(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> Section | None:
+def coder_section(frame: pd.DataFrame, config: RunConfig) -> Section | None:
     """A row a score and dictionary, a column a coder; None if no dictionary of the run has its atoms from another.
 
-    Args: rows: of the evaluate stage, one a score. Seeds are averaged; of a dictionary with two views the first counts.
+    Args: frame: the scores, typed. Means over seeds with their 95 % intervals; of a dictionary with two views the first
+        counts.
     """
     places = _places(config)
     if not places:
@@ -29,17 +33,22 @@ def coder_section(rows: Sequence[Mapping[str, Any]], config: RunConfig) -> Secti
     columns = sorted({column for _, column in places.values()}, key=_rank)
     table = []
     for headline in HEADLINES:
-        values = {} if headline.eval == "training" else _values(rows, headline)
+        found = {} if headline.eval == "training" else _estimates(frame, headline)
         # Of two in one place, which differ in nothing that a score follows from, the first counts.
-        cells = {places[name]: value for name, value in reversed(values.items()) if name in places}
+        cells = {places[name]: value for name, value in reversed(found.items()) if name in places}
         if not cells:
             continue
-        texts = dict(zip(cells, column_texts(headline.label, list(cells.values())), strict=True))
+        means = column_texts(headline.label, [cell.mean for cell in cells.values()])
+        shown = with_intervals(headline.label, means, [cell.half_width for cell in cells.values()])
+        texts = {
+            place: text if math.isfinite(cell.mean) else MISSING
+            for (place, cell), text in zip(cells.items(), shown, strict=True)
+        }
         for of in dict.fromkeys(of for of, _ in places.values()):
-            table.append([headline.heading, of, *(_text(cells, texts, (of, column)) for column in columns)])
+            table.append([headline.heading, of, *(texts.get((of, column), "–") for column in columns)])
     lead = (
         f"For each score, down a column the dictionary changes, along a row the coder; '{LINEAR}' is a linear encoder "
-        "fitted to the dictionary as it is. A dash: not in this run."
+        "fitted to the dictionary as it is. ±: as in the table above. A dash: not in this run."
     )
     heads = ("score", "dictionary", *columns)
     return Section("Dictionaries by coders", "coders", lead, heads, frozenset(columns), table)
@@ -84,28 +93,10 @@ def _rank(column: str) -> tuple[int, str]:
     return (max(known) if known else len(_ORDER), column)
 
 
-def _values(rows: Sequence[Mapping[str, Any]], headline: Headline) -> dict[str, float]:
-    """Mean over seeds of a score by dictionary; NaN where an eval gave none."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for row in rows:
-        if row["eval"] == headline.eval and row["metric"] in (headline.metric, headline.minus):
-            views = found.setdefault(row["dictionary"], {})
-            value = row["value"]
-            views.setdefault(row["view"], {}).setdefault(row["metric"], []).append(math.nan if value is None else value)
-    values = {}
-    for name, views in found.items():
-        scores = views[min(views, key=lambda view: view == "split")]
-        if headline.metric in scores:
-            minus = _mean(scores.get(headline.minus, [math.nan])) if headline.minus else 0.0
-            values[name] = _mean(scores[headline.metric]) - minus
-    return values
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _text(cells: Mapping[tuple[str, str], float], texts: Mapping[tuple[str, str], str], place: tuple[str, str]) -> str:
-    if place not in cells:
-        return "–"
-    return texts[place] if math.isfinite(cells[place]) else MISSING
+def _estimates(frame: pd.DataFrame, headline: Headline) -> dict[str, Estimate]:
+    """A score by dictionary."""
+    found = {}
+    for name, scored in headline_scores(frame, headline).groupby("dictionary", sort=False):
+        view = min(scored["view"].unique(), key=lambda view: str(view) == "split")
+        found[str(name)] = estimate(scored[scored["view"] == view])
+    return found

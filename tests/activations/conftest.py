@@ -17,6 +17,7 @@ from ksvd_sae.activations.shards import (
     write_statistics,
 )
 from ksvd_sae.activations.statistics import RunningStatistics
+from ksvd_sae.activations.transformers_5 import make_loadable
 from ksvd_sae.provenance import write_manifest
 from tests import tiny_models
 
@@ -60,6 +61,7 @@ def model(neox_folder: Path, hf_model: Any, tokenizer: Any) -> Any:
     from transformer_lens.loading_from_pretrained import get_pretrained_model_config
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
 
+    make_loadable()
     config = get_pretrained_model_config(str(neox_folder), device="cpu", dtype=torch.float32)
     hooked = HookedTransformer(config, tokenizer=tokenizer)
     weights = {name: weight.clone() for name, weight in convert_neox_weights(hf_model, config).items()}

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from ksvd_sae.config import RunConfig, parse_config
 from ksvd_sae.reporting.pivot import coder_section
+from ksvd_sae.reporting.scores import COLUMNS, typed_frame
 from ksvd_sae.reporting.sections import Section
 from tests.test_config import RAW
 
@@ -24,11 +26,15 @@ def config(**more: dict[str, Any]) -> RunConfig:
     return parse_config({**RAW, "dictionaries": {**DICTIONARIES, **more}})
 
 
-def rows(eval_name: str = "heldout", metric: str = "fvu", view: str = "signed", **values: float | None) -> Any:
-    return [
-        {"dictionary": name.replace("_", "."), "view": view, "eval": eval_name, "metric": metric, "value": value}
-        for name, value in values.items()
-    ]
+def rows(
+    eval_name: str = "heldout", metric: str = "fvu", view: str = "signed", seed: int = 0, **values: float | None
+) -> list[dict[str, Any]]:
+    common = {"data": "text", "view": view, "eval": eval_name, "metric": metric, "seed": seed}
+    return [{**common, "dictionary": name.replace("_", "."), "value": value} for name, value in values.items()]
+
+
+def section_of(found: list[dict[str, Any]], run: RunConfig) -> Section | None:
+    return coder_section(typed_frame(pd.DataFrame(found, columns=list(COLUMNS))), run)
 
 
 def table(section: Section | None, heading: str) -> dict[str, dict[str, str]]:
@@ -38,7 +44,7 @@ def table(section: Section | None, heading: str) -> dict[str, dict[str, str]]:
 
 
 def test_every_score_in_its_cell() -> None:
-    found = coder_section(
+    found = section_of(
         rows(ksvd=0.1, ksvd_omp=0.09, ksvd_linear=0.15, sae=0.14, sae_omp=0.1, alone=0.7) + rows(metric="l0", ksvd=4.0),
         config(),
     )
@@ -52,11 +58,11 @@ def test_every_score_in_its_cell() -> None:
 
 def test_differences_seeds_views_and_missing_scores() -> None:
     core = "core"
-    found = coder_section(
+    found = section_of(
         rows(core, "ce_loss_with_sae", ksvd=4.5, sae=4.0)
-        + rows(core, "ce_loss_with_sae", ksvd=4.7)
+        + rows(core, "ce_loss_with_sae", seed=1, ksvd=4.7)
         + rows(core, "ce_loss_without_sae", ksvd=4.0, sae=4.0)
-        + rows(core, "ce_loss_without_sae", ksvd=4.0)
+        + rows(core, "ce_loss_without_sae", seed=1, ksvd=4.0)
         + rows(core, "ce_loss_with_sae", "split", ksvd_omp=9.0)
         + rows(core, "ce_loss_without_sae", "split", ksvd_omp=4.0)
         + rows(core, "ce_loss_with_sae", ksvd_omp=4.25, sae_omp=None)
@@ -64,10 +70,10 @@ def test_differences_seeds_views_and_missing_scores() -> None:
         config(),
     )
     lost = table(found, "nats lost ↓")
-    assert {name: float(cell) for name, cell in lost["ksvd"].items() if cell != "–"} == {
-        "MP": pytest.approx(0.6),
-        "OMP": pytest.approx(0.25),
-    }
+    mean, width = lost["ksvd"]["MP"].split(" ± ")
+    # Student's t of one degree of freedom times the standard error of 0.5 and 0.7.
+    assert (float(mean), float(width)) == (pytest.approx(0.6), pytest.approx(12.706 * 0.1, abs=1e-3))
+    assert float(lost["ksvd"]["OMP"]) == pytest.approx(0.25), "one seed: no interval"
     assert lost["sae"]["OMP"] == "n/a"
     assert float(lost["sae"]["own encoder"]) == 0
 
@@ -78,7 +84,7 @@ def test_what_differs_besides_the_coder_is_said() -> None:
         "b": {"kind": "recoded", "of": "sae", "coder": "mp_refit", "nonnegative": False},
         "c": {"kind": "linear_topk", "of": "ksvd", "signed": False, "weighting": "std"},
     }
-    found = table(coder_section(rows(ksvd=0.1, a=0.2, b=0.3, c=0.4), config(**changed)), "FVU ↓")
+    found = table(section_of(rows(ksvd=0.1, a=0.2, b=0.3, c=0.4), config(**changed)), "FVU ↓")
     assert list(found["ksvd"]) == [
         "own encoder",
         "linear TopK",
@@ -93,4 +99,4 @@ def test_what_differs_besides_the_coder_is_said() -> None:
 
 
 def test_a_run_without_such_dictionaries_has_no_table() -> None:
-    assert coder_section(rows(ours=0.1), parse_config(RAW)) is None
+    assert section_of(rows(ours=0.1), parse_config(RAW)) is None
