@@ -64,7 +64,9 @@ class ScrConfig(Strict):
     )
     train_set_size: int = Field(4000, ge=8)
     test_set_size: int = Field(1000, ge=8)
-    context_tokens: int = Field(128, ge=2)
+    context_tokens: int = Field(
+        128, ge=2, description="no more than the texts have: SAEBench ablates latents in padding too"
+    )
     llm_batch_contexts: int = Field(32, ge=1)
     sae_batch_texts: int = Field(125, ge=1)
     probe_epochs: int = Field(20, ge=1)

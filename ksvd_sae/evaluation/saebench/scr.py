@@ -16,7 +16,9 @@ def run_scr(
     """SAEBench's spurious correlation removal.
 
     A dictionary of fewer latents than some ``n_values`` is scored at the others; SAEBench cannot ablate more latents
-    than there are.
+    than there are. It ablates them in padding too, where the code is that of −b_dec, and divides by the tokens that are
+    not padding: where texts are much shorter than ``context_tokens``, that is most of what the probes see. Published
+    scores (128 tokens of short biographies) have it in them.
 
     Args: data: local data sets laid out as bias_in_bios (in ``setting.data_folder``): name -> professions -> number.
     Returns, Raises: as ``core.run_core``.
