@@ -90,7 +90,8 @@ from transformers.utils import hub
 
 print(json.dumps({
     "huggingface_hub": constants.HF_HUB_CACHE,
-    "transformers": hub.TRANSFORMERS_CACHE,
+    # Its own until transformers 5.
+    "transformers": getattr(hub, "TRANSFORMERS_CACHE", constants.HF_HUB_CACHE),
     "offline": constants.HF_HUB_OFFLINE,
     "datasets": str(config.HF_DATASETS_CACHE),
 }))
