@@ -61,7 +61,12 @@ def evaluate_heldout(panel: list[Panelist], shards: ActivationShards, harvest_ha
     files, metrics = {}, {}
     for panelist in panel:
         key = {"dictionary": panelist.content, "harvest": harvest_hash, "eval": "heldout"}
-        path = output / f"{panelist.name}-{content_hash(key)}.json"
+        digest = content_hash(key)
+        path = output / f"{panelist.name}-{digest}.json"
+        # A training has its seed in its name where a run has several: the same one may have been scored without.
+        named_otherwise = sorted(output.glob(f"*-{digest}.json"))
+        if not path.exists() and named_otherwise:
+            write_json(path, json.loads(named_otherwise[0].read_text()))
         if not path.exists():
             logger.info("heldout of %s", panelist.name)
             found = heldout_metrics(panelist.load(), shards.batches(_HELDOUT_BATCH))

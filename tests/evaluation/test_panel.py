@@ -34,6 +34,16 @@ def test_heldout_scores_are_kept(heldout: ActivationShards, tmp_path: Path) -> N
     assert counted.loads == []
 
 
+def test_heldout_scores_of_another_name_are_reused(heldout: ActivationShards, tmp_path: Path) -> None:
+    counted = CountedPanel({"db-ksvd": tiny_db_ksvd_sae})
+    found = evaluate_heldout(counted.panelists(), heldout, "harvest", tmp_path)
+    named = CountedPanel({"db-ksvd.s0": tiny_db_ksvd_sae}, contents={"db-ksvd.s0": "content of db-ksvd"})
+    again = evaluate_heldout(named.panelists(), heldout, "harvest", tmp_path)
+    assert named.loads == []
+    assert again.metrics == {"db-ksvd.s0": found.metrics["db-ksvd"]}
+    assert again.files["db-ksvd.s0"].name.startswith("db-ksvd.s0-")
+
+
 def test_heldout_scores_of_something_else_are_computed(heldout: ActivationShards, tmp_path: Path) -> None:
     counted = CountedPanel({"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae})
     first = evaluate_heldout(counted.panelists(), heldout, "harvest", tmp_path)

@@ -1,7 +1,8 @@
 """How any of SAEBench's evals is run on a panel of SAEs; every missing score is an error.
 
 Results stay in SAEBench's JSON format. A result's file name ends in the hash of all that it follows from
-(the dictionary, the eval's settings, the data, SAEBench's version), so a result is reused only when it is the same.
+(the dictionary, the eval's settings, the data, SAEBench's version), so a result is reused only when it is the same,
+and whatever name the dictionary has now.
 """
 
 import contextlib
@@ -81,7 +82,7 @@ def run_eval(
     }
     stems = {p.name: f"{p.name}-{content_hash({**key, 'dictionary': p.content})}" for p in panel}
     files = {name: _result_file(output, stem) for name, stem in stems.items()}
-    missing = [p for p in panel if not _is_result(files[p.name])]
+    missing = [p for p in panel if not _is_result(files[p.name]) and not _of_another_name(files[p.name], stems[p.name])]
     for name in sorted({p.name for p in panel} - {p.name for p in missing}):
         logger.info("%s of %s: reusing %s", eval_name, name, files[name].name)
     reasons: list[str] = []
@@ -148,6 +149,19 @@ def _is_result(path: Path) -> bool:
     except (OSError, ValueError):
         pass
     path.unlink(missing_ok=True)
+    return False
+
+
+def _of_another_name(path: Path, stem: str) -> bool:
+    """Whether the same dictionary was scored under another name: then its result is this one's too, under this name.
+
+    A training has its seed in its name where a run has several.
+    """
+    digest = stem.rsplit("-", 1)[1]
+    for other in sorted(path.parent.glob(path.name.replace(stem, f"*-{digest}"))):
+        if _is_result(other):
+            write_json(path, {**json.loads(other.read_text()), "sae_lens_release_id": stem})
+            return True
     return False
 
 

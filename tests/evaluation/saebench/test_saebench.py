@@ -315,6 +315,25 @@ def test_second_call_reuses(
 
 @evals
 @quickly
+def test_result_of_another_name_is_reused(
+    run: Runner, counted: CountedPanel, setting: EvalSetting, model_loads: list[str], tmp_path: Path
+) -> None:
+    """A run of several seeds calls the training 'topk-sae.s0' that a run of one seed calls 'topk-sae'."""
+    files = run(counted, setting, tmp_path / "out")
+    named = CountedPanel({f"{name}.s0": make for name, make in counted.makers.items()})
+    named.contents = {f"{name}.s0": f"content of {name}" for name in counted.makers}
+    model_loads.clear()
+    again = run(named, setting, tmp_path / "out")
+    assert (named.loads, model_loads) == ([], [])
+    for name, path in files.items():
+        before, now = strict_json(path), strict_json(again[f"{name}.s0"])
+        assert now.pop("sae_lens_release_id") in again[f"{name}.s0"].name
+        assert before.pop("sae_lens_release_id") in path.name
+        assert now == before
+
+
+@evals
+@quickly
 def test_changed_content_is_computed_anew(
     run: Runner, counted: CountedPanel, setting: EvalSetting, tmp_path: Path
 ) -> None:
