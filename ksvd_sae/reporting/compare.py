@@ -25,7 +25,7 @@ from ksvd_sae.eval_config import AutoInterpConfig
 from ksvd_sae.provenance import atomic_path, write_json
 from ksvd_sae.published_config import PublishedSAEConfig
 from ksvd_sae.replicas import replicas
-from ksvd_sae.reporting import l0_plots, latex, pivot, plots, rank_plot, report, scores, style, tables
+from ksvd_sae.reporting import coder_plot, l0_plots, latex, pivot, plots, rank_plot, report, scores, style, tables
 from ksvd_sae.reporting.atoms import take_examples
 from ksvd_sae.reporting.budget import of_one_budget
 from ksvd_sae.reporting.published import published_note, published_section
@@ -188,10 +188,16 @@ def _draw(
     target.mkdir(parents=True, exist_ok=True)
     few, which = of_one_budget(frame, controls)
     shown = list(dict.fromkeys(few["dictionary"]))
-    colours = style.palette([*shown, *dict.fromkeys(frame["dictionary"])], controls)
+    # Those that others have their atoms from first: they share a figure, and colours come round again after ten.
+    crossed = list(dict.fromkeys(of for of, _ in pivot.places(config).values()))
+    colours = style.palette([*crossed, *shown, *dict.fromkeys(frame["dictionary"])], controls)
     pictures = {
         f"Headline metrics.{which}": plots.metric_bars(few, target / "metrics.png", controls=controls, colours=colours)
     }
+    by_coder = coder_plot.coders_compared(frame, config, target / "coders.png", controls, colours)
+    if by_coder:
+        caption = "Dictionaries by coders: error, and what the model loses. Full: learned in a weighted metric."
+        pictures[caption] = by_coder
     if "core" in manifest["files"]:
         caption = "Error against behaviour: FVU on held-out tokens, and the part of the model's loss that survives."
         pictures[caption + which] = plots.error_against_behaviour(

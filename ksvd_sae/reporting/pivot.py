@@ -27,15 +27,12 @@ def coder_section(frame: pd.DataFrame, config: RunConfig) -> Section | None:
     Args: frame: the scores, typed. Means over seeds with their 95 % intervals; of a dictionary with two views the first
         counts.
     """
-    places = _places(config)
-    if not places:
+    columns = coders(config)
+    if not columns:
         return None
-    columns = sorted({column for _, column in places.values()}, key=_rank)
     table = []
     for headline in HEADLINES:
-        found = {} if headline.eval == "training" else _estimates(frame, headline)
-        # Of two in one place, which differ in nothing that a score follows from, the first counts.
-        cells = {places[name]: value for name, value in reversed(found.items()) if name in places}
+        cells = coder_cells(frame, config, headline)
         if not cells:
             continue
         means = column_texts(headline.label, [cell.mean for cell in cells.values()])
@@ -44,7 +41,7 @@ def coder_section(frame: pd.DataFrame, config: RunConfig) -> Section | None:
             place: text if math.isfinite(cell.mean) else MISSING
             for (place, cell), text in zip(cells.items(), shown, strict=True)
         }
-        for of in dict.fromkeys(of for of, _ in places.values()):
+        for of in dict.fromkeys(of for of, _ in places(config).values()):
             table.append([headline.heading, of, *(texts.get((of, column), "–") for column in columns)])
     lead = (
         f"For each score, down a column the dictionary changes, along a row the coder; '{LINEAR}' is a linear encoder "
@@ -54,8 +51,21 @@ def coder_section(frame: pd.DataFrame, config: RunConfig) -> Section | None:
     return Section("Dictionaries by coders", "coders", lead, heads, frozenset(columns), table)
 
 
-def _places(config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Row and column of each dictionary of those that are coded in several ways."""
+def coders(config: RunConfig) -> list[str]:
+    """The coders that the run's dictionaries are crossed with; none if no dictionary has its atoms from another."""
+    return sorted({column for _, column in places(config).values()}, key=_rank)
+
+
+def coder_cells(frame: pd.DataFrame, config: RunConfig, headline: Headline) -> dict[tuple[str, str], Estimate]:
+    """(dictionary, coder) -> a score over seeds; only those that have it."""
+    found_at = places(config)
+    found = {} if headline.eval == "training" else _estimates(frame, headline)
+    # Of two in one place, which differ in nothing that a score follows from, the first counts.
+    return {found_at[name]: value for name, value in reversed(found.items()) if name in found_at}
+
+
+def places(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """Row (whose atoms they are) and column (the coder) of each dictionary of those that are coded in several ways."""
     taken = {c.of for c in config.dictionaries.values() if isinstance(c, DerivedConfig)}
     return {
         name: (c.of if isinstance(c, DerivedConfig) else name, _coder(c, config))

@@ -33,8 +33,12 @@ def rows(
     return [{**common, "dictionary": name.replace("_", "."), "value": value} for name, value in values.items()]
 
 
+def frame_of(found: list[dict[str, Any]]) -> pd.DataFrame:
+    return typed_frame(pd.DataFrame(found, columns=list(COLUMNS)))
+
+
 def section_of(found: list[dict[str, Any]], run: RunConfig) -> Section | None:
-    return coder_section(typed_frame(pd.DataFrame(found, columns=list(COLUMNS))), run)
+    return coder_section(frame_of(found), run)
 
 
 def table(section: Section | None, heading: str) -> dict[str, dict[str, str]]:
