@@ -182,6 +182,27 @@ def efficiency(
     _stage(config, overrides, results, verbose, steps)
 
 
+@app.command(
+    epilog="Example: ksvd-sae contrast results/demo-full/comparison.csv --of db-ksvd-fisher --against topk-sae-fisher"
+)
+def contrast(
+    scores: Annotated[Path, typer.Argument(help="a run's comparison.csv", metavar="COMPARISON.csv")],
+    of: Annotated[list[str], typer.Option(help="a dictionary; of several, the mean")],
+    against: Annotated[list[str], typer.Option(help="a dictionary; of several, the mean")],
+    verbose: VerboseOption = False,
+) -> None:
+    """Every score of some dictionaries minus that of others, paired by seed, with its 95 % interval."""
+    _set_up_logging(verbose)
+    with _errors_as_messages(verbose):
+        from ksvd_sae.reporting.contrast import contrast as contrasted
+        from ksvd_sae.reporting.scores import read_csv
+
+        found = contrasted(read_csv(scores), of, against)
+        for row in found.to_dict("records"):
+            text = f"{row['difference']:+.4f} ± {row['half_width']:.4f}, {row['n']} pairs: {row['verdict']}"
+            _out.print(f"{row['score']:<18} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: ksvd-sae doctor")
 def doctor(verbose: VerboseOption = False) -> None:
     """Versions, device, cache and Hub; whether the installed versions work together and, if not, what mends it."""

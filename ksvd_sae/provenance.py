@@ -48,6 +48,24 @@ def content_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def named_otherwise(path: Path) -> list[Path]:
+    """Files beside ``path``, NAME-HASH.json or NAME-HASH_ENDING, with its hash and ending but another name.
+
+    What they hold follows from the same things: a training has its seed in its name only where a run has several.
+    """
+    _, _, ending = path.name.rpartition("-")
+    return sorted(other for other in path.parent.glob(f"*-{ending}") if other != path)
+
+
+def copy_of_other_name(path: Path) -> bool:
+    """Make ``path`` from a file that differs in the name alone; False if there is none."""
+    for other in named_otherwise(path)[:1]:
+        with atomic_path(path) as temporary:
+            shutil.copyfile(other, temporary)
+        return True
+    return False
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)

@@ -23,7 +23,7 @@ from ksvd_sae.cli import app
 from ksvd_sae.offline.gemma import MODEL_NAME
 from ksvd_sae.pipeline import Run
 
-COMMANDS = ("harvest", "train", "evaluate", "compare", "run", "study", "efficiency", "doctor", "bench")
+COMMANDS = ("harvest", "train", "evaluate", "compare", "run", "study", "efficiency", "contrast", "doctor", "bench")
 CONFIG: dict[str, Any] = {
     "model": {"name": "gpt2", "hook": "blocks.8.hook_resid_post"},
     "text": {"source": "hub", "dataset": "owner/texts"},
@@ -105,7 +105,9 @@ def test_help_shows_an_example(command: str) -> None:
     assert f"Example: ksvd-sae {command}" in shown
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("study", "doctor", "bench")])
+@pytest.mark.parametrize(
+    "command", [command for command in COMMANDS if command not in ("study", "contrast", "doctor", "bench")]
+)
 def test_example_names_a_config_that_loads(command: str) -> None:
     from ksvd_sae.config import load_config
 

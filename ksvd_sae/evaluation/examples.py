@@ -27,7 +27,7 @@ from ksvd_sae.errors import EvaluationError, ShapeError
 from ksvd_sae.evaluation.logit_lens import logit_lens
 from ksvd_sae.evaluation.saebench.runner import Panelist
 from ksvd_sae.evaluation.token_texts import TokenTexts
-from ksvd_sae.provenance import atomic_path, content_hash
+from ksvd_sae.provenance import atomic_path, content_hash, copy_of_other_name
 
 logger = logging.getLogger(__name__)
 # Raised when the same inputs come to give another file.
@@ -118,7 +118,7 @@ def evaluate_examples(
     """
     key = {"eval": "examples", "format": FORMAT, "harvest": harvest_hash, "setting": asdict(setting)}
     files = {p.name: output / f"{p.name}-{content_hash({**key, 'dictionary': p.content})}.json" for p in panel}
-    missing = [p for p in panel if not files[p.name].exists()]
+    missing = [p for p in panel if not files[p.name].exists() and not copy_of_other_name(files[p.name])]
     if not missing:
         return files
     started = time.perf_counter()

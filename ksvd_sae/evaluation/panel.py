@@ -32,7 +32,7 @@ from ksvd_sae.evaluation.saebench.sae_probes import data_sets_probed, run_sae_pr
 from ksvd_sae.evaluation.saebench.scr import run_scr
 from ksvd_sae.evaluation.saebench.sparse_probing import run_sparse_probing
 from ksvd_sae.offline import bbc_news, biographies
-from ksvd_sae.provenance import content_hash, write_json
+from ksvd_sae.provenance import content_hash, copy_of_other_name, write_json
 
 logger = logging.getLogger(__name__)
 _HELDOUT_BATCH = 16_384
@@ -61,13 +61,8 @@ def evaluate_heldout(panel: list[Panelist], shards: ActivationShards, harvest_ha
     files, metrics = {}, {}
     for panelist in panel:
         key = {"dictionary": panelist.content, "harvest": harvest_hash, "eval": "heldout"}
-        digest = content_hash(key)
-        path = output / f"{panelist.name}-{digest}.json"
-        # A training has its seed in its name where a run has several: the same one may have been scored without.
-        named_otherwise = sorted(output.glob(f"*-{digest}.json"))
-        if not path.exists() and named_otherwise:
-            write_json(path, json.loads(named_otherwise[0].read_text()))
-        if not path.exists():
+        path = output / f"{panelist.name}-{content_hash(key)}.json"
+        if not path.exists() and not copy_of_other_name(path):
             logger.info("heldout of %s", panelist.name)
             found = heldout_metrics(panelist.load(), shards.batches(_HELDOUT_BATCH))
             density = [round(d, 6) for d in found.density_F.tolist()]

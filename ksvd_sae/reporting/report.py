@@ -179,7 +179,8 @@ def _score_rows(typed: pd.DataFrame) -> list[list[tuple[str, Any]]]:
             elif pd.isna(value):
                 row.append((MISSING if name == "value" else "", ""))
             else:
-                row.append((f"{value:.6g}" if name in scores.REAL_COLUMNS else f"{value:,}", value))
+                real = name in scores.REAL_COLUMNS
+                row.append((f"{value:.6g}" if real else f"{value:,}", f"{value:.9g}" if real else value))
         rows.append(row)
     return rows
 

@@ -24,7 +24,7 @@ import torch
 from ksvd_sae.activations.transformers_5 import make_loadable
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evaluation.llm_cache import TensorCache
-from ksvd_sae.provenance import content_hash, versions, write_json
+from ksvd_sae.provenance import content_hash, named_otherwise, versions, write_json
 
 logger = logging.getLogger(__name__)
 # Key of a result's ``eval_result_unstructured``: where there is null because the value was no finite number.
@@ -153,12 +153,8 @@ def _is_result(path: Path) -> bool:
 
 
 def _of_another_name(path: Path, stem: str) -> bool:
-    """Whether the same dictionary was scored under another name: then its result is this one's too, under this name.
-
-    A training has its seed in its name where a run has several.
-    """
-    digest = stem.rsplit("-", 1)[1]
-    for other in sorted(path.parent.glob(path.name.replace(stem, f"*-{digest}"))):
+    """Whether the same dictionary was scored under another name: then its result is this one's too, under this name."""
+    for other in named_otherwise(path):
         if _is_result(other):
             write_json(path, {**json.loads(other.read_text()), "sae_lens_release_id": stem})
             return True
