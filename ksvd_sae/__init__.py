@@ -26,8 +26,8 @@ _PUBLIC = {
     "orthogonal_matching_pursuit": "ksvd_sae.learning.sparse_coding",
     "Dictionary": "ksvd_sae.dictionary",
     "ActivationShards": "ksvd_sae.activations.shards",
-    "RunConfig": "ksvd_sae.config",
-    "load_config": "ksvd_sae.config",
+    "RunConfig": "ksvd_sae.run.config",
+    "load_config": "ksvd_sae.run.config",
     "DBKSVDSAE": "ksvd_sae.sae",
     "DBKSVDSAEConfig": "ksvd_sae.sae",
     "sae_from_dictionary": "ksvd_sae.sae",
@@ -38,11 +38,11 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from ksvd_sae.activations.shards import ActivationShards
-    from ksvd_sae.config import RunConfig, load_config
     from ksvd_sae.dictionary import Dictionary
     from ksvd_sae.errors import KsvdSaeError
     from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
     from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
+    from ksvd_sae.run.config import RunConfig, load_config
     from ksvd_sae.sae import DBKSVDSAE, DBKSVDSAEConfig, sae_from_dictionary
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-_REGISTERING = ("ksvd_sae.sae", "ksvd_sae.evaluation.baselines.raw_units")
+_REGISTERING = ("ksvd_sae.sae", "ksvd_sae.methods.sae.raw_units")
 
 
 class _AfterSaeLens(importlib.abc.MetaPathFinder):

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
-from ksvd_sae.config import load_config
 from ksvd_sae.errors import ConfigError, KsvdSaeError
+from ksvd_sae.run.config import load_config
 
 # Large pages for large tensors, where Linux gives them when asked: 512 times fewer page faults in fresh memory.
 # torch reads this before its first tensor.
@@ -25,7 +25,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from ksvd_sae.bench.settings import Settings
-    from ksvd_sae.pipeline import Run
+    from ksvd_sae.run.pipeline import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,7 +48,7 @@ def _stage(config: Path, overrides: list[str] | None, results: Path, verbose: bo
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
         loaded = load_config(config, overrides)
-        from ksvd_sae.pipeline import Run
+        from ksvd_sae.run.pipeline import Run
 
         run = Run(loaded, results)
         run.prepare()
@@ -147,9 +147,9 @@ def study(
     verbose: VerboseOption = False,
 ) -> None:
     """Train and measure a grid of dictionaries, row by row; then its table and plot. Goes on where it stopped."""
-    from ksvd_sae.studies.grid import load_study
-    from ksvd_sae.studies.report import write_report
-    from ksvd_sae.studies.run import Study
+    from ksvd_sae.report.study import write_report
+    from ksvd_sae.run.grid import load_study
+    from ksvd_sae.run.study import Study
 
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
@@ -172,7 +172,7 @@ def efficiency(
     verbose: VerboseOption = False,
 ) -> None:
     """Held-out error against samples seen, for every DB-KSVD dictionary and SAE of the config."""
-    from ksvd_sae.studies.efficiency import write_efficiency
+    from ksvd_sae.run.efficiency import write_efficiency
 
     def steps(run: "Run") -> None:
         run.harvest()
@@ -194,8 +194,8 @@ def contrast(
     """Every score of some dictionaries minus that of others, paired by seed, with its 95 % interval."""
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
-        from ksvd_sae.reporting.contrast import contrast as contrasted
-        from ksvd_sae.reporting.scores import read_csv
+        from ksvd_sae.report.contrast import contrast as contrasted
+        from ksvd_sae.report.scores import read_csv
 
         found = contrasted(read_csv(scores), of, against)
         for row in found.to_dict("records"):

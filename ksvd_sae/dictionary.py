@@ -16,7 +16,7 @@ from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
 from ksvd_sae.learning.weighting import Weighting
-from ksvd_sae.provenance import atomic_path, write_json
+from ksvd_sae.store import atomic_path, write_json
 
 ATOMS_FILE = "atoms.safetensors"
 CONFIG_FILE = "dictionary.json"

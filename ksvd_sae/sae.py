@@ -30,7 +30,7 @@ from typing_extensions import override
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import DictionaryError, ShapeError
 from ksvd_sae.learning.coding import ANY_CODERS, AnyCoder, Coding
-from ksvd_sae.provenance import write_json
+from ksvd_sae.store import write_json
 
 ARCHITECTURE = "db_ksvd"
 # Without `import ksvd_sae` SAELens answers with KeyError('<this>').

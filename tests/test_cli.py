@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from ksvd_sae import doctor
 from ksvd_sae.cli import app
 from ksvd_sae.offline.gemma import MODEL_NAME
-from ksvd_sae.pipeline import Run
+from ksvd_sae.run.pipeline import Run
 
 COMMANDS = ("harvest", "train", "evaluate", "compare", "run", "study", "efficiency", "contrast", "doctor", "bench")
 CONFIG: dict[str, Any] = {
@@ -109,7 +109,7 @@ def test_help_shows_an_example(command: str) -> None:
     "command", [command for command in COMMANDS if command not in ("study", "contrast", "doctor", "bench")]
 )
 def test_example_names_a_config_that_loads(command: str) -> None:
-    from ksvd_sae.config import load_config
+    from ksvd_sae.run.config import load_config
 
     shown = " ".join(plain(invoke(command, "--help").output).split())
     words = shown.split("Example: ")[1].split()

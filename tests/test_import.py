@@ -52,7 +52,7 @@ except AttributeError as error:
     assert "DoubleBatchKSDV" in run(code)
 
 
-REGISTERING = ["ksvd_sae.sae", "ksvd_sae.evaluation.baselines.raw_units"]
+REGISTERING = ["ksvd_sae.sae", "ksvd_sae.methods.sae.raw_units"]
 # A stand-in for sae_lens and a recorder for what the hook imports: the real one takes seconds to import.
 REGISTRATION = """
 import sys

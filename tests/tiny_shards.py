@@ -15,7 +15,7 @@ from ksvd_sae.activations.shards import (
     write_statistics,
 )
 from ksvd_sae.activations.statistics import RunningStatistics
-from ksvd_sae.provenance import write_manifest
+from ksvd_sae.store import write_manifest
 from tests.strategies import planted
 
 

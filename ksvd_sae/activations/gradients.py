@@ -25,10 +25,10 @@ from torch import Tensor
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import contexts
-from ksvd_sae.config import HarvestConfig
 from ksvd_sae.errors import ActivationError, HookError, ManifestError, ShapeError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
-from ksvd_sae.provenance import MANIFEST, atomic_path, content_hash, file_sha256, read_manifest, write_manifest
+from ksvd_sae.run.config import HarvestConfig
+from ksvd_sae.store import MANIFEST, atomic_path, content_hash, file_sha256, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

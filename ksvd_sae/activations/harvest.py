@@ -34,10 +34,10 @@ from ksvd_sae.activations.shards import (
 )
 from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
 from ksvd_sae.activations.text import contexts
-from ksvd_sae.config import RunConfig
 from ksvd_sae.errors import ManifestError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
-from ksvd_sae.provenance import (
+from ksvd_sae.run.config import RunConfig
+from ksvd_sae.store import (
     content_hash,
     file_sha256,
     is_finished,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations.transformers_5 import make_loadable
-from ksvd_sae.config import ModelConfig
 from ksvd_sae.errors import ActivationError, HookError, HubError
+from ksvd_sae.run.config import ModelConfig
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.statistics import Statistics
 from ksvd_sae.errors import ShapeError, ShardError
-from ksvd_sae.provenance import atomic_path, file_sha256, read_manifest
+from ksvd_sae.store import atomic_path, file_sha256, read_manifest
 
 STAGE = "harvest"
 ACTIVATIONS_KEY = "activations"

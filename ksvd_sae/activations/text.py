@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksvd_sae.config import TextConfig
 from ksvd_sae.errors import HubError, TextError
-from ksvd_sae.provenance import file_sha256
+from ksvd_sae.run.config import TextConfig
+from ksvd_sae.store import file_sha256
 
 logger = logging.getLogger(__name__)
 _TOKENISER_BATCH = 64

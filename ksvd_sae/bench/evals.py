@@ -30,9 +30,9 @@ from ksvd_sae.bench.settings import Outcome, Settings
 from ksvd_sae.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
-    from ksvd_sae.eval_config import EvaluationConfig
-    from ksvd_sae.evaluation.saebench.loaded_model import LoadedModel
-    from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist
+    from ksvd_sae.evals.config import EvaluationConfig
+    from ksvd_sae.evals.saebench.loaded_model import LoadedModel
+    from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist
 
 logger = logging.getLogger(__name__)
 SAE_BENCH = "sae_bench"
@@ -85,7 +85,7 @@ def compare(panel: Panel, settings: Settings, folder: Path, failures: list[str])
 
     Args: folder: empty; what the evals write goes there.
     """
-    from ksvd_sae.evaluation.saebench.loaded_model import LoadedModel
+    from ksvd_sae.evals.saebench.loaded_model import LoadedModel
 
     rows: list[dict[str, Any]] = []
     impls = (OURS,) if settings.peers == "none" else (SAE_BENCH, OURS)
@@ -114,8 +114,8 @@ def _refuse(settings: Settings) -> None:
 
 
 def _panel(settings: Settings) -> Panel:
-    from ksvd_sae.config import load_config
-    from ksvd_sae.pipeline import Run
+    from ksvd_sae.run.config import load_config
+    from ksvd_sae.run.pipeline import Run
 
     run = Run(load_config(settings.config))
     run.config = run.config.model_copy(update={"device": settings.device.type})
@@ -158,8 +158,8 @@ def _job(panel: Panel, name: str, who: Who, folder: Path, model: "LoadedModel", 
 
 def _scores(panel: Panel, name: str, impl: str, place: Path) -> dict[str, Any]:
     """Result files of one eval by panelist, read."""
-    from ksvd_sae.evaluation.llm_cache import TensorCache
-    from ksvd_sae.evaluation.panel import evaluate_saebench
+    from ksvd_sae.evals.llm_cache import TensorCache
+    from ksvd_sae.evals.panel import evaluate_saebench
 
     of_the_panel = panel.setting.cache
     limit_bytes = of_the_panel.limit_bytes if of_the_panel is not None else 0

@@ -17,8 +17,8 @@ from ksvd_sae.learning.sparse_coding import Code
 
 if TYPE_CHECKING:
     from ksvd_sae.activations.shards import ActivationShards
-    from ksvd_sae.pipeline import Run
-    from ksvd_sae.trained import TrainedDictionary
+    from ksvd_sae.run.pipeline import Run
+    from ksvd_sae.run.trained import TrainedDictionary
 
 PLANTED, ACTIVATIONS = "planted", "activations"
 _NOISE = 0.05
@@ -104,8 +104,8 @@ def activation_problem(config: Path, n: int, m: int, k: int, n_heldout: int, *, 
             benchmark needs none: the atoms are then normalised samples.
     Raises: ManifestError if the harvest is not in the cache, ShapeError if it has too few samples.
     """
-    from ksvd_sae.config import load_config
-    from ksvd_sae.pipeline import Run
+    from ksvd_sae.run.config import load_config
+    from ksvd_sae.run.pipeline import Run
 
     run = Run(load_config(config))
     shards, heldout = (_opened(run, part, config) for part in ("train", "heldout"))

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from ksvd_sae.errors import ManifestError
-from ksvd_sae.provenance import commit, versions
+from ksvd_sae.store import commit, versions
 
 OURS = "ksvd_sae"
 _COMPUTED_WITH = ("numba", "scipy", "triton")

@@ -14,7 +14,7 @@ from ksvd_sae.bench.rows import OURS
 from ksvd_sae.bench.scaling import slope
 from ksvd_sae.bench.settings import SUITES
 from ksvd_sae.errors import ManifestError
-from ksvd_sae.provenance import atomic_path
+from ksvd_sae.store import atomic_path
 
 Row = dict[str, Any]
 README = "README.md"

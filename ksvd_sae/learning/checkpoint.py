@@ -21,7 +21,7 @@ from torch import Tensor
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.training import BatchLog, TrainingState
-from ksvd_sae.provenance import atomic_path
+from ksvd_sae.store import atomic_path
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ksvd_sae.errors import MissingExtraError, TextError
-from ksvd_sae.provenance import atomic_path
+from ksvd_sae.store import atomic_path
 
 NAME = "bbc-news"
 CLASSES = ("business", "entertainment", "politics", "sports", "tech")

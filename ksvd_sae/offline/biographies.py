@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ksvd_sae.errors import TextError
-from ksvd_sae.provenance import atomic_path
+from ksvd_sae.store import atomic_path
 
 # SAEBench takes spurious correlations from data sets with bias_in_bios in their name only.
 NAME = "templated-bias_in_bios"

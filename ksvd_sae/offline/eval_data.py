@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ksvd_sae.eval_config import EvaluationConfig
+from ksvd_sae.evals.config import EvaluationConfig
 from ksvd_sae.offline import bbc_news, biographies, ravel
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ksvd_sae.errors import EvaluationError, HubError, MissingExtraError, ShardError
 from ksvd_sae.offline.gemma_tokenizer import write_tokenizer
-from ksvd_sae.provenance import cache_dir, file_sha256, require_disk_space, write_json
+from ksvd_sae.store import cache_dir, file_sha256, require_disk_space, write_json
 
 logger = logging.getLogger(__name__)
 MODEL_NAME = "google/gemma-3-270m"

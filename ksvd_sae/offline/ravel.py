@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ksvd_sae.provenance import atomic_path
+from ksvd_sae.store import atomic_path
 
 NAME = "own-ravel"
 # Every third entity and every third prompt is for validation, as far as SAEBench asks for it.

@@ -18,7 +18,7 @@ from ksvd_sae.activations.shards import (
 )
 from ksvd_sae.activations.statistics import RunningStatistics
 from ksvd_sae.activations.transformers_5 import make_loadable
-from ksvd_sae.provenance import write_manifest
+from ksvd_sae.store import write_manifest
 from tests import tiny_models
 
 KEY = {"model": "none", "seed": 0}

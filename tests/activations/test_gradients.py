@@ -26,9 +26,9 @@ from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harv
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import contexts
-from ksvd_sae.config import RunConfig, parse_config
 from ksvd_sae.errors import ActivationError, HookError, ManifestError, ShapeError, ShardError, TextError
-from ksvd_sae.provenance import MANIFEST, content_hash
+from ksvd_sae.run.config import RunConfig, parse_config
+from ksvd_sae.store import MANIFEST, content_hash
 from tests import tiny_models, tolerances
 from tests.strategies import generator
 

@@ -23,9 +23,9 @@ from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harv
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import contexts
-from ksvd_sae.config import RunConfig, parse_config
 from ksvd_sae.errors import ActivationError, DiskSpaceError, ManifestError, TextError
-from ksvd_sae.provenance import MANIFEST
+from ksvd_sae.run.config import RunConfig, parse_config
+from ksvd_sae.store import MANIFEST
 from tests import tiny_models, tolerances
 
 BOS = 0
@@ -395,7 +395,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a harvest will need must be free at its start: one batch is read, nothing is written."""
     reader = Reader()
     needed = TRAIN_TOKENS * D_IN * 4
-    monkeypatch.setattr("ksvd_sae.provenance.shutil.disk_usage", lambda _: Usage(10**6, 0, needed))
+    monkeypatch.setattr("ksvd_sae.store.shutil.disk_usage", lambda _: Usage(10**6, 0, needed))
     with pytest.raises(DiskSpaceError, match="harvest: collecting"):
         run(tmp_path, reader)
     assert reader.calls == 1
@@ -408,7 +408,7 @@ def test_disk_that_is_full_when_finishing(
     """Something else has filled it meanwhile."""
     with monkeypatch.context() as patch:
         patch.setattr(
-            "ksvd_sae.provenance.shutil.disk_usage",
+            "ksvd_sae.store.shutil.disk_usage",
             lambda folder: Usage(10**6, 0, 10**6 if folder.name == "raw" else 100),
         )
         with pytest.raises(DiskSpaceError, match="shuffled shards"):

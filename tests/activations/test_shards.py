@@ -11,7 +11,7 @@ from torch import Tensor
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STATISTICS_FILE, ActivationShards, write_shard
 from ksvd_sae.errors import KsvdSaeError, ManifestError, ShapeError, ShardError
 from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.provenance import MANIFEST
+from ksvd_sae.store import MANIFEST
 from tests.activations.conftest import KEY, StoreHarvest
 from tests.strategies import generator
 
@@ -178,7 +178,7 @@ def test_shard_of_another_shape_than_the_manifest_says(store_harvest: StoreHarve
 def test_shard_that_holds_something_else(store_harvest: StoreHarvest) -> None:
     from safetensors.torch import save_file
 
-    from ksvd_sae.provenance import file_sha256
+    from ksvd_sae.store import file_sha256
 
     shards = store_harvest(*numbered(5, 5))
     save_file({f"not {ACTIVATIONS_KEY}": torch.zeros(5, 3)}, shards.folder / SECOND)

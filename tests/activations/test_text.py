@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksvd_sae.activations.text import contexts, documents
-from ksvd_sae.config import TextConfig
 from ksvd_sae.errors import HubError, TextError
+from ksvd_sae.run.config import TextConfig
 from tests import tiny_models
 
 BOS = 0

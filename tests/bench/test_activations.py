@@ -10,9 +10,9 @@ import yaml
 from ksvd_sae.bench.problems import activation_problem
 from ksvd_sae.bench.settings import Settings
 from ksvd_sae.bench.suites import run as run_suites
-from ksvd_sae.config import load_config
 from ksvd_sae.errors import ManifestError, ShapeError
-from ksvd_sae.pipeline import Run
+from ksvd_sae.run.config import load_config
+from ksvd_sae.run.pipeline import Run
 from tests.tiny_shards import raw_activations, write_harvest
 
 D, M, K = 16, 24, 3

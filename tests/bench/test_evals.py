@@ -22,9 +22,9 @@ from ksvd_sae.bench.evals import EVALS, SAE_BENCH, TOGETHER, Panel, compare, lar
 from ksvd_sae.bench.rows import OURS, append
 from ksvd_sae.bench.settings import Settings
 from ksvd_sae.errors import ConfigError, EvaluationError
-from ksvd_sae.eval_config import EvaluationConfig
-from ksvd_sae.evaluation.llm_cache import TensorCache
-from ksvd_sae.evaluation.saebench.runner import EvalSetting, Panelist
+from ksvd_sae.evals.config import EvaluationConfig
+from ksvd_sae.evals.llm_cache import TensorCache
+from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist
 from ksvd_sae.offline import bbc_news
 from tests.tiny_letters import (
     MODEL_NAME,

@@ -13,8 +13,8 @@ import yaml
 
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import contexts
-from ksvd_sae.provenance import MANIFEST
-from ksvd_sae.reporting.headline import HEADLINES
+from ksvd_sae.report.headline import HEADLINES
+from ksvd_sae.store import MANIFEST
 from tests import tiny_models, tolerances
 from tests.command_line import EVAL_CONFIGS, REPOSITORY
 from tests.path.conftest import CONFIG, Workplace

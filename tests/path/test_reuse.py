@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ksvd_sae.config import RunConfig, load_config
-from ksvd_sae.pipeline import Run
+from ksvd_sae.run.config import RunConfig, load_config
+from ksvd_sae.run.pipeline import Run
 from tests.command_line import EVAL_CONFIGS
 from tests.path.conftest import CONFIG, SHRUNK
 

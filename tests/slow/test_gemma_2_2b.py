@@ -21,7 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ksvd_sae.provenance import commit, versions
+from ksvd_sae.store import commit, versions
 from tests import tiny_models
 from tests.command_line import EVAL_CONFIGS, REPOSITORY, ksvd_sae, set_options
 

@@ -1,0 +1,46 @@
+"""Which next tokens a direction of the residual stream speaks for: the logit lens."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ksvd_sae.evals.atoms.token_texts import TokenTexts
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
+
+# Tokens shown at either end.
+SHOWN = 6
+# Hooks whose activations are, or are added to, the residual stream.
+_IN_THE_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out", "hook_embed")
+
+
+@torch.no_grad()
+def logit_lens(
+    model: "HookedTransformer", hook: str, rows_AD: Tensor, texts: TokenTexts
+) -> list[dict[str, Any]] | None:
+    """Tokens whose logits a direction raises and lowers most, strongest first; None for hooks outside the stream.
+
+    The direction goes through what is linear in the final norm (LayerNorm's centring, the gain, not the division by
+    the norm) and through the unembedding. What the layers in between make of it is left out: from an early layer this
+    says little. Special tokens are left out too.
+    """
+    if not hook.endswith(_IN_THE_STREAM) or rows_AD.shape[1] != model.cfg.d_model:
+        return None
+    rows_AD = rows_AD.to(model.W_U.device, model.W_U.dtype)
+    if (model.cfg.normalization_type or "").startswith("LN"):
+        rows_AD = rows_AD - rows_AD.mean(dim=1, keepdim=True)
+    gain = getattr(getattr(model, "ln_final", None), "w", None)
+    logits_AV = (rows_AD if gain is None else rows_AD * gain) @ model.W_U
+    special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=logits_AV.device)
+    special = special[special < logits_AV.shape[1]]
+    found = {}
+    for name, sign in (("raised", 1), ("lowered", -1)):
+        signed_AV = sign * logits_AV
+        signed_AV[:, special] = -torch.inf
+        found[name] = signed_AV.topk(min(SHOWN, logits_AV.shape[1] - len(special)), dim=1).indices.tolist()
+    return [
+        {"raised": texts.all(raised), "lowered": texts.all(lowered)}
+        for raised, lowered in zip(found["raised"], found["lowered"], strict=True)
+    ]

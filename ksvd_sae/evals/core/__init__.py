@@ -1,0 +1,1 @@
+"""SAEBench's core."""

@@ -1,0 +1,1 @@
+"""SAEBench's sparse probing on sae-probes' data."""

@@ -1,0 +1,71 @@
+"""The language model is loaded once for all evals: SAEBench loads it anew in each.
+
+Building TransformerLens' model takes longer than many an eval's share of it (masks over its whole context, weights
+twice). Evals leave it as it was but for its tokenizer, whose side of truncation sae-probes changes, and for hooks if
+they end in an exception; both are put back.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+
+from ksvd_sae.evals.llm_cache import model_fingerprint
+
+logger = logging.getLogger(__name__)
+_LOADER = "from_pretrained_no_processing"
+
+
+class LoadedModel:
+    """The model that was asked for last; ``HookedTransformer.from_pretrained_no_processing`` gives it while in use."""
+
+    def __init__(self) -> None:
+        self._load: Any = None
+        self._asked: Any = None
+        self._model: Any = None
+
+    @contextmanager
+    def in_use(self) -> Iterator["LoadedModel"]:
+        """Whoever loads a model inside gets the one that was loaded before, if it is the same."""
+        before = vars(HookedTransformer)[_LOADER]
+        self._load = getattr(HookedTransformer, _LOADER)
+        setattr(HookedTransformer, _LOADER, staticmethod(self.get))
+        try:
+            yield self
+        finally:
+            setattr(HookedTransformer, _LOADER, before)
+
+    def get(self, model_name: str, **options: Any) -> HookedTransformer:
+        """The model as if it had just been loaded; loaded if it is another than the last one."""
+        # Whoever names no dtype means TransformerLens' default.
+        asked = {name: str(value) for name, value in {"dtype": torch.float32, **options}.items()} | {"": model_name}
+        if self._model is None or asked != self._asked or not self._as_it_was():
+            self.release()
+            # sae-probes loads in inference mode: such weights could never take part in autograd again.
+            with torch.inference_mode(False):
+                self._model = self._load(model_name, **options)
+            self._asked, self._was = asked, model_fingerprint(self._model)
+            self._tokenizer_was = _plain_state(self._model.tokenizer)
+        self._model.reset_hooks()
+        vars(self._model.tokenizer).update(copy.deepcopy(self._tokenizer_was))
+        return self._model
+
+    def release(self) -> None:
+        """Forget the model, where something large is to take its place in memory."""
+        self._model = None
+
+    def _as_it_was(self) -> bool:
+        if model_fingerprint(self._model) == self._was:
+            return True
+        logger.warning("an eval changed the weights of the language model; loading it again")
+        return False
+
+
+def _plain_state(tokenizer: Any) -> dict[str, Any]:
+    """What in a tokenizer is set by assignment: sides, special tokens, lengths; not the compiled tokenizer itself."""
+    plain = (str, int, float, bool, type(None), list, dict, tuple)
+    return {name: copy.deepcopy(value) for name, value in vars(tokenizer).items() if isinstance(value, plain)}

@@ -1,0 +1,211 @@
+"""How any of SAEBench's evals is run on a panel of SAEs; every missing score is an error.
+
+Results stay in SAEBench's JSON format. A result's file name ends in the hash of all that it follows from
+(the dictionary, the eval's settings, the data, SAEBench's version), so a result is reused only when it is the same,
+and whatever name the dictionary has now.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import math
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ksvd_sae.activations.transformers_5 import make_loadable
+from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.llm_cache import TensorCache
+from ksvd_sae.store import content_hash, named_otherwise, versions, write_json
+
+logger = logging.getLogger(__name__)
+# Key of a result's ``eval_result_unstructured``: where there is null because the value was no finite number.
+_NULLED = "null because the value was"
+
+
+@dataclass(frozen=True)
+class Panelist:
+    """One SAE or dictionary under evaluation.
+
+    name: as in the tables. content: hash of what it is. load: gives a fresh SAELens SAE (evals change it in place).
+    """
+
+    name: str
+    content: str
+    load: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class EvalSetting:
+    """Where evals run and what they read.
+
+    data_folder: holds a folder for each local data set, by name. data_hash: of the local data sets.
+    cache: for what the language model gives, shared by the panel; None: SAEBench asks the model for each SAE anew.
+    memory_bytes: for what is too large for the cache.
+    """
+
+    model_name: str
+    dtype: str
+    device: str
+    data_folder: Path
+    data_hash: str
+    artifacts: Path
+    cache: TensorCache | None = None
+    memory_bytes: int = 2 << 30
+
+
+def run_eval(
+    eval_name: str,
+    panel: list[Panelist],
+    key: dict[str, Any],
+    setting: EvalSetting,
+    output: Path,
+    evaluate: Callable[[list[tuple[str, Any]], list[str]], None],
+) -> dict[str, Path]:
+    """Evaluate the panelists that have no result yet; one that fails takes no other with it."""
+    output.mkdir(parents=True, exist_ok=True)
+    key = {
+        **key,
+        "eval": eval_name,
+        "model": setting.model_name,
+        "dtype": setting.dtype,
+        "data": setting.data_hash,
+        "sae_bench": versions().get("sae-bench"),
+    }
+    stems = {p.name: f"{p.name}-{content_hash({**key, 'dictionary': p.content})}" for p in panel}
+    files = {name: _result_file(output, stem) for name, stem in stems.items()}
+    missing = [p for p in panel if not _is_result(files[p.name]) and not _of_another_name(files[p.name], stems[p.name])]
+    for name in sorted({p.name for p in panel} - {p.name for p in missing}):
+        logger.info("%s of %s: reusing %s", eval_name, name, files[name].name)
+    reasons: list[str] = []
+    failures: dict[str, list[str]] = {}
+    waiting: list[tuple[str, Any]] = []
+    for panelist in missing:
+        try:
+            waiting.append((stems[panelist.name], panelist.load()))
+        except Exception as error:
+            reasons.append(f"loading {panelist.name}: {type(error).__name__}: {error}")
+    if waiting:
+        make_loadable()
+        logger.info("%s of %s", eval_name, ", ".join(p.name for p in missing))
+    while waiting:
+        try:
+            # SAEBench switches gradients on and off as it goes, for the whole process.
+            with _chatter(), torch.set_grad_enabled(torch.is_grad_enabled()):
+                evaluate(waiting, reasons)
+            break
+        # Whatever an eval throws is reported with what it was doing. SAEs are scored in order, so the first one
+        # without a result is the one that failed: the rest are tried again without it.
+        except Exception as error:
+            logger.debug("%s failed", eval_name, exc_info=True)
+            undone = [(stem, sae) for stem, sae in waiting if not _result_file(output, stem).exists()]
+            failed = undone[0][0] if undone else "after the last score"
+            failures.setdefault(f"{type(error).__name__}: {error}", []).append(failed)
+            waiting = undone[1:]
+    # What is wrong with the model or the data is said once, not for every SAE.
+    reasons += [f"{', '.join(names)}: {what}" for what, names in failures.items()]
+    lost = [p.name for p in panel if not files[p.name].exists()]
+    if lost or reasons:
+        raise EvaluationError(
+            f"{eval_name}: no score for {', '.join(lost) or 'some'}",
+            cause="; ".join(reasons) or "SAEBench wrote no result and gave no reason",
+            cure="results that were finished are kept; run again after mending the cause (-v shows the traceback)",
+        )
+    for path in files.values():
+        _make_json_valid(path)
+    return files
+
+
+@contextmanager
+def _chatter() -> Iterator[None]:
+    """SAEBench prints to stdout as it goes; that belongs to the log, where -v shows it."""
+    printed = io.StringIO()
+    quiet = not logger.isEnabledFor(logging.DEBUG)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(printed if quiet else sys.stderr))
+        if quiet:
+            stack.enter_context(contextlib.redirect_stderr(printed))
+        yield
+
+
+def _result_file(output: Path, stem: str) -> Path:
+    return output / f"{stem}_custom_sae_eval_results.json"
+
+
+def _is_result(path: Path) -> bool:
+    """Whether the file is a whole result; one that is not is removed, or SAEBench would skip it as done."""
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and isinstance(found.get("eval_result_metrics"), dict):
+            return True
+    except (OSError, ValueError):
+        pass
+    path.unlink(missing_ok=True)
+    return False
+
+
+def _of_another_name(path: Path, stem: str) -> bool:
+    """Whether the same dictionary was scored under another name: then its result is this one's too, under this name."""
+    for other in named_otherwise(path):
+        if _is_result(other):
+            write_json(path, {**json.loads(other.read_text()), "sae_lens_release_id": stem})
+            return True
+    return False
+
+
+def drop_half_written(artifacts: Path) -> None:
+    """Remove activation files that an interrupted run left unfinished: SAEBench would stumble over them."""
+    for path in artifacts.rglob("*.pt") if artifacts.exists() else ():
+        if not zipfile.is_zipfile(path):
+            logger.warning("%s was left half written; making it again", path)
+            path.unlink()
+
+
+def _make_json_valid(path: Path) -> None:
+    """SAEBench writes NaN and Infinity, which are no JSON: they become null, and the result says which was what."""
+    text = path.read_text()
+    if any(word in text for word in ("NaN", "Infinity")):
+        were: Counter[tuple[str, str]] = Counter()
+        result = _nulled(json.loads(text), "", were)
+        if were:
+            reasons: dict[str, dict[str, int]] = {}
+            for (place, what), n in were.items():
+                reasons.setdefault(place, {})[what] = n
+            result["eval_result_unstructured"] = {**(result.get("eval_result_unstructured") or {}), _NULLED: reasons}
+        write_json(path, result)
+
+
+def _nulled(value: Any, place: str, were: "Counter[tuple[str, str]]") -> Any:
+    """The value with null for what is not finite; counted in ``were`` by place ('*' for all of a list) and name."""
+    if isinstance(value, dict):
+        return {key: _nulled(inner, f"{place}/{key}".lstrip("/"), were) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_nulled(inner, f"{place}/*", were) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        were[place, json.dumps(value)] += 1
+        return None
+    return value
+
+
+def read_metrics(path: Path) -> dict[str, float | None]:
+    """The metrics of a result file by name, groups flattened; None where the value was not finite.
+
+    Fields of SAEBench's format that this eval did not compute (null as written by SAEBench) are left out:
+    only core writes values that are not finite, and it writes all of its fields.
+    """
+    result = json.loads(path.read_text())
+    keep_null = result.get("eval_type_id") == "core"
+    return {
+        metric: value
+        for group in result["eval_result_metrics"].values()
+        for metric, value in group.items()
+        if isinstance(value, int | float) or (value is None and keep_null)
+    }

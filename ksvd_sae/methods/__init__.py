@@ -1,0 +1,1 @@
+"""Kinds of dictionaries, a room each."""

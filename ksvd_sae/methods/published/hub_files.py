@@ -1,0 +1,83 @@
+"""Files of a repository on the Hugging Face Hub, all of one commit; every failure says what to do about it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ksvd_sae.errors import HubError
+from ksvd_sae.store import file_sha256
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """Downloaded files of one folder.
+
+    folder: where they lie, in the Hub's cache. commit: of the repository. sha256: name -> hash.
+    """
+
+    repo_id: str
+    path: str
+    commit: str
+    folder: Path
+    sha256: dict[str, str]
+
+
+def hub_files(
+    repo_id: str, path: str, names: tuple[str, ...], *, revision: str | None = None, endpoint: str | None = None
+) -> HubFiles:
+    """Download ``names`` from the folder ``path`` of a repository, or take them from the Hub's cache.
+
+    Args:
+        path: '' is the repository's top.
+        revision: a commit, branch or tag; None is main.
+        endpoint: of the Hub; None takes huggingface_hub's own (HF_ENDPOINT).
+    Raises: HubError (no such repository, revision or file; gated; not reachable and not in the cache).
+    """
+    commit, folder = revision, None
+    for name in names:
+        found = _download(repo_id, f"{path}/{name}" if path else name, commit, endpoint)
+        if folder is None:
+            # Hub caches have snapshots/<commit>/<path>/<name>: the other files come from the same commit.
+            commit, folder = found.parts[-2 - len([part for part in path.split("/") if part])], found.parent
+    if folder is None or commit is None:
+        raise HubError(f"reading {path or 'the top'} of {repo_id}: no files were asked for")
+    return HubFiles(repo_id, path, commit, folder, {name: file_sha256(folder / name) for name in names})
+
+
+def _download(repo_id: str, file: str, revision: str | None, endpoint: str | None) -> Path:
+    from huggingface_hub import errors, hf_hub_download
+
+    what = f"reading {file} of {repo_id}{f' at {revision}' if revision else ''} from the Hugging Face Hub"
+    page = f"https://huggingface.co/{repo_id}"
+    try:
+        return Path(hf_hub_download(repo_id, file, revision=revision, endpoint=endpoint))
+    except errors.GatedRepoError as error:
+        raise HubError(
+            f"{what}: the repository is gated", cure=f"accept its terms at {page}, then run `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{what}: no such repository",
+            cause="a misspelt name, or a private repository that this machine's token cannot see",
+            cure=f"look at {page}",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(
+            f"{what}: no such revision", got=revision, cure=f"give a commit, branch or tag of {page}/commits/main"
+        ) from error
+    # Not in the cache and not to be asked for: a subclass of EntryNotFoundError.
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise HubError(
+            f"{what}: not in the Hub's cache, and the Hub cannot be asked",
+            cause="no connection, or HF_HUB_OFFLINE is set",
+            cure=f"connect, unset HF_HUB_OFFLINE, or run `hf download {repo_id} {file}` where there is a connection "
+            "and copy the cache",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise HubError(
+            f"{what}: no such file", cure=f"look for its folder at {page}/tree/{revision or 'main'}"
+        ) from error
+    except errors.HFValidationError as error:
+        raise HubError(f"{what}: no name of a repository ({error})", cure="owner/name") from error
+    # huggingface_hub lets the errors of its HTTP library through, and raises its own as OSErrors.
+    except OSError as error:
+        raise HubError(f"{what}: {error}", cure="try again; `ksvd-sae doctor` says whether the Hub answers") from error

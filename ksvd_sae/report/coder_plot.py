@@ -1,0 +1,76 @@
+"""What a coder makes of a dictionary: error and behaviour of every dictionary under each coder."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from ksvd_sae.methods.derived_config import metric
+from ksvd_sae.report import style
+from ksvd_sae.report.headline import HEADLINES, Headline
+from ksvd_sae.report.pivot import coder_cells, coders
+from ksvd_sae.report.statistics import Estimate
+from ksvd_sae.run.config import RunConfig
+
+_SHOWN = ("FVU", "nats lost")
+Cells = dict[tuple[str, str], Estimate]
+
+
+def coders_compared(
+    frame: pd.DataFrame, config: RunConfig, path: Path, controls: frozenset[str], colours: dict[str, str]
+) -> Path | None:
+    """A panel for error and one for behaviour: a line for each dictionary from coder to coder, with 95 % intervals.
+
+    Dictionaries that are learned in a weighted metric have full markers and lines, the others open and dashed ones.
+    Controls are left out: they would flatten all others.
+    Returns: None if no dictionary is coded in two ways.
+    """
+    columns = coders(config)
+    panels = {h: _of_methods(coder_cells(frame, config, h), controls) for h in HEADLINES if h.label in _SHOWN}
+    panels = {headline: cells for headline, cells in panels.items() if len({column for _, column in cells}) > 1}
+    if not panels:
+        return None
+    with style.figure(path, 1.5 + 4.6 * len(panels), 5.2) as drawn:
+        grid = drawn.subplots(1, len(panels), squeeze=False)
+        for axes, (headline, cells) in zip(grid.flat, panels.items(), strict=True):
+            _panel(axes, headline, cells, columns, config, colours)
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside right center", title="dictionary")
+    return Path(path)
+
+
+def _of_methods(cells: Cells, controls: frozenset[str]) -> Cells:
+    return {place: e for place, e in cells.items() if place[0] not in controls and math.isfinite(e.mean)}
+
+
+def _panel(
+    axes: Axes, headline: Headline, cells: Cells, columns: list[str], config: RunConfig, colours: dict[str, str]
+) -> None:
+    present = {of for of, _ in cells}
+    names = [name for name in config.dictionaries if name in present]
+    for i, name in enumerate(names):
+        here = [column for column in columns if (name, column) in cells]
+        # Side by side, so that no interval hides another.
+        places = [columns.index(column) + 0.05 * (i - (len(names) - 1) / 2) for column in here]
+        means = [cells[name, column].mean for column in here]
+        widths = [w if math.isfinite(w := cells[name, column].half_width) else 0.0 for column in here]
+        weighted = metric(config.dictionaries[name]).kind != "none"
+        axes.errorbar(
+            places,
+            means,
+            widths,
+            color=colours[name],
+            marker=style.MARKERS[i % len(style.MARKERS)],
+            mfc=colours[name] if weighted else "white",
+            ls="-" if weighted else "--",
+            lw=1.4,
+            ms=6,
+            elinewidth=1,
+            label=name,
+        )
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_title(headline.heading)
+    axes.set_xlabel("coder")
+    axes.grid(visible=False, axis="x")

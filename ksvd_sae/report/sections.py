@@ -1,0 +1,47 @@
+"""A further table of a comparison, for its Markdown and its page: a lead, columns, rows of texts, remarks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ksvd_sae.report.tables import markdown_text
+
+
+@dataclass(frozen=True)
+class Section:
+    """What both show.
+
+    anchor: its name in links. lead: what the table shows. numbers: those of ``heads`` whose columns hold numbers. rows:
+    texts, in the order of heads. remarks: what stands below, an item each.
+    """
+
+    title: str
+    anchor: str
+    lead: str
+    heads: tuple[str, ...]
+    numbers: frozenset[str]
+    rows: list[list[str]]
+    remarks: list[str] = field(default_factory=list)
+
+
+def section_markdown(section: Section) -> list[str]:
+    """The section as lines of Markdown."""
+    rows = [[markdown_text(text) for text in row] for row in section.rows]
+    widths = [max(len(head), *(len(row[i]) for row in rows)) for i, head in enumerate(section.heads)]
+    numbers = [head in section.numbers for head in section.heads]
+
+    def line(row: Sequence[str]) -> str:
+        parts = zip(row, widths, numbers, strict=True)
+        return "| " + " | ".join(text.rjust(wide) if right else text.ljust(wide) for text, wide, right in parts) + " |"
+
+    rule = ["-" * (wide - 1) + (":" if right else "-") for wide, right in zip(widths, numbers, strict=True)]
+    lines = [f"## {section.title}", "", markdown_text(section.lead), "", line(section.heads), line(rule)]
+    remarks = [f"- {markdown_text(remark)}" for remark in section.remarks]
+    return [*lines, *map(line, rows), "", *remarks, *([""] if remarks else [])]
+
+
+def section_context(section: Section) -> dict[str, Any]:
+    """What the page's template needs of the section."""
+    heads = [{"name": head, "number": head in section.numbers} for head in section.heads]
+    shown = {"title": section.title, "anchor": section.anchor, "lead": section.lead}
+    return {**shown, "heads": heads, "rows": section.rows, "remarks": section.remarks}

@@ -1,0 +1,163 @@
+"""SAEBench's sparse probing on sae-probes' data sets: its own scores, one run of the model, no silent gap."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import sae_probes
+from sae_bench.evals.sparse_probing_sae_probes import main as stock
+from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
+from sae_probes import generate_model_activations, generate_sae_activations, run_baselines, utils_data
+from sklearn.exceptions import ConvergenceWarning
+
+from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.config import EvaluationConfig, SaeProbesConfig
+from ksvd_sae.evals.panel import evaluate_saebench
+from ksvd_sae.evals.sae_probes.run import data_sets_probed, run_sae_probes
+from ksvd_sae.evals.saebench.runner import EvalSetting, read_metrics
+from tests.evals.conftest import CountedPanel
+from tests.tiny_saes import COLOURS, METALS, MODEL_NAME, TREES, identity_sae, tiny_db_ksvd_sae, tiny_topk_sae
+
+pytestmark = [
+    pytest.mark.usefixtures("own_data"),
+    # sae-probes passes penalty='l1' alone, which scikit-learn 1.9 obeys and warns of.
+    pytest.mark.filterwarnings("ignore:Inconsistent values. penalty=l1 with l1_ratio=0.0:UserWarning"),
+    # As sae-probes itself asks at its import.
+    pytest.mark.filterwarnings(f"ignore::{ConvergenceWarning.__module__}.ConvergenceWarning"),
+]
+COLOUR, METAL = "1_colour", "2_metal"
+N_TEXTS = 160
+CONFIG = SaeProbesConfig(datasets=[COLOUR, METAL], k_values=[1, 5])
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two data sets in sae-probes' layout: what the texts end in, in words that the tiny model knows."""
+    folder, draw = tmp_path / "data", random.Random(0)
+    (folder / "cleaned_data").mkdir(parents=True)
+    names = {COLOUR: (COLOURS[:3], COLOURS[3:]), METAL: (METALS[:2], METALS[2:])}
+    for name, endings in names.items():
+        rows = [
+            {"prompt": " ".join([*draw.choices(TREES, k=draw.randint(1, 4)), draw.choice(words)]), "target": target}
+            for target, words in enumerate(endings)
+            for _ in range(N_TEXTS // 2)
+        ]
+        draw.shuffle(rows)
+        pd.DataFrame(rows).to_csv(folder / "cleaned_data" / f"{name}.csv.zst", index=False, compression="zstd")
+    master = [
+        {"Data type": "Binary Classification", "Dataset Tag": name[2:], "Dataset save name": f"cleaned_data/{name}.csv"}
+        for name in names
+    ]
+    pd.DataFrame(master).to_csv(folder / "probing_datasets_MASTER.csv.zst", index=False, compression="zstd")
+    caches = (utils_data.get_binary_df, utils_data.read_dataset_df, utils_data.get_dataset_sizes)
+    for cached in caches:
+        cached.cache_clear()
+    for module in (utils_data, generate_model_activations):
+        monkeypatch.setattr(module, "DATA_PATH", folder)
+    for module in (generate_sae_activations, run_baselines):
+        monkeypatch.setattr(module, "DATASET_SIZES", dict.fromkeys(names, N_TEXTS))
+    monkeypatch.setattr(sae_probes, "DATASETS", list(names))
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def panel() -> CountedPanel:
+    return CountedPanel({"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae, "identity": identity_sae})
+
+
+def stock_scores(sae: Any, folder: Path, seed: int = 42) -> dict[str, Any]:
+    config = SparseProbingSaeProbesEvalConfig(
+        model_name=MODEL_NAME,
+        random_seed=seed,
+        dataset_names=[COLOUR, METAL],
+        ks=[1, 5],
+        results_path=str(folder / "probes"),
+        model_cache_path=str(folder / "activations"),
+    )
+    stock.run_eval(config, [("sae", sae)], "cpu", str(folder / "output"))
+    found: dict[str, Any] = json.loads((folder / "output" / "sae_custom_sae_eval_results.json").read_text())
+    return found
+
+
+def test_scores_are_stock_saebench_s(panel: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
+    files = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "ours")
+    for name, make in panel.makers.items():
+        ours, theirs = json.loads(files[name].read_text()), stock_scores(make(), tmp_path / name)
+        assert ours["eval_result_metrics"] == theirs["eval_result_metrics"], name
+        by_name = [{d["dataset_name"]: d for d in r["eval_result_details"]} for r in (ours, theirs)]
+        assert by_name[0] == by_name[1], name
+
+
+def test_what_a_result_holds(panel: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
+    files = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "ours")
+    metrics = {name: read_metrics(path) for name, path in files.items()}
+    # The last word tells the class, and the model adds it to what it read.
+    assert {name: found["llm_test_accuracy"] for name, found in metrics.items()} == dict.fromkeys(metrics, 1.0)
+    for found in metrics.values():
+        top_1, top_5 = found["sae_top_1_test_accuracy"], found["sae_top_5_test_accuracy"]
+        assert top_1 is not None
+        assert top_5 is not None
+        assert 0.5 < top_1 <= top_5
+        assert None not in found.values()
+    assert data_sets_probed(files["db-ksvd"]) == 2
+    assert str(tmp_path) not in files["db-ksvd"].read_text(), "a result names no folder of this machine"
+
+
+def test_the_model_runs_once_for_a_panel_and_its_seeds(
+    panel: CountedPanel, setting: EvalSetting, model_loads: list[str], tmp_path: Path
+) -> None:
+    evaluation = EvaluationConfig(core=None, sparse_probing=None, sparse_probing_sae_probes=CONFIG, seeds=[1, 2])
+    results = evaluate_saebench(panel.panelists(), evaluation, setting, "heldout", tmp_path)
+    assert model_loads == [MODEL_NAME]
+    assert [(r.seed, r.n, r.data) for r in results] == [(s, 2, "2 of the data sets of sae-probes") for s in (1, 2)]
+    theirs = stock_scores(tiny_topk_sae(), tmp_path / "stock", seed=2)["eval_result_metrics"]
+    assert results[1].metrics["topk-sae"]["sae_top_1_test_auc"] == theirs["sae"]["sae_top_1_test_auc"]
+
+
+def test_files_that_an_interrupted_run_left_are_made_again(
+    panel: CountedPanel, setting: EvalSetting, tmp_path: Path
+) -> None:
+    whole = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "whole")
+    wanted = read_metrics(whole["db-ksvd"])
+    broken = [*setting.artifacts.rglob("*_l1.json"), *setting.artifacts.rglob("*_logreg.json")]
+    broken += [path for path in setting.artifacts.rglob("*.pt") if "activations" in path.parent.name]
+    assert len(broken) == 3 * 2 + 2 + 2
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:20])
+    again = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "again")
+    assert read_metrics(again["db-ksvd"]) == wanted
+
+
+def test_a_data_set_that_there_is_not(panel: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"datasets": ["1_color"]})
+    with pytest.raises(EvaluationError, match="no data set '1_color'") as error:
+        run_sae_probes(panel.panelists(), config, setting, tmp_path)
+    assert COLOUR in str(error.value)
+    assert panel.loads == []
+
+
+def test_a_mean_over_fewer_data_sets_is_an_error(
+    panel: CountedPanel, setting: EvalSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = stock._aggregate_metrics_from_sae_probes_json
+    monkeypatch.setattr(
+        stock, "_aggregate_metrics_from_sae_probes_json", lambda path: {} if METAL in path.name else read(path)
+    )
+    with pytest.raises(EvaluationError, match="db-ksvd: the mean is over 1 data sets") as error:
+        run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "ours")
+    assert f"no score for {METAL}" in str(error.value)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("datasets", []), ("k_values", [3]), ("k_values", []), ("reg_type", "l3")]
+)
+def test_what_saebench_cannot_do_is_refused(option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=option):
+        SaeProbesConfig.model_validate({option: value})
