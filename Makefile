@@ -9,21 +9,27 @@ BROWSER ?= optional
 HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
 
-.PHONY: demo test slow transformers-5 browser format clean
+.PHONY: demo test docs slow transformers-5 browser format clean
 
 demo: $(STAMP)
-	$(BIN)/ksvd-sae run eval_configs/demo.yaml
+	$(BIN)/ksvd-sae run demo
 
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	@if [ $(BROWSER) = required ] || { $(HAVE_BROWSER); }; then \
 		set -x; $(BIN)/pytest -m "not slow and not gpu"; \
 	else \
 		echo "$(NO_BROWSER)"; \
 		$(BIN)/pytest -m "not slow and not gpu and not browser" && echo "$(NO_BROWSER)"; \
 	fi
+
+# NO_MKDOCS_2_WARNING: Material's news of MkDocs' future, in colours.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "site/index.html; with search: $(BIN)/python -m http.server -d site"
 
 # Debian's packages; elsewhere, install Chromium and its driver by hand.
 browser:
@@ -44,18 +50,18 @@ transformers-5: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(NEWEST) 'transformers>=5,<6' \
 		'huggingface_hub>=1,<3' tokenizers hf_xet httpx httpcore h11 anyio sniffio shellingham typer_slim
 	PYTHONPATH=$(NEWEST) $(BIN)/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" \
-		tests/activations tests/evaluation tests/offline tests/path tests/test_published_run.py
+		tests/activations tests/evals tests/offline tests/path tests/run/test_published_run.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13) and "ksvd_sae needs Python 3.10 to 3.12: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs]'
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

@@ -2,11 +2,12 @@
 
 The path of the data, and the module that walks each step::
 
-    text ── activations/ ── shards on disk ── learning/ ── dictionary.py ── sae.py ── evaluation/ ── reporting/
-            harvest          safetensors       DB-KSVD      the value        SAELens    SAEBench       tables,
-                             + manifest                     that travels     SAE                       plots
+    text ── activations/ ── shards on disk ── learning/ ── dictionary.py ── sae.py ── evals/ ────── report/
+            harvest          safetensors       DB-KSVD      the value        SAELens    SAEBench      tables,
+                             + manifest                     that travels     SAE        and others    plots
 
-``pipeline.py`` runs the steps from one YAML (``config.py``), ``cli.py`` is ``ksvd-sae``.
+``methods/`` has a file for each kind of dictionary, ``evals/`` a folder for each eval; ``run/`` takes one YAML
+through all steps, ``cli.py`` is ``ksvd-sae``.
 Public names load on first use, so ``import ksvd_sae`` stays quick and pulls in neither
 sae_lens nor transformers; it does tell SAELens, should that be loaded later, how to find the
 ``db_ksvd`` architecture (see ``_registration.py``).
@@ -20,10 +21,11 @@ from ksvd_sae._registration import register_when_sae_lens_loads
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "DoubleBatchKSVD": "ksvd_sae.learning.dbksvd",
+    "DoubleBatchKSVD": "ksvd_sae.estimator",
     "Code": "ksvd_sae.learning.sparse_coding",
     "matching_pursuit": "ksvd_sae.learning.sparse_coding",
     "orthogonal_matching_pursuit": "ksvd_sae.learning.sparse_coding",
+    "Coding": "ksvd_sae.learning.coding",
     "Dictionary": "ksvd_sae.dictionary",
     "ActivationShards": "ksvd_sae.activations.shards",
     "RunConfig": "ksvd_sae.run.config",
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
     from ksvd_sae.activations.shards import ActivationShards
     from ksvd_sae.dictionary import Dictionary
     from ksvd_sae.errors import KsvdSaeError
-    from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+    from ksvd_sae.estimator import DoubleBatchKSVD
+    from ksvd_sae.learning.coding import Coding
     from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
     from ksvd_sae.run.config import RunConfig, load_config
     from ksvd_sae.sae import DBKSVDSAE, DBKSVDSAEConfig, sae_from_dictionary

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ksvd_sae.errors import ConfigError, KsvdSaeError
-from ksvd_sae.run.config import load_config
 
 # Large pages for large tensors, where Linux gives them when asked: 512 times fewer page faults in fresh memory.
 # torch reads this before its first tensor.
@@ -25,7 +25,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from ksvd_sae.bench.settings import Settings
-    from ksvd_sae.run.pipeline import Run
+    from ksvd_sae.run.pipeline import Run, Scores
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +35,9 @@ app = typer.Typer(
 )
 _out, _err = Console(), Console(stderr=True)
 
-ConfigArgument = Annotated[Path, typer.Argument(help="a YAML of eval_configs/, or your own", metavar="CONFIG.yaml")]
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="a config that comes with the package, by name, or your own YAML", metavar="CONFIG")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. harvest.train_tokens=8192")
 ]
@@ -47,15 +49,15 @@ def _stage(config: Path, overrides: list[str] | None, results: Path, verbose: bo
     """Load the config, prepare the model's place, run ``steps`` on the Run; our errors end with exit code 1."""
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
-        loaded = load_config(config, overrides)
+        from ksvd_sae.run.config import load_config
         from ksvd_sae.run.pipeline import Run
 
-        run = Run(loaded, results)
+        run = Run(load_config(config, overrides or ()), results)
         run.prepare()
         steps(run)
 
 
-@app.command(epilog="Example: ksvd-sae harvest eval_configs/demo.yaml")
+@app.command(epilog="Example: ksvd-sae harvest demo")
 def harvest(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -71,7 +73,7 @@ def harvest(
     _stage(config, overrides, results, verbose, steps)
 
 
-@app.command(epilog="Example: ksvd-sae train eval_configs/demo.yaml --set dictionaries.db-ksvd.passes=3")
+@app.command(epilog="Example: ksvd-sae train demo --set dictionaries.db-ksvd.passes=3")
 def train(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -87,7 +89,7 @@ def train(
     _stage(config, overrides, results, verbose, steps)
 
 
-@app.command(epilog="Example: ksvd-sae evaluate eval_configs/demo.yaml")
+@app.command(epilog="Example: ksvd-sae evaluate demo")
 def evaluate(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -103,7 +105,7 @@ def evaluate(
     _stage(config, overrides, results, verbose, steps)
 
 
-@app.command(epilog="Example: ksvd-sae compare eval_configs/demo.yaml")
+@app.command(epilog="Example: ksvd-sae compare demo")
 def compare(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -114,7 +116,7 @@ def compare(
     _stage(config, overrides, results, verbose, _print_comparison)
 
 
-@app.command(epilog="Example: ksvd-sae run eval_configs/demo.yaml")
+@app.command(epilog="Example: ksvd-sae run demo")
 def run(
     config: ConfigArgument,
     overrides: SetOption = None,
@@ -124,46 +126,46 @@ def run(
     """All stages in order: harvest, train, evaluate, compare. What is finished is reused."""
 
     def steps(run: "Run") -> None:
-        stages: list[tuple[str, Callable[[], object]]] = [
-            ("harvest", run.harvest),
-            ("train", run.train),
-            ("evaluate", run.evaluate),
-        ]
-        for name, stage in stages:
-            started = time.perf_counter()
-            stage()
-            _err.print(f"[bold]{name}[/bold] done in {time.perf_counter() - started:.0f} s", highlight=False)
+        started = time.perf_counter()
+        run.harvest()
+        harvested = time.perf_counter()
+        _err.print(f"[bold]harvest[/bold] done in {harvested - started:.0f} s", highlight=False)
+        run.evaluate(partial(_show, run), train=True)
+        took_s = time.perf_counter() - harvested
+        _err.print(f"[bold]train, evaluate[/bold] done in {took_s:.0f} s", highlight=False)
         _print_comparison(run)
 
     _stage(config, overrides, results, verbose, steps)
 
 
-@app.command(epilog="Example: ksvd-sae study eval_configs/study-engine.yaml")
+@app.command(epilog="Example: ksvd-sae study study-engine")
 def study(
-    config: Annotated[Path, typer.Argument(help="the study's YAML")],
+    config: Annotated[
+        Path, typer.Argument(help="a study that comes with the package, by name, or your own YAML", metavar="STUDY")
+    ],
     minutes: Annotated[float | None, typer.Option(help="begin no new training after this time")] = None,
     layer: Annotated[int | None, typer.Option(help="only this layer: a process for each shares the work")] = None,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
     """Train and measure a grid of dictionaries, row by row; then its table and plot. Goes on where it stopped."""
-    from ksvd_sae.report.study import write_report
-    from ksvd_sae.run.grid import load_study
-    from ksvd_sae.run.study import Study
-
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
-        grid, runs = load_study(config)
+        from ksvd_sae.report.study import write_report
+        from ksvd_sae.run.grid import load_study
+        from ksvd_sae.run.study import Study
+
+        grid, layers = load_study(config)
         if layer not in (None, *grid.layers):
             raise ConfigError(f"study: no layer {layer}", limit=f"layers: {grid.layers}", cure="give one of these")
-        found = Study(grid, runs, results)
-        n_rows = found.run(minutes, layer)
-        left = sum(len(codings) for _, codings in found.missing())
+        whole = Study(grid, layers, results)
+        n_rows = whole.run(minutes, layer)
+        left = sum(len(whole.missing(own)) for own in grid.layers)
         _out.print(f"{n_rows} new rows, {left} still to measure")
-        _out.print(f"report: {write_report(found)}", highlight=False, markup=False, soft_wrap=True)
+        _out.print(f"report: {write_report(whole)}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command(epilog="Example: ksvd-sae efficiency eval_configs/data-efficiency.yaml --passes 1 --passes 4")
+@app.command(epilog="Example: ksvd-sae efficiency data-efficiency --passes 1 --passes 4")
 def efficiency(
     config: ConfigArgument,
     passes: Annotated[list[int], typer.Option(help="over the activations, a SAE training each; may be repeated")],
@@ -172,12 +174,13 @@ def efficiency(
     verbose: VerboseOption = False,
 ) -> None:
     """Held-out error against samples seen, for every DB-KSVD dictionary and SAE of the config."""
-    from ksvd_sae.run.efficiency import write_efficiency
 
     def steps(run: "Run") -> None:
+        from ksvd_sae.report.efficiency import write_efficiency
+
         run.harvest()
-        plot = write_efficiency(run, passes, run.results, lambda text: _out.print(text, highlight=False))
-        _out.print(f"plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+        plot, n_points = write_efficiency(run, passes)
+        _out.print(f"{n_points} points; plot: {plot}", highlight=False, markup=False, soft_wrap=True)
 
     _stage(config, overrides, results, verbose, steps)
 
@@ -194,13 +197,27 @@ def contrast(
     """Every score of some dictionaries minus that of others, paired by seed, with its 95 % interval."""
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
-        from ksvd_sae.report.contrast import contrast as contrasted
+        from ksvd_sae.report.differences import between, contrast_section
         from ksvd_sae.report.scores import read_csv
+        from ksvd_sae.report.sections import section_markdown
 
-        found = contrasted(read_csv(scores), of, against)
-        for row in found.to_dict("records"):
-            text = f"{row['difference']:+.4f} ± {row['half_width']:.4f}, {row['n']} pairs: {row['verdict']}"
-            _out.print(f"{row['score']:<18} {text}", highlight=False, markup=False, soft_wrap=True)
+        section = contrast_section(between(read_csv(scores), of, against))
+        _out.print("\n".join(section_markdown(section)).rstrip(), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: ksvd-sae unpack results/demo")
+def unpack(
+    run: Annotated[Path, typer.Argument(help="a run's folder under results/, or its raw.zip", metavar="RUN")],
+    to: Annotated[Path | None, typer.Option(help="folder to unpack into; default: the run's", metavar="FOLDER")] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Unpack what a run's evals wrote (SAEBench's JSON), its atoms in context and training logs from raw.zip."""
+    _set_up_logging(verbose)
+    with _errors_as_messages(verbose):
+        from ksvd_sae.report import raw
+
+        folder = to or (run if run.is_dir() else run.parent)
+        _out.print(f"{raw.unpack(run, folder)} files in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: ksvd-sae doctor")
@@ -237,7 +254,7 @@ def bench(
         Suite, typer.Argument(help="what to measure (all: without evals); table prints what has been measured")
     ],
     data: Annotated[str, typer.Option(help="activations (of CONFIG's finished harvest) or planted")] = "activations",
-    config: Annotated[Path, typer.Option(metavar="CONFIG.yaml")] = Path("eval_configs/demo.yaml"),
+    config: Annotated[Path, typer.Option(metavar="CONFIG", help="by name, or a YAML")] = Path("demo"),
     samples: Annotated[int | None, typer.Option(help="n; the suite has a default, as for the next three")] = None,
     atoms: Annotated[int | None, typer.Option(help="m")] = None,
     k: Annotated[int | None, typer.Option("--k", help="most atoms a sample")] = None,
@@ -300,8 +317,17 @@ def _bench_table(folder: Path, write: bool) -> None:
         _out.print(f"written: {tables.write(folder, text)}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _show(run: "Run", scores: "Scores") -> None:
+    """The table as far as it is."""
+    from ksvd_sae.report.compare import table_so_far
+
+    _out.print(f"{scores.news}\n{table_so_far(run.config, scores)}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _print_comparison(run: "Run") -> None:
-    report = run.compare()
+    from ksvd_sae.report.compare import compare
+
+    report = compare(run)
     _out.print((run.results / "comparison.md").read_text(), highlight=False, markup=False, soft_wrap=True)
     _out.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
 

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -13,15 +13,30 @@ from torch import Tensor
 from ksvd_sae.errors import DictionaryError, KsvdSaeError, ShapeError
 from ksvd_sae.learning.checks import check_atoms
 from ksvd_sae.learning.code import Code
-from ksvd_sae.learning.coding import AnyCoder, Coding
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.weighting import Weighting
 from ksvd_sae.store import atomic_path, write_json
 
 ATOMS_FILE = "atoms.safetensors"
 CONFIG_FILE = "dictionary.json"
-# 2: weighting, groups and non-negative codes.
+# 2: weighting, groups and non-negative codes; files of 1 have none of them.
 FORMAT = 2
+
+
+class Learned(Protocol):
+    """What has learned a dictionary: ``DictionaryLearner`` and ``DoubleBatchKSVD``."""
+
+    @property
+    def atoms_MD(self) -> Tensor: ...
+
+    @property
+    def centre_D(self) -> Tensor: ...
+
+    @property
+    def coding(self) -> Coding: ...
+
+    @property
+    def weighting(self) -> Weighting | None: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +46,7 @@ class Dictionary:
     Attributes:
         atoms_MD: unit rows of the weighted space, float32.
         centre_D: subtracted before coding, added after decoding (raw units).
-        k, coder, rtol, max_steps, nonnegative, groups: see ``Coding``.
+        coding: how it codes centred and weighted samples.
         weighting: the metric that it was learned in and codes in, None for the plain one.
         provenance: what it was learned from; JSON values.
     Raises: DictionaryError, ShapeError if the parts do not fit.
@@ -39,12 +54,7 @@ class Dictionary:
 
     atoms_MD: Tensor
     centre_D: Tensor
-    k: int
-    coder: AnyCoder = "mp"
-    rtol: float = 0.0
-    max_steps: int | None = None
-    nonnegative: bool = False
-    groups: tuple[int, ...] | None = None
+    coding: Coding
     weighting: Weighting | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -63,11 +73,6 @@ class Dictionary:
             )
         self.coding.check(self.n_atoms, self.d_in, "Dictionary")
         check_atoms(self.atoms_MD, "Dictionary")
-
-    @property
-    def coding(self) -> Coding:
-        """How it codes centred and weighted samples."""
-        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, self.groups)
 
     @property
     def n_atoms(self) -> int:
@@ -105,17 +110,12 @@ class Dictionary:
         return self.atoms_MD if self.weighting is None else torch.nn.functional.normalize(self.raw_atoms(), dim=1)
 
     @classmethod
-    def from_estimator(cls, ksvd: DoubleBatchKSVD, provenance: dict[str, Any] | None = None) -> "Dictionary":
-        """The dictionary that a fitted estimator learned."""
+    def from_estimator(cls, ksvd: Learned, provenance: dict[str, Any] | None = None) -> "Dictionary":
+        """The dictionary that a fitted estimator or learner has learned; learning on does not change it."""
         return cls(
-            atoms_MD=ksvd.atoms_MD.detach().clone(),
-            centre_D=ksvd.centre_D.detach().clone(),
-            k=ksvd.k,
-            coder=ksvd.coder,
-            rtol=ksvd.rtol,
-            max_steps=ksvd.max_steps,
-            nonnegative=ksvd.nonnegative,
-            groups=None if ksvd.groups is None else tuple(ksvd.groups),
+            ksvd.atoms_MD.detach().clone(),
+            ksvd.centre_D.detach().clone(),
+            ksvd.coding,
             weighting=ksvd.weighting,
             provenance=provenance or {},
         )
@@ -128,19 +128,7 @@ class Dictionary:
             tensors["weighting_inverse"] = self.weighting.inverse.contiguous().cpu()
         with atomic_path(folder / ATOMS_FILE) as temporary:
             save_file(tensors, temporary)
-        write_json(
-            folder / CONFIG_FILE,
-            {
-                "format": FORMAT,
-                "k": self.k,
-                "coder": self.coder,
-                "rtol": self.rtol,
-                "max_steps": self.max_steps,
-                "nonnegative": self.nonnegative,
-                "groups": self.groups,
-                "provenance": self.provenance,
-            },
-        )
+        write_json(folder / CONFIG_FILE, {"format": FORMAT, **self.coding.as_json(), "provenance": self.provenance})
 
     @classmethod
     def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Dictionary":
@@ -164,12 +152,7 @@ class Dictionary:
                 # memory differ in the last bit.
                 atoms_MD=tensors["atoms"].clone(),
                 centre_D=tensors["centre"].clone(),
-                k=config["k"],
-                coder=config["coder"],
-                rtol=config["rtol"],
-                max_steps=config["max_steps"],
-                nonnegative=config.get("nonnegative", False),  # format 1 had neither
-                groups=tuple(config["groups"]) if config.get("groups") else None,
+                coding=Coding.from_json(config),
                 weighting=Weighting(*maps) if maps else None,
                 provenance=config["provenance"],
             )

@@ -13,9 +13,11 @@
     ├── ActivationError        NaN, infinite or constant activations
     ├── ShardError             a shard that is missing, truncated or altered
     ├── ManifestError          a folder made by another config, or no folder of ours
+    ├── ResultsError           a run's raw.zip that is missing, damaged or not ours, or has no place to go
     ├── DiskSpaceError         too little room for what is about to be written
     ├── HubError               the Hub cannot be reached, or lacks what was asked for
     ├── MissingExtraError      an optional dependency that is not installed (also an ImportError)
+    ├── UpstreamError          a library that is not what this package replaces parts of
     └── EvaluationError        an eval that gave no score
 
 Each message names the operation and what went wrong in its first line, and, where they are
@@ -80,6 +82,9 @@ class ShardError(KsvdSaeError): ...
 class ManifestError(KsvdSaeError): ...
 
 
+class ResultsError(KsvdSaeError): ...
+
+
 class DiskSpaceError(KsvdSaeError): ...
 
 
@@ -87,6 +92,9 @@ class HubError(KsvdSaeError): ...
 
 
 class MissingExtraError(KsvdSaeError, ImportError): ...
+
+
+class UpstreamError(KsvdSaeError): ...
 
 
 class EvaluationError(KsvdSaeError): ...

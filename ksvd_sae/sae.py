@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import DictionaryError, ShapeError
-from ksvd_sae.learning.coding import ANY_CODERS, AnyCoder, Coding
+from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.store import write_json
 
 ARCHITECTURE = "db_ksvd"
@@ -41,7 +41,8 @@ ARCHITECTURE_ON_DISK = "db_ksvd (run `import ksvd_sae` first, from the package k
 class DBKSVDSAEConfig(SAEConfig):
     """What SAELens stores beside the weights.
 
-    k, coder, rtol, max_steps, nonnegative, groups: see ``ksvd_sae.learning.coding``.
+    k, coder, rtol, max_steps, nonnegative, groups: the fields of ``coding``. One by one, because of a cfg.json SAELens
+        hands on the keys that are fields of this class, and drops all others before any code of ours runs.
     weighting: 'none', or the shape of the map that is applied before coding: 'diagonal' or 'full'.
     split: whether latents are [f₊, f₋]; d_sae is then twice the number of atoms, while k and groups count atoms.
     """
@@ -62,8 +63,6 @@ class DBKSVDSAEConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.coder not in ANY_CODERS:
-            raise ShapeError("DBKSVDSAEConfig: unknown coder", got=self.coder, limit=", ".join(ANY_CODERS))
         if self.weighting not in ("none", "diagonal", "full"):
             raise ShapeError("DBKSVDSAEConfig: unknown weighting", got=self.weighting, limit="none, diagonal, full")
         if self.split and self.nonnegative:
@@ -76,6 +75,7 @@ class DBKSVDSAEConfig(SAEConfig):
             raise ShapeError(
                 "DBKSVDSAEConfig: the split view has two latents an atom", got=f"d_sae = {self.d_sae}", limit="even"
             )
+        self.coding.check(self.n_atoms, self.d_in, "DBKSVDSAEConfig")
 
     @property
     def n_atoms(self) -> int:
@@ -83,8 +83,8 @@ class DBKSVDSAEConfig(SAEConfig):
 
     @property
     def coding(self) -> Coding:
-        groups = None if self.groups is None else tuple(self.groups)
-        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, groups)
+        """How centred and weighted activations are coded."""
+        return Coding.from_json(vars(self))
 
 
 class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
@@ -228,12 +228,7 @@ def sae_from_dictionary(
         device=device,
         # hook_z has heads; the harvest flattens them, and so must HookedSAETransformer.
         reshape_activations="hook_z" if hook_name.endswith("hook_z") else "none",
-        k=dictionary.k,
-        coder=dictionary.coder,
-        rtol=dictionary.rtol,
-        max_steps=dictionary.max_steps,
-        nonnegative=dictionary.nonnegative,
-        groups=None if dictionary.groups is None else list(dictionary.groups),
+        **dictionary.coding.as_json(),
         weighting="none" if weighting is None else "diagonal" if weighting.is_diagonal else "full",
         split=split,
         metadata=SAEMetadata(

@@ -1,7 +1,18 @@
 """What every test needs before it starts."""
 
+import pytest
 from hypothesis import settings
+
+from ksvd_sae.activations.shards import ActivationShards
+from tests.tiny_shards import raw_activations, write_harvest
 
 # derandomize: the same examples on every run, so a red test stays red until the code changes.
 settings.register_profile("ksvd_sae", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ksvd_sae")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ActivationShards:
+    """2,000 training and 500 held-out samples of one planted dictionary; read only."""
+    x_ND = raw_activations(2500)
+    return write_harvest(tmp_path_factory.mktemp("harvest"), {"made": "by hand"}, x_ND[:2000], x_ND[2000:])

@@ -23,7 +23,19 @@ from ksvd_sae.cli import app
 from ksvd_sae.offline.gemma import MODEL_NAME
 from ksvd_sae.run.pipeline import Run
 
-COMMANDS = ("harvest", "train", "evaluate", "compare", "run", "study", "efficiency", "contrast", "doctor", "bench")
+COMMANDS = (
+    "harvest",
+    "train",
+    "evaluate",
+    "compare",
+    "run",
+    "study",
+    "efficiency",
+    "contrast",
+    "unpack",
+    "doctor",
+    "bench",
+)
 CONFIG: dict[str, Any] = {
     "model": {"name": "gpt2", "hook": "blocks.8.hook_resid_post"},
     "text": {"source": "hub", "dataset": "owner/texts"},
@@ -106,16 +118,16 @@ def test_help_shows_an_example(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if command not in ("study", "contrast", "doctor", "bench")]
+    "command", [command for command in COMMANDS if command not in ("study", "contrast", "unpack", "doctor", "bench")]
 )
 def test_example_names_a_config_that_loads(command: str) -> None:
+    """Here, in an empty folder: by its name."""
     from ksvd_sae.run.config import load_config
 
     shown = " ".join(plain(invoke(command, "--help").output).split())
     words = shown.split("Example: ")[1].split()
-    root = Path(__file__).parents[1]
     overrides = [words[words.index("--set") + 1]] if "--set" in words else []
-    assert load_config(root / words[2], overrides).name == Path(words[2]).stem
+    assert load_config(words[2], overrides).name == words[2]
 
 
 def test_help_lists_the_commands_in_path_order() -> None:
@@ -183,6 +195,8 @@ def test_missing_file(config: str) -> None:
     message = said("train", "tyni.yaml")
     assert "tyni.yaml: no such file" in message
     assert "tiny.yaml" in message, "the configs that are there"
+    for given in ("dmo", "eval_configs/demo.yaml"):
+        assert "did you mean demo" in said("train", given), "those that come with the package"
 
 
 def test_folder_for_a_file(tmp_path: Path) -> None:
@@ -412,7 +426,6 @@ def test_study_without_a_file_is_a_message() -> None:
 
 
 def test_study_of_a_layer_that_it_has_not_is_a_message() -> None:
-    grid = Path(__file__).parents[1] / "eval_configs" / "study-engine.yaml"
-    message = said("study", str(grid), "--layer", "7")
+    message = said("study", "study-engine", "--layer", "7")
     assert "no layer 7" in message
     assert "[9, 13]" in message

@@ -14,8 +14,8 @@ from torch import Tensor
 from ksvd_sae import dictionary as module
 from ksvd_sae.dictionary import ATOMS_FILE, CONFIG_FILE, FORMAT, Dictionary
 from ksvd_sae.errors import DictionaryError, ShapeError
-from ksvd_sae.learning.coding import AnyCoder
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.estimator import DoubleBatchKSVD
+from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
 from ksvd_sae.learning.weighting import Weighting, weighting_by_fisher, weighting_by_std
 from tests import tolerances
@@ -30,11 +30,7 @@ def example(coder: AnyCoder = "mp") -> Dictionary:
     return Dictionary(
         atoms_MD,
         10 * torch.arange(6).float() + 0.1,
-        4,
-        coder=coder,
-        rtol=0.1,
-        max_steps=7,
-        groups=groups,
+        Coding(4, coder, rtol=0.1, max_steps=7, groups=groups),
         provenance=PROVENANCE,
     )
 
@@ -75,7 +71,7 @@ class TestWeighted:
 
     def test_matryoshka_coder_without_groups(self) -> None:
         with pytest.raises(ShapeError, match="needs groups"):
-            replace(example(), coder="matryoshka")
+            replace(example(), coding=Coding(4, "matryoshka"))
 
 
 class TestRoundTrip:
@@ -87,7 +83,7 @@ class TestRoundTrip:
         assert torch.equal(loaded.atoms_MD, saved.atoms_MD)
         assert torch.equal(loaded.centre_D, saved.centre_D)
         assert loaded.atoms_MD.dtype == loaded.centre_D.dtype == torch.float32
-        assert (loaded.k, loaded.coder, loaded.rtol, loaded.max_steps) == (4, coder, 0.1, 7)
+        assert loaded.coding == Coding(4, coder, rtol=0.1, max_steps=7)
         assert loaded.provenance == PROVENANCE
         x_BD = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)) + saved.centre_D
         # Not bit for bit: a loaded tensor may lie at another alignment, and BLAS adds in another order there.
@@ -98,25 +94,45 @@ class TestRoundTrip:
     def test_weighting_groups_and_signs(self, tmp_path: Path, kind: str) -> None:
         matrix = torch.rand(6, generator=generator(1)) + 0.5
         weighting = Weighting(matrix, 1 / matrix) if kind == "diagonal" else weighting_by_fisher(torch.diag(matrix))
-        saved = replace(example("matryoshka"), groups=(4, 5), nonnegative=True, weighting=weighting)
+        coding = Coding(4, "matryoshka", nonnegative=True, groups=(4, 5))
+        saved = replace(example("matryoshka"), coding=coding, weighting=weighting)
         saved.save(tmp_path)
         loaded = Dictionary.load(tmp_path)
-        assert (loaded.coding, loaded.groups, loaded.nonnegative) == (saved.coding, (4, 5), True)
+        assert loaded.coding == coding
         assert loaded.weighting is not None
         assert torch.equal(loaded.weighting.matrix, weighting.matrix)
         assert torch.equal(loaded.weighting.inverse, weighting.inverse)
 
-    def test_format_1_still_loads(self, folder: Path) -> None:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        old = {key: value for key, value in config.items() if key not in ("nonnegative", "groups")}
-        (folder / CONFIG_FILE).write_text(json.dumps({**old, "format": 1}))
+    @pytest.mark.parametrize(
+        ("of_format", "coding"),
+        [
+            ('"format": 1', Coding(4, "omp", rtol=0.1, max_steps=7)),
+            ('"format": 2, "groups": null, "nonnegative": true', Coding(4, "omp", 0.1, 7, nonnegative=True)),
+            ('"format": 2, "groups": [4, 5], "nonnegative": false', Coding(4, "omp", 0.1, 7, groups=(4, 5))),
+        ],
+        ids=["1", "2", "2 with groups"],
+    )
+    def test_files_of_before_load(self, folder: Path, of_format: str, coding: Coding) -> None:
+        """Written by hand as earlier versions wrote them."""
+        (folder / CONFIG_FILE).write_text(
+            f'{{{of_format}, "k": 4, "coder": "omp", "rtol": 0.1, "max_steps": 7, "provenance": {{"seed": 3}}}}'
+        )
         loaded = Dictionary.load(folder)
-        assert (loaded.nonnegative, loaded.groups, loaded.weighting) == (False, None, None)
+        assert (loaded.coding, loaded.weighting, loaded.provenance) == (coding, None, {"seed": 3})
+        assert torch.equal(loaded.atoms_MD, example().atoms_MD)
+
+    @pytest.mark.parametrize("key", ["k", "coder", "rtol", "max_steps"])
+    def test_nothing_that_was_always_there_is_made_up(self, folder: Path, key: str) -> None:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        del config[key]
+        (folder / CONFIG_FILE).write_text(json.dumps(config))
+        with pytest.raises(DictionaryError, match=rf"(?s){key}.*cure"):
+            Dictionary.load(folder)
 
     def test_atoms_that_are_a_view(self, tmp_path: Path) -> None:
         atoms_MD = unit_atoms(6, 9, dtype=torch.float32).T.contiguous().T
         assert not atoms_MD.is_contiguous()
-        Dictionary(atoms_MD, torch.zeros(9), 2).save(tmp_path)
+        Dictionary(atoms_MD, torch.zeros(9), Coding(2)).save(tmp_path)
         assert torch.equal(Dictionary.load(tmp_path).atoms_MD, atoms_MD)
 
     def test_no_pickle_and_two_files_only(self, folder: Path) -> None:
@@ -128,7 +144,7 @@ class TestRoundTrip:
 
         monkeypatch.setattr(module, "save_file", full_disk)
         with pytest.raises(OSError, match="No space"):
-            Dictionary(unit_atoms(3, 2, dtype=torch.float32), torch.zeros(2), 1).save(folder)
+            Dictionary(unit_atoms(3, 2, dtype=torch.float32), torch.zeros(2), Coding(1)).save(folder)
         assert torch.equal(Dictionary.load(folder).atoms_MD, example().atoms_MD)
         assert sorted(path.name for path in folder.iterdir()) == [ATOMS_FILE, CONFIG_FILE]
 
@@ -136,7 +152,8 @@ class TestRoundTrip:
         x_ND = planted(200, 8, 12, 2, noise=0.1).x_BD + 3
         ksvd = DoubleBatchKSVD(12, 2, coder="mp_refit", rtol=0.2, max_steps=5, device="cpu").fit(x_ND)
         taken = Dictionary.from_estimator(ksvd, {"seed": 0})
-        assert (taken.coder, taken.rtol, taken.max_steps, taken.provenance) == ("mp_refit", 0.2, 5, {"seed": 0})
+        assert taken.coding == Coding(2, "mp_refit", rtol=0.2, max_steps=5)
+        assert taken.provenance == {"seed": 0}
         assert torch.equal(taken.decode(taken.encode(x_ND)), ksvd.decode(ksvd.encode(x_ND)))
         kept_MD = taken.atoms_MD.clone()
         ksvd.partial_fit(x_ND)
@@ -222,7 +239,7 @@ class TestCoding:
     @given(problem=problems())
     def test_centre_is_subtracted_and_added(self, problem: Problem) -> None:
         centre_D = torch.arange(problem.x_BD.shape[1], dtype=torch.float64)
-        dictionary = Dictionary(problem.atoms_MD, centre_D, problem.k)
+        dictionary = Dictionary(problem.atoms_MD, centre_D, Coding(problem.k))
         code = dictionary.encode(problem.x_BD + centre_D)
         wanted = encode(problem.x_BD + centre_D - centre_D, problem.atoms_MD, problem.k)
         assert torch.equal(code.values_BK, wanted.values_BK)

@@ -40,7 +40,7 @@ def test_names_load_on_first_use() -> None:
     code = """
 import sys, ksvd_sae
 from ksvd_sae import DoubleBatchKSVD, matching_pursuit
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD as same
+from ksvd_sae.estimator import DoubleBatchKSVD as same
 assert DoubleBatchKSVD is same
 heavy = [name for name in ("sae_lens", "transformers", "transformer_lens", "datasets") if name in sys.modules]
 assert heavy == [], heavy

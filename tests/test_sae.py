@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.coding import AnyCoder
+from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.sparse_coding import CODERS, Coder
 from ksvd_sae.learning.weighting import weighting_by_fisher, weighting_by_std
 from ksvd_sae.sae import (
@@ -50,10 +51,10 @@ def samples(*shape: int, seed: int = 7) -> Tensor:
     return 3 * torch.randn(*shape, D_MODEL, generator=generator(seed)) + 1
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    """Largest ‖found − wanted‖ / ‖wanted‖ over rows."""
-    found, wanted = found.detach().double(), wanted.detach().double()
-    gap = torch.linalg.vector_norm(found - wanted, dim=-1)
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """Largest ‖got − wanted‖ / ‖wanted‖ over rows."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    gap = torch.linalg.vector_norm(got - wanted, dim=-1)
     return float((gap / torch.linalg.vector_norm(wanted, dim=-1)).max())
 
 
@@ -83,7 +84,8 @@ def test_weighted_dictionary(kind: str, coder: AnyCoder, tmp_path: Path) -> None
     """Unit rows in raw space, codes rescaled to match: the reconstruction is the dictionary's; and back from disk."""
     plain = tiny_dictionary("mp")
     half = plain.n_atoms // 2
-    weighted = replace(plain, coder=coder, weighting=WEIGHTINGS[kind], groups=(half, plain.n_atoms - half))
+    coding = replace(plain.coding, coder=coder, groups=(half, plain.n_atoms - half))
+    weighted = replace(plain, coding=coding, weighting=WEIGHTINGS[kind])
     sae = sae_from_dictionary(weighted, model_name=MODEL_NAME, hook_name=HOOK)
     x_BD = samples(50)
     code, acts_BM = weighted.encode(x_BD), sae.encode(x_BD)
@@ -99,7 +101,7 @@ def test_weighted_dictionary(kind: str, coder: AnyCoder, tmp_path: Path) -> None
 
 
 def test_non_negative_dictionary() -> None:
-    sae = sae_from_dictionary(replace(tiny_dictionary("omp"), nonnegative=True), model_name=MODEL_NAME, hook_name=HOOK)
+    sae = sae_from_dictionary(tiny_dictionary("omp", nonnegative=True), model_name=MODEL_NAME, hook_name=HOOK)
     acts_BM = sae.encode(samples(50))
     assert float(acts_BM.min()) == 0
     assert float(acts_BM.max()) > 0
@@ -162,7 +164,7 @@ def test_other_dtypes(coder: Coder, dtype: torch.dtype) -> None:
     atoms_MD = unit_atoms(200, d_in, 3, torch.float32)
     if coder == "projection":
         atoms_MD = torch.linalg.qr(atoms_MD[:k].T).Q.T.contiguous()
-    dictionary = Dictionary(atoms_MD, torch.randn(d_in, generator=generator(5)), k, coder)
+    dictionary = Dictionary(atoms_MD, torch.randn(d_in, generator=generator(5)), Coding(k, coder))
     sae = sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK)
     x_BD = 3 * torch.randn(40, d_in, generator=generator(6)).to(dtype)
     exact_BD = sae(x_BD.float()).detach()
@@ -273,26 +275,31 @@ def test_config_from_dict(architecture: str) -> None:
     again = DBKSVDSAEConfig.from_dict({**cfg.to_dict(), "architecture": architecture})
     assert isinstance(again, DBKSVDSAEConfig)
     assert again == cfg
-    assert again.coder == "omp"
+    assert again.coding == tiny_dictionary("omp").coding
     assert again.metadata.hook_name == HOOK
 
 
 def test_sae_from_dict() -> None:
     sae = SAE.from_dict(tiny_db_ksvd_sae("mp_refit").cfg.to_dict())
     assert isinstance(sae, DBKSVDSAE)
-    assert sae.cfg.coder == "mp_refit"
+    assert sae.cfg.coding.coder == "mp_refit"
 
 
 def test_wrong_coder() -> None:
     with pytest.raises(ShapeError, match=r"(?s)unknown coder.*lasso.*omp"):
-        DBKSVDSAEConfig(d_in=4, d_sae=8, coder="lasso")  # type: ignore[arg-type]
+        DBKSVDSAEConfig(d_in=4, d_sae=8, k=2, coder="lasso")  # type: ignore[arg-type]
 
 
 def test_metadata_names_model_and_hook() -> None:
     sae = sae_from_dictionary(tiny_dictionary(), model_name="m", hook_name=HOOK, context_size=9, harvest="abc")
-    found = sae.cfg.metadata
-    assert (found.model_name, found.hook_name, found.context_size, found.prepend_bos) == ("m", HOOK, 9, True)
-    assert found.harvest == "abc"
+    metadata = sae.cfg.metadata
+    assert (metadata.model_name, metadata.hook_name, metadata.context_size, metadata.prepend_bos) == (
+        "m",
+        HOOK,
+        9,
+        True,
+    )
+    assert metadata.harvest == "abc"
 
 
 # ---------------------------------------------------------------- disk and other processes
@@ -302,7 +309,7 @@ from safetensors.torch import load_file, save_file
 sae = SAE.load_from_disk("sae")
 x_BD = load_file("x.safetensors")["x"]
 acts_BM = sae.encode(x_BD).detach()
-save_file({"acts": acts_BM, "rebuilt": sae.decode(acts_BM).detach()}, "found-INDEX.safetensors")
+save_file({"acts": acts_BM, "rebuilt": sae.decode(acts_BM).detach()}, "made-INDEX.safetensors")
 """
 BEFORE_LOADING = {
     "ksvd_sae first": """
@@ -327,7 +334,7 @@ class Elsewhere:
     returncode: int
     stdout: str
     stderr: str
-    found: Path
+    made: Path
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +353,7 @@ def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Else
             text=True,
             check=False,
         )
-        return Elsewhere(done.returncode, done.stdout, done.stderr, folder / f"found-{index}.safetensors")
+        return Elsewhere(done.returncode, done.stdout, done.stderr, folder / f"made-{index}.safetensors")
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(BEFORE_LOADING, pool.map(load, range(2), BEFORE_LOADING.values()), strict=True))
@@ -356,10 +363,10 @@ def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Else
 def test_another_process_loads_the_same_bits(loaded_elsewhere: dict[str, Elsewhere], order: str) -> None:
     there = loaded_elsewhere[order]
     assert there.returncode == 0, there.stderr
-    sae, found = tiny_db_ksvd_sae("omp"), load_file(there.found)
+    sae, made = tiny_db_ksvd_sae("omp"), load_file(there.made)
     acts_BM = sae.encode(samples(30))
-    assert torch.equal(found["acts"], acts_BM)
-    assert torch.equal(found["rebuilt"], sae.decode(acts_BM))
+    assert torch.equal(made["acts"], acts_BM)
+    assert torch.equal(made["rebuilt"], sae.decode(acts_BM))
 
 
 def test_without_the_package_the_error_says_what_to_import(loaded_elsewhere: dict[str, Elsewhere]) -> None:
@@ -384,6 +391,36 @@ def test_save_and_load(tmp_path: Path, coder: Coder) -> None:
     loaded.save_model(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "cfg.json").read_text()) == on_disk
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+FLAT = {"k": 4, "coder": "omp", "rtol": 0.1, "max_steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("keys", "coding"),
+    [
+        (FLAT, Coding(4, "omp", 0.1, 7)),
+        (FLAT | {"nonnegative": True, "groups": None, "weighting": "none"}, Coding(4, "omp", 0.1, 7, nonnegative=True)),
+        (FLAT | {"coder": "matryoshka", "groups": [10, 14]}, Coding(4, "matryoshka", 0.1, 7, groups=(10, 14))),
+    ],
+    ids=["first", "non-negative", "groups"],
+)
+def test_saes_of_before_load(tmp_path: Path, keys: dict[str, object], coding: Coding) -> None:
+    """A cfg.json written by hand, of before there was a Coding; its keys stay, as SAELens' users read them."""
+    dictionary = replace(tiny_dictionary(), coding=coding)
+    sae, x_BD = sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK), samples(30)
+    sae.save_model(tmp_path)
+    others = ("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "metadata")
+    written = json.loads((tmp_path / "cfg.json").read_text())
+    by_hand = {name: written[name] for name in others} | {"architecture": ARCHITECTURE_ON_DISK, **keys}
+    (tmp_path / "cfg.json").write_text(json.dumps(by_hand))
+    loaded = SAE.load_from_disk(tmp_path)
+    assert (loaded.cfg.coding, loaded.cfg.k) == (coding, 4)
+    assert loaded.cfg == sae.cfg
+    for each in (loaded, deepcopy(loaded)):
+        assert torch.equal(each.encode(x_BD), sae.encode(x_BD))
+    loaded.save_model(tmp_path / "again")
+    assert keys.items() <= json.loads((tmp_path / "again" / "cfg.json").read_text()).items()
 
 
 def test_load_in_another_dtype(tmp_path: Path) -> None:
@@ -415,17 +452,17 @@ def test_spliced_into_a_model(model: HookedSAETransformer, tokens_BL: Tensor, co
         return sae.decode(sae.encode(x_BLD))
 
     wanted = model.run_with_hooks(tokens_BL, fwd_hooks=[(HOOK, splice)])
-    found = model.run_with_saes(tokens_BL, saes=[sae])
-    assert torch.allclose(found, wanted, atol=SPLICED_LOSS)
-    assert not torch.allclose(found, clean, atol=100 * SPLICED_LOSS)
+    spliced = model.run_with_saes(tokens_BL, saes=[sae])
+    assert torch.allclose(spliced, wanted, atol=SPLICED_LOSS)
+    assert not torch.allclose(spliced, clean, atol=100 * SPLICED_LOSS)
     with_error = model.run_with_saes(tokens_BL, saes=[sae], use_error_term=True)
     assert torch.allclose(with_error, clean, atol=SPLICED_LOSS)
     assert torch.equal(model(tokens_BL), clean)
 
 
 def test_spliced_identity_changes_nothing(model: HookedSAETransformer, tokens_BL: Tensor) -> None:
-    found = model.run_with_saes(tokens_BL, saes=[identity_sae()])
-    assert torch.allclose(found, model(tokens_BL), atol=SPLICED_LOSS)
+    spliced = model.run_with_saes(tokens_BL, saes=[identity_sae()])
+    assert torch.allclose(spliced, model(tokens_BL), atol=SPLICED_LOSS)
 
 
 def test_cached_codes_are_the_codes(model: HookedSAETransformer, tokens_BL: Tensor) -> None:
@@ -439,8 +476,8 @@ def test_cached_codes_are_the_codes(model: HookedSAETransformer, tokens_BL: Tens
 def test_at_a_hook_with_heads(model: HookedSAETransformer, tokens_BL: Tensor) -> None:
     """A harvest flattens heads into d_in; SAELens gives the SAE of such a hook the heads apart."""
     sae = sae_from_dictionary(tiny_dictionary(), model_name=MODEL_NAME, hook_name="blocks.0.attn.hook_z")
-    found = model.run_with_saes(tokens_BL, saes=[sae])
-    assert found.shape == model(tokens_BL).shape
+    spliced = model.run_with_saes(tokens_BL, saes=[sae])
+    assert spliced.shape == model(tokens_BL).shape
 
 
 @pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")

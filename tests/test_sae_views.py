@@ -31,7 +31,7 @@ DICTIONARIES: dict[str, Callable[[], Dictionary]] = {
         tiny_dictionary("omp"),
         weighting=weighting_by_fisher(torch.cov(torch.randn(D_MODEL, 3 * D_MODEL, generator=generator(12)))),
     ),
-    "matryoshka": lambda: replace(tiny_dictionary(), coder="matryoshka", groups=GROUPS),
+    "matryoshka": lambda: tiny_dictionary("matryoshka", groups=GROUPS),
 }
 dictionaries = pytest.mark.parametrize("kind", DICTIONARIES)
 
@@ -83,8 +83,8 @@ def test_decode_is_the_dense_product(kind: str) -> None:
     sae = tiny_sae_of(DICTIONARIES[kind](), "split")
     acts_BF = torch.randn(20, sae.cfg.d_sae, generator=generator(3))
     wanted_BD = acts_BF.double() @ sae.W_dec.detach().double() + sae.b_dec.detach().double()
-    found_BD = sae.decode(acts_BF).detach().double()
-    assert float((found_BD - wanted_BD).norm() / wanted_BD.norm()) < SAE_CODE
+    rebuilt_BD = sae.decode(acts_BF).detach().double()
+    assert float((rebuilt_BD - wanted_BD).norm() / wanted_BD.norm()) < SAE_CODE
 
 
 def test_gradient_flows_to_the_latents() -> None:
@@ -122,9 +122,9 @@ def test_spliced_into_a_model() -> None:
     model = tiny_model(HookedSAETransformer)
     tokens_BL = model.to_tokens([" ".join(WORDS[:8]), " ".join(WORDS[8:16])])
     signed, split = tiny_db_ksvd_sae(), tiny_db_ksvd_sae(view="split")
-    found, wanted = (model.run_with_saes(tokens_BL, saes=[sae]) for sae in (split, signed))
-    assert torch.equal(found, wanted)
-    assert not torch.allclose(found, model(tokens_BL), atol=100 * SPLICED_LOSS)
+    logits, wanted = (model.run_with_saes(tokens_BL, saes=[sae]) for sae in (split, signed))
+    assert torch.equal(logits, wanted)
+    assert not torch.allclose(logits, model(tokens_BL), atol=100 * SPLICED_LOSS)
     _, cache = model.run_with_cache_with_saes(tokens_BL, saes=[split])
     assert cache[f"{HOOK}.hook_sae_acts_post"].shape[-1] == 2 * M
     assert float(cache[f"{HOOK}.hook_sae_acts_post"].min()) == 0
@@ -134,7 +134,7 @@ def test_spliced_into_a_model() -> None:
 
 
 def test_non_negative_dictionary_is_refused() -> None:
-    dictionary = replace(tiny_dictionary("omp"), nonnegative=True)
+    dictionary = tiny_dictionary("omp", nonnegative=True)
     assert tiny_sae_of(dictionary).cfg.split is False
     with pytest.raises(DictionaryError, match=r"(?s)no split view.*non-negative as it comes.*cure.*'signed'"):
         tiny_sae_of(dictionary, "split")

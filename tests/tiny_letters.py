@@ -12,6 +12,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 
 from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.learning.coding import Coding
 from ksvd_sae.sae import DBKSVDSAE, sae_from_dictionary
 from tests.strategies import generator, unit_atoms
 from tests.tiny_saes import as_of_the_hub, two_layers
@@ -94,5 +95,5 @@ def letters_topk_sae(n_latents: int = 64, k: int = 4, seed: int = 0, hook: str =
 
 def letters_db_ksvd_sae(n_atoms: int = 64, k: int = 4, seed: int = 0) -> DBKSVDSAE:
     """A random dictionary, signed codes."""
-    dictionary = Dictionary(unit_atoms(n_atoms, D_MODEL, seed, torch.float32), torch.zeros(D_MODEL), k, "mp")
+    dictionary = Dictionary(unit_atoms(n_atoms, D_MODEL, seed, torch.float32), torch.zeros(D_MODEL), Coding(k))
     return sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK, context_size=96)

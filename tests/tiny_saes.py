@@ -5,7 +5,7 @@ The model is random, which is enough to check that codes, losses and files are w
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
@@ -16,6 +16,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
 from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.sparse_coding import Coder
 from ksvd_sae.sae import DBKSVDSAE, sae_from_dictionary
 from tests.strategies import generator, unit_atoms
@@ -99,14 +100,17 @@ def tiny_model(model_class: type[HookedTransformer] = HookedTransformer) -> Hook
     return model.eval().requires_grad_(False)
 
 
-def tiny_dictionary(coder: Coder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0) -> Dictionary:
-    """Random unit atoms of the model's width (orthonormal ones for 'projection') and a centre that is not zero."""
+def tiny_dictionary(coder: AnyCoder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0, **options: Any) -> Dictionary:
+    """Random unit atoms of the model's width (orthonormal ones for 'projection') and a centre that is not zero.
+
+    Args: options: of ``Coding``.
+    """
     centre_D = torch.randn(D_MODEL, generator=generator(seed + 1))
     if coder == "projection":
         atoms_MD = torch.linalg.qr(unit_atoms(D_MODEL, D_MODEL, seed)).Q.T[:k].float().contiguous()
     else:
         atoms_MD = unit_atoms(n_atoms, D_MODEL, seed, torch.float32)
-    return Dictionary(atoms_MD, centre_D, k, coder)
+    return Dictionary(atoms_MD, centre_D, Coding(k, coder, **options))
 
 
 def tiny_db_ksvd_sae(
@@ -123,7 +127,7 @@ def tiny_sae_of(dictionary: Dictionary, view: Literal["signed", "split"] = "sign
 
 def identity_sae() -> DBKSVDSAE:
     """A code that is the activation itself: one unit atom a dimension, all of them used."""
-    dictionary = Dictionary(torch.eye(D_MODEL), torch.zeros(D_MODEL), D_MODEL, "projection")
+    dictionary = Dictionary(torch.eye(D_MODEL), torch.zeros(D_MODEL), Coding(D_MODEL, "projection"))
     return sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK, context_size=CONTEXT_TOKENS)
 
 

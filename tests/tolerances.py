@@ -52,6 +52,12 @@ SUMS_AGAINST_EXACT = 0.08
 # The naive parallel update multiplies the error of these cases at least by this (100 to 8e5 measured).
 BLOW_UP = 50.0
 
+# --- FVU ----------------------------------------------------------------------------------------------
+# Sums of some thousand numbers in float64 in another order, the variance as Σx² − (Σx)²/n, Σx² up to 1e3 of it.
+SUMMED_IN_FLOAT64 = 1e-12
+# The same with a mean of up to 1e4 times the spread: Σx² is up to 1e8 of the variance.
+FAR_FROM_THE_MEAN = 1e-7
+
 # --- DB-KSVD ----------------------------------------------------------------------------------------
 # FVU in the log, float32 samples, against float64 from scratch.
 LOGGED_FVU = 1e-5

@@ -18,17 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.activations.splicing import Unembedding, before_unembedding
 from ksvd_sae.activations.text import contexts
 from ksvd_sae.errors import ActivationError, HookError, ManifestError, ShapeError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
-from ksvd_sae.run.config import HarvestConfig
 from ksvd_sae.store import MANIFEST, atomic_path, content_hash, file_sha256, read_manifest, write_manifest
+from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -36,11 +38,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 STAGE = "gradients"
 GRADIENTS_FILE = "gradients.safetensors"
-# What of the harvest's config says how gradients are collected, and nothing about activations.
-GRADIENT_SETTINGS = {"gradient_tokens", "gradient_batch_contexts"}
 # 134 MB in float32. Gemma's vocabulary has 262,144 tokens: the logits of 4 contexts of 128 tokens would be four times
 # that, and the loss and its gradient need several copies.
 _LOGITS_AT_ONCE = 2**25
+
+
+class GradientConfig(Strict):
+    """How much of the loss's gradient is collected."""
+
+    context_tokens: int = Field(128, ge=2)
+    gradient_tokens: int = Field(
+        0, ge=0, description="tokens to collect the moments of the loss's gradient from; 0 collects none"
+    )
+    gradient_batch_contexts: int = Field(4, ge=1)
+
+
+# What of it says nothing about activations.
+GRADIENT_SETTINGS = {"gradient_tokens", "gradient_batch_contexts"}
 
 
 @dataclass(frozen=True)
@@ -104,15 +118,14 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
 
     with _frozen(model):
         with model.hooks(fwd_hooks=[(reader.hook, start_graph)]):
-            final_BLD = model(tokens_BL, stop_at_layer=model.cfg.n_layers)
-            if model.cfg.normalization_type is not None:
-                final_BLD = model.ln_final(final_BLD)
+            final_BLD = before_unembedding(model, tokens_BL)
         reader.check_rows(leaves, tokens_BL)
         ordinary_BL = reader.ordinary(tokens_BL)
         predicted_BL = ordinary_BL[:, 1:]
         targets_N = tokens_BL[:, 1:][predicted_BL]
         pull_BLD = torch.zeros_like(final_BLD)
-        pull_BLD[:, :-1][predicted_BL] = _loss_gradient(model, final_BLD.detach()[:, :-1][predicted_BL], targets_N)
+        final_ND = final_BLD.detach()[:, :-1][predicted_BL]
+        pull_BLD[:, :-1][predicted_BL] = Unembedding(model).loss_gradient(final_ND, targets_N, _LOGITS_AT_ONCE)
         gradient = None
         if final_BLD.requires_grad:
             (gradient,) = torch.autograd.grad(final_BLD, leaves[0], pull_BLD, allow_unused=True)
@@ -145,22 +158,6 @@ def _frozen(model: "HookedTransformer") -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-
-
-def _loss_gradient(model: "HookedTransformer", final_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """Gradient of Σ −ln p(target) with respect to what the unembedding gets, a chunk of tokens at a time."""
-    chunk, cap = max(1, _LOGITS_AT_ONCE // model.cfg.d_vocab_out), model.cfg.output_logits_soft_cap
-    gradients: list[Tensor] = []
-    for rows_CD, targets_C in zip(torch.split(final_ND, chunk), torch.split(targets_N, chunk), strict=True):
-        rows_CD = rows_CD.detach().requires_grad_()
-        # Not model.unembed: it makes W_Uᵀ contiguous at every call, which for some layouts copies the whole matrix.
-        logits_CV = torch.addmm(model.b_U, rows_CD, model.W_U)
-        if cap > 0.0:
-            logits_CV = cap * torch.tanh(logits_CV / cap)
-        wide = torch.promote_types(logits_CV.dtype, torch.float32)
-        loss = torch.nn.functional.cross_entropy(logits_CV.to(wide), targets_C, reduction="sum")
-        gradients += torch.autograd.grad(loss, rows_CD)
-    return torch.cat(gradients)
 
 
 # ---------------------------------------------------------------- moments
@@ -212,7 +209,7 @@ def collect_gradient_moments(
 # ---------------------------------------------------------------- beside the activations
 
 
-def gradients_key(harvest_hash: str, config: HarvestConfig) -> dict[str, Any]:
+def gradients_key(harvest_hash: str, config: GradientConfig) -> dict[str, Any]:
     """Everything that the moments follow from; the harvest's hash stands for model, hook, text, seed and contexts."""
     return {"harvest": harvest_hash, **config.model_dump(mode="json", include=GRADIENT_SETTINGS)}
 
@@ -222,7 +219,7 @@ def gradients_folder(harvest: Path, key: dict[str, Any]) -> Path:
 
 
 def run_gradients(
-    config: HarvestConfig,
+    config: GradientConfig,
     shards: ActivationShards,
     reader: Callable[[], ActivationReader],
     training_texts: Callable[[], Iterator[str]],

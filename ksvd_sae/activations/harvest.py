@@ -12,17 +12,19 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ksvd_sae.activations.gradients import GRADIENT_SETTINGS, run_gradients
-from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.gradients import GRADIENT_SETTINGS, GradientConfig, run_gradients
+from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import (
     ACTIVATIONS_KEY,
     STAGE,
@@ -33,10 +35,9 @@ from ksvd_sae.activations.shards import (
     write_statistics,
 )
 from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
-from ksvd_sae.activations.text import contexts
+from ksvd_sae.activations.text import TextConfig, contexts, documents
 from ksvd_sae.errors import ManifestError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
-from ksvd_sae.run.config import RunConfig
 from ksvd_sae.store import (
     content_hash,
     file_sha256,
@@ -52,48 +53,68 @@ HELDOUT_DOCUMENTS = "heldout_documents.jsonl"
 _KEY_FILE = "key.json"
 
 
-def harvest_key(config: RunConfig, source_hashes: dict[str, str]) -> dict[str, Any]:
-    """Everything that a harvest's activations follow from.
+class HarvestConfig(GradientConfig):
+    """How activations are collected."""
 
-    Args: source_hashes: hashes of model and text where they are known (offline sources).
+    train_tokens: int = Field(gt=0)
+    heldout_tokens: int = Field(gt=0)
+    batch_contexts: int = Field(16, ge=1)
+    shard_tokens: int = Field(65_536, ge=1)
+    outlier_factor: float | None = Field(
+        4.0, gt=1.0, description="leave out tokens with a norm above this multiple of the median; null keeps all"
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What is harvested: a model's activations at a hook, on a text.
+
+    seed: of the text's order, where it has none of its own, and of the shuffle.
     """
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "text": config.text.model_dump(mode="json"),
-        # Gradients have a key of their own: asking for them, or for more, must not collect the activations again, and
-        # harvests from before they could be asked for keep their names.
-        "harvest": config.harvest.model_dump(mode="json", exclude=GRADIENT_SETTINGS),
-        "seed": config.seed,
-        "sources": source_hashes,
-    }
+
+    model: ModelConfig
+    text: TextConfig
+    config: HarvestConfig
+    seed: int
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """Everything that the activations follow from."""
+        hashes = {"model": self.model.content_hash(), "text": self.text.content_hash()}
+        return {
+            "model": self.model.model_dump(mode="json"),
+            "text": self.text.model_dump(mode="json"),
+            # Gradients have a key of their own: asking for more must not collect the activations again.
+            "harvest": self.config.model_dump(mode="json", exclude=GRADIENT_SETTINGS),
+            "seed": self.seed,
+            "sources": {name: known for name, known in hashes.items() if known is not None},
+        }
+
+    def folder(self, root: Path) -> Path:
+        """Its place in a cache."""
+        name = f"{self.model.name.split('/')[-1]}-{self.model.hook}-{content_hash(self.key)}"
+        return root / "activations" / name
+
+    def texts(self) -> Iterator[str]:
+        """The documents, in the same order at every call."""
+        return documents(self.text, self.seed)
 
 
-def harvest_folder(root: Path, key: dict[str, Any]) -> Path:
-    model, hook = key["model"]["name"].split("/")[-1], key["model"]["hook"]
-    return root / "activations" / f"{model}-{hook}-{content_hash(key)}"
-
-
-def run_harvest(
-    config: RunConfig,
-    folder: Path,
-    key: dict[str, Any],
-    reader: Callable[[], ActivationReader],
-    texts: Callable[[], Iterator[str]],
-) -> ActivationShards:
+def run_harvest(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader]) -> ActivationShards:
     """Collect and finish a harvest in ``folder``, or reuse the finished one there.
 
     Args:
-        key: see ``harvest_key``; a folder that another key made is refused.
+        folder: one that another key made is refused.
         reader: called once, and only if there is something left to collect.
-        texts: the documents, in the same order at every call.
     Raises: TextError (the text ends too early), ActivationError, HookError, DiskSpaceError, ManifestError.
     """
-    if not config.harvest.gradient_tokens:
-        return _run_activations(config, folder, key, reader, texts)
+    if not harvest.config.gradient_tokens:
+        return _run_activations(harvest, folder, reader)
     # Only here does the model stay in memory while the shards are written: it is needed again after that.
     reader = cache(reader)
-    shards = _run_activations(config, folder, key, reader, texts)
-    run_gradients(config.harvest, shards, reader, lambda: _training_texts(folder, texts()))
+    shards = _run_activations(harvest, folder, reader)
+    run_gradients(harvest.config, shards, reader, lambda: _training_texts(folder, harvest.texts()))
     return shards
 
 
@@ -109,24 +130,18 @@ def _training_texts(folder: Path, texts: Iterator[str]) -> Iterator[str]:
         return islice(texts, sum(1 for _ in lines), None)
 
 
-def _run_activations(
-    config: RunConfig,
-    folder: Path,
-    key: dict[str, Any],
-    reader: Callable[[], ActivationReader],
-    texts: Callable[[], Iterator[str]],
-) -> ActivationShards:
-    if is_finished(folder, STAGE, key):
+def _run_activations(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader]) -> ActivationShards:
+    if is_finished(folder, STAGE, harvest.key):
         logger.info("harvest: reusing %s", folder)
-        return ActivationShards.open(folder, key=key)
-    _claim(folder, key)
+        return ActivationShards.open(folder, key=harvest.key)
+    _claim(folder, harvest.key)
     started = time.perf_counter()
     collected = {part: _read_parts(folder, part) for part in PARTS}
-    wanted = {"heldout": config.harvest.heldout_tokens, "train": config.harvest.train_tokens}
+    wanted = {"heldout": harvest.config.heldout_tokens, "train": harvest.config.train_tokens}
     if any(_n_tokens(collected[part]) < wanted[part] for part in PARTS):
-        _collect(config, folder, reader(), texts(), collected, wanted)
-    _finish(config, folder, key, collected, started)
-    return ActivationShards.open(folder, key=key)
+        _collect(harvest.config, folder, reader(), harvest.texts(), collected, wanted)
+    _finish(harvest, folder, collected, started)
+    return ActivationShards.open(folder, key=harvest.key)
 
 
 def _claim(folder: Path, key: dict[str, Any]) -> None:
@@ -165,27 +180,26 @@ def _n_tokens(entries: list[dict[str, Any]]) -> int:
 
 
 def _collect(
-    config: RunConfig,
+    config: HarvestConfig,
     folder: Path,
     reader: ActivationReader,
     texts: Iterator[str],
     collected: dict[str, list[dict[str, Any]]],
     wanted: dict[str, int],
 ) -> None:
-    settings = config.harvest
-    batch_tokens = settings.batch_contexts * (settings.context_tokens - 1)
+    batch_tokens = config.batch_contexts * (config.context_tokens - 1)
     with progress("harvest", sum(wanted.values()), "tokens") as advance:
         for part in PARTS:
             # Each part has documents of its own: the text goes on after those that the parts before it drew.
             drawn: list[str] = []
-            stream = contexts(_remember(texts, drawn), reader.model.tokenizer, settings.context_tokens)
+            stream = contexts(_remember(texts, drawn), reader.model.tokenizer, config.context_tokens)
             done = collected[part]
             skip = sum(entry["n_contexts"] for entry in done)
             for _ in islice(stream, skip):
                 pass
             advance(_n_tokens(done))
             while _n_tokens(done) < wanted[part]:
-                limit = min(settings.shard_tokens, wanted[part] - _n_tokens(done))
+                limit = min(config.shard_tokens, wanted[part] - _n_tokens(done))
                 left = sum(wanted.values()) - sum(map(_n_tokens, collected.values()))
                 entry = _collect_part(config, folder, part, len(done), stream, reader, limit, left, advance)
                 if entry is None:
@@ -209,7 +223,7 @@ def _remember(texts: Iterator[str], drawn: list[str]) -> Iterator[str]:
 
 
 def _collect_part(
-    config: RunConfig,
+    config: HarvestConfig,
     folder: Path,
     part: str,
     index: int,
@@ -221,10 +235,10 @@ def _collect_part(
 ) -> dict[str, Any] | None:
     """Whole batches of contexts until ``wanted_tokens`` are there, as one raw part; None if the text is over."""
     rows: list[Tensor] = []
-    dtype = getattr(torch, config.harvest.dtype)
+    dtype = getattr(torch, config.dtype)
     n_tokens = n_contexts = 0
     while n_tokens < wanted_tokens:
-        batch = list(islice(stream, config.harvest.batch_contexts))
+        batch = list(islice(stream, config.batch_contexts))
         if not batch:
             return None
         x_ND = reader.read(torch.stack(batch)).cpu().to(dtype)
@@ -244,28 +258,26 @@ def _collect_part(
 # ---------------------------------------------------------------- finishing
 
 
-def _finish(
-    config: RunConfig, folder: Path, key: dict[str, Any], collected: dict[str, list[dict[str, Any]]], started: float
-) -> None:
+def _finish(harvest: Harvest, folder: Path, collected: dict[str, list[dict[str, Any]]], started: float) -> None:
     """Outliers out, shuffle, statistics, shards, manifest; then the raw parts go."""
     raw = {part: [_open_raw(folder, entry) for entry in collected[part]] for part in PARTS}
     d_in = raw["train"][0].shape[1]
     norms = {part: [torch.linalg.vector_norm(x_ND.float(), dim=1) for x_ND in raw[part]] for part in PARTS}
-    median_norm, limit = outlier_limit(torch.cat(norms["train"]), config.harvest.outlier_factor)
+    median_norm, limit = outlier_limit(torch.cat(norms["train"]), harvest.config.outlier_factor)
     n_total = sum(len(n) for n in chain(*norms.values()))
     size = n_total * d_in * raw["train"][0].element_size()
     require_disk_space(folder, size, "harvest: writing shuffled shards")
     running, parts = RunningStatistics(d_in), {}
     for part in PARTS:
         kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
-        parts[part] = _write_shuffled(config, folder, part, raw[part], kept, running if part == "train" else None)
+        parts[part] = _write_shuffled(harvest, folder, part, raw[part], kept, running if part == "train" else None)
         parts[part]["outliers"] = sum(len(n) for n in norms[part]) - sum(len(k) for k in kept)
     statistics = running.result(median_norm)
     write_statistics(folder / STATISTICS_FILE, statistics)
     write_manifest(
         folder,
         STAGE,
-        key,
+        harvest.key,
         d_in=d_in,
         parts=parts,
         statistics={
@@ -290,7 +302,7 @@ def _open_raw(folder: Path, entry: dict[str, Any]) -> Tensor:
 
 
 def _write_shuffled(
-    config: RunConfig,
+    harvest: Harvest,
     folder: Path,
     part: str,
     raw: list[Tensor],
@@ -299,11 +311,11 @@ def _write_shuffled(
 ) -> dict[str, Any]:
     """Shards in one random order over the whole part, gathered from the raw parts shard by shard."""
     where = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
-    generator = torch.Generator().manual_seed(config.seed + PARTS.index(part))
+    generator = torch.Generator().manual_seed(harvest.seed + PARTS.index(part))
     where = where[torch.randperm(len(where), generator=generator)]
     entries = []
-    for index, start in enumerate(range(0, len(where), config.harvest.shard_tokens)):
-        wanted = where[start : start + config.harvest.shard_tokens]
+    for index, start in enumerate(range(0, len(where), harvest.config.shard_tokens)):
+        wanted = where[start : start + harvest.config.shard_tokens]
         shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
         for source in torch.unique(wanted[:, 0]).tolist():
             slots = (wanted[:, 0] == source).nonzero().flatten()

@@ -3,19 +3,50 @@
 import difflib
 import logging
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ksvd_sae.activations.transformers_5 import make_loadable
-from ksvd_sae.errors import ActivationError, HookError, HubError
-from ksvd_sae.run.config import ModelConfig
+from ksvd_sae.activations.transformers_5 import loadable
+from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError
+from ksvd_sae.offline import gemma
+from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
 logger = logging.getLogger(__name__)
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ModelConfig(Strict):
+    """The language model and the place in it."""
+
+    name: str = Field(description="a TransformerLens model name")
+    hook: str = Field(description="any TransformerLens hook name, e.g. blocks.8.hook_resid_post")
+    source: Literal["hub", "offline"] = Field("hub", description="offline: assembled from Python packages")
+    dtype: Dtype = "float32"
+
+    def prepare(self) -> None:
+        """Make the model findable. Comes before anything that imports the Hub libraries.
+
+        Raises: ConfigError: no such offline model; else as ``prepare_gemma``.
+        """
+        if self.source == "hub":
+            return
+        if self.name != gemma.MODEL_NAME:
+            raise ConfigError(
+                f"model.source offline has no model {self.name!r}",
+                limit=gemma.MODEL_NAME,
+                cure=f"set model.name to {gemma.MODEL_NAME} or model.source to hub",
+            )
+        gemma.prepare_gemma()
+
+    def content_hash(self) -> str | None:
+        """Of the weights, where they are known before they are loaded."""
+        return gemma.GGUF_SHA256 if self.source == "offline" else None
 
 
 def load_model(config: ModelConfig, device: torch.device) -> "HookedTransformer":
@@ -27,11 +58,11 @@ def load_model(config: ModelConfig, device: torch.device) -> "HookedTransformer"
     check_model_name(config.name)
     from transformer_lens import HookedTransformer
 
-    make_loadable()
     try:
-        model = HookedTransformer.from_pretrained_no_processing(
-            config.name, device=str(device), dtype=getattr(torch, config.dtype)
-        )
+        with loadable():
+            model = HookedTransformer.from_pretrained_no_processing(
+                config.name, device=str(device), dtype=getattr(torch, config.dtype)
+            )
     except (OSError, ValueError) as error:
         raise HubError(
             f"loading model {config.name!r}: {str(error).splitlines()[0][:300]}",
@@ -59,8 +90,8 @@ def check_model_name(name: str) -> None:
 
 def hook_layer(hook: str) -> int | None:
     """The block that a hook name lies in, None for hooks outside the blocks."""
-    found = re.match(r"blocks\.(\d+)\.", hook)
-    return int(found.group(1)) if found else None
+    block = re.match(r"blocks\.(\d+)\.", hook)
+    return int(block.group(1)) if block else None
 
 
 def check_hook(model: "HookedTransformer", hook: str) -> None:

@@ -6,17 +6,48 @@ import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ksvd_sae.errors import HubError, TextError
-from ksvd_sae.run.config import TextConfig
+from ksvd_sae.offline import bbc_news
 from ksvd_sae.store import file_sha256
+from ksvd_sae.strict import Strict
 
 logger = logging.getLogger(__name__)
 _TOKENISER_BATCH = 64
+
+
+class TextConfig(Strict):
+    """Where documents come from."""
+
+    source: Literal["hub", "folder", "bbc-news"] = Field(
+        "hub", description="hub: a data set on the Hub; folder: local files; bbc-news: 2,225 articles from a package"
+    )
+    dataset: str | None = Field(None, description="Hub name, or the folder's path")
+    split: str = "train"
+    column: str = "text"
+    streaming: bool = True
+
+    @model_validator(mode="after")
+    def _named(self) -> "TextConfig":
+        if self.source != "bbc-news" and not self.dataset:
+            raise ValueError(f"text.source {self.source!r} needs text.dataset")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The true name of the text."""
+        return self.source if self.source == "bbc-news" else Path(str(self.dataset)).name
+
+    def content_hash(self) -> str | None:
+        """Of the documents, where they are known before they are read."""
+        if self.source == "bbc-news":
+            return bbc_news.corpus_hash()
+        return text_folder_hash(Path(str(self.dataset)).expanduser()) if self.source == "folder" else None
 
 
 def documents(config: TextConfig, seed: int) -> Iterator[str]:
@@ -29,9 +60,7 @@ def documents(config: TextConfig, seed: int) -> Iterator[str]:
     Raises: TextError (no such folder, no text in it), HubError (not reachable, no such data set or column).
     """
     if config.source == "bbc-news":
-        from ksvd_sae.offline.bbc_news import harvest_articles
-
-        return iter([article.text for article in harvest_articles(seed)])
+        return iter([article.text for article in bbc_news.harvest_articles(seed)])
     if config.source == "folder":
         return _read_files(_text_files(Path(str(config.dataset)).expanduser()), config.column)
     return _hub_documents(config)

@@ -1,24 +1,22 @@
-"""What the libraries that load and run models need to work with transformers 5.
+"""What TransformerLens 3.2, written for transformers 4, needs to load models with transformers 5.
 
-TransformerLens 3.2 and SAEBench 0.6 were written for transformers 4, which ``constraints.txt`` names. What differs:
-
-- GPT-NeoX's (Pythia's) unembedding is called ``lm_head`` and no longer ``embed_out``, for which TransformerLens asks:
-  here.
-- A decoder layer returns a tensor and no longer a tuple, of which SAEBench's RAVEL takes the first:
-  ``evaluation/saebench/ravel_adapters.py``, which treats Llama's layers of transformers 4 in the same way.
+What SAEBench needs beside: ``activation_collection.get_module`` in ``ksvd_sae.replaced``.
 """
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
+from ksvd_sae.replaced import replaced
 
-def make_loadable() -> None:
-    """Let TransformerLens find the weights of models whose parts transformers 5 has renamed; any number of times."""
+
+def loadable() -> AbstractContextManager[None]:
+    """Inside, TransformerLens finds the weights of models whose parts transformers 5 has renamed."""
     import transformers
 
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        transformers.GPTNeoXForCausalLM.embed_out = property(unembedding)
+    renamed = int(transformers.__version__.split(".")[0]) >= 5
+    return replaced({"transformers.GPTNeoXForCausalLM.embed_out": property(unembedding)} if renamed else {})
 
 
 def unembedding(model: nn.Module) -> Any:

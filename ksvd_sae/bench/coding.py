@@ -15,9 +15,10 @@ from torch import Tensor
 from ksvd_sae.bench import ceilings, ours, peers
 from ksvd_sae.bench.measure import WARMUPS, Job, Measured, limited_threads, measure, tolerant
 from ksvd_sae.bench.peers import Coder
-from ksvd_sae.bench.problems import Problem, Shape, fvu
+from ksvd_sae.bench.problems import Problem, Shape
 from ksvd_sae.bench.rows import row
 from ksvd_sae.bench.settings import Outcome, Settings
+from ksvd_sae.learning.fvu import fvu
 
 logger = logging.getLogger(__name__)
 DEFAULT = Shape("", n=16_384, d=640, m=2048, k=20)
@@ -84,7 +85,7 @@ def _job(contender: Coder, problem: Problem, n: int, n_common: int) -> Job:
 
 
 def _error(x_ND: Tensor, rebuilt_ND: Tensor, n: int) -> float:
-    return fvu(x_ND[:n], rebuilt_ND[:n])
+    return fvu(x_ND[:n], rebuilt_ND[:n], "bench coding")
 
 
 def _row(measured: Measured, problem: Problem, settings: Settings) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel
 
 from ksvd_sae.bench.measure import Job, Measured, limited_threads, measure
 from ksvd_sae.bench.problems import ACTIVATIONS
@@ -30,9 +29,8 @@ from ksvd_sae.bench.settings import Outcome, Settings
 from ksvd_sae.errors import ConfigError, EvaluationError
 
 if TYPE_CHECKING:
-    from ksvd_sae.evals.config import EvaluationConfig
+    from ksvd_sae.evals.base import Eval, EvalSetting, Panelist
     from ksvd_sae.evals.saebench.loaded_model import LoadedModel
-    from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist
 
 logger = logging.getLogger(__name__)
 SAE_BENCH = "sae_bench"
@@ -50,16 +48,15 @@ class Panel:
 
     Attributes:
         panelists: the dictionaries. sizes: n, d, m and k of the rows.
-        evaluation: the evals' sizes; those that are null are left out.
+        evals: those of EVALS that the config has, by name.
         setting: of our runs; its cache and artifacts are replaced by empty ones.
-        heldout: local data set that ``dataset: heldout`` stands for. data: for the rows.
+        data: for the rows.
     """
 
     panelists: "list[Panelist]"
     sizes: dict[str, int]
-    evaluation: "EvaluationConfig"
+    evals: "dict[str, Eval]"
     setting: "EvalSetting"
-    heldout: str
     data: str
 
 
@@ -89,7 +86,7 @@ def compare(panel: Panel, settings: Settings, folder: Path, failures: list[str])
 
     rows: list[dict[str, Any]] = []
     impls = (OURS,) if settings.peers == "none" else (SAE_BENCH, OURS)
-    evals = [name for name in EVALS if getattr(panel.evaluation, name) is not None]
+    evals = list(panel.evals)
     model = LoadedModel()
     for name in evals:
         # SAEBench first: neither is to gain by files that the other one has read, and ours reads fewer.
@@ -123,7 +120,8 @@ def _panel(settings: Settings) -> Panel:
     panelists = run.panel()[:_PANEL]
     if len(panelists) < _PANEL:
         raise ConfigError(f"bench evals: {settings.config} has too few dictionaries", got=len(panelists), limit=_PANEL)
-    if not any(getattr(run.config.evaluation, name) for name in EVALS):
+    evals = {section.name: section for section in run.config.evaluation.evals() if section.name in EVALS}
+    if not evals:
         raise ConfigError(f"bench evals: {settings.config} has none of the evals", limit=", ".join(EVALS))
     facts = [t.facts(None) for t in run.trained()]
     sizes = {
@@ -134,7 +132,7 @@ def _panel(settings: Settings) -> Panel:
     }
     model = run.config.model
     data = f"{model.name} {model.hook}, evals of {settings.config.stem}"
-    return Panel(panelists, sizes, run.config.evaluation, run.eval_setting(), run.heldout_name, data)
+    return Panel(panelists, sizes, {name: evals[name] for name in EVALS if name in evals}, run.eval_setting, data)
 
 
 def _who(impl: str, device: torch.device) -> Who:
@@ -159,15 +157,13 @@ def _job(panel: Panel, name: str, who: Who, folder: Path, model: "LoadedModel", 
 def _scores(panel: Panel, name: str, impl: str, place: Path) -> dict[str, Any]:
     """Result files of one eval by panelist, read."""
     from ksvd_sae.evals.llm_cache import TensorCache
-    from ksvd_sae.evals.panel import evaluate_saebench
+    from ksvd_sae.evals.panel import run_evals
 
     of_the_panel = panel.setting.cache
     limit_bytes = of_the_panel.limit_bytes if of_the_panel is not None else 0
     cache = TensorCache(place / "llm", limit_bytes) if impl == OURS else None
     setting = replace(panel.setting, artifacts=place / "artifacts", cache=cache)
-    sections = [field for field, value in panel.evaluation if isinstance(value, BaseModel)]
-    only = panel.evaluation.model_copy(update={field: None for field in sections if field != name} | {"seeds": []})
-    (results,) = evaluate_saebench(panel.panelists, only, setting, panel.heldout, place)
+    (results,) = run_evals(panel.panelists, [panel.evals[name]], setting, place)
     return {who: json.loads(path.read_text()) for who, path in results.files.items()}
 
 

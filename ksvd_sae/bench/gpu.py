@@ -1,6 +1,6 @@
 """The GPU to-do list: everything that wants a GPU and has not been measured on one, in one script.
 
-``python -m ksvd_sae.bench gpu`` needs torch, triton and numpy alone, makes its own data (planted dictionaries of the
+``python -m ksvd_sae.bench gpu`` needs what learning/ needs and no more, makes its own data (planted dictionaries of the
 paper's shapes), first checks that coders and update give on the GPU what they give on the CPU, then times them, appends
 rows to results/bench/gpu.jsonl and prints a table. Suites: ``coding`` (each coder and precision, and the torch backend
 beside Triton's), ``update``, ``batch`` (coding and update of one batch, as training does it) and ``train`` (all of the
@@ -26,7 +26,9 @@ from ksvd_sae.bench.rows import OURS, Who, append, row
 from ksvd_sae.device import resolve_device
 from ksvd_sae.learning.atom_update import update_atoms_sums
 from ksvd_sae.learning.backends import Precision, coder_backend
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
+from ksvd_sae.learning.fvu import fvu, variance
 from ksvd_sae.learning.sparse_coding import Choice, Code, matching_pursuit, orthogonal_matching_pursuit
 
 # H200: copy and bfloat16 as measured on one; float32 (no tensor cores) and TF32 as the data sheet has them, TF32 at the
@@ -141,10 +143,8 @@ def _precisions(device: torch.device) -> list[Precision]:
 
 
 def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -> Iterator[Case]:
-    variance = float((x_BD - x_BD.mean(dim=0)).double().square().sum())
-
-    def fvu(code: Code) -> float:
-        return float((x_BD - code.reconstruct(atoms_MD)).double().square().sum()) / variance
+    def error_of(code: Code) -> float:
+        return fvu(x_BD, code.reconstruct(atoms_MD), "bench gpu")
 
     def products_s(precision: str) -> float:
         return 2 * shape.n * shape.m * shape.d / _FLOP_PER_S[precision]
@@ -156,28 +156,29 @@ def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -
         pursue = partial(matching_pursuit, x_BD, atoms_MD, shape.k, precision=precision)
         # The kernel reads a bfloat16 Gram matrix in that precision.
         steps_s = shape.k * gram_row_s / (2 if precision == "bfloat16" else 1)
-        yield Case("coding", "mp", precision, backend, pursue, fvu(pursue()), products_s(precision) + steps_s)
+        yield Case("coding", "mp", precision, backend, pursue, error_of(pursue()), products_s(precision) + steps_s)
     plain = partial(matching_pursuit, x_BD, atoms_MD, shape.k, backend="torch")
     floor_s = products_s("float32") + shape.k * gram_row_s
-    yield Case("coding", "mp", "float32", "torch", plain, fvu(plain()), floor_s)
+    yield Case("coding", "mp", "float32", "torch", plain, error_of(plain()), floor_s)
     refit = partial(matching_pursuit, x_BD, atoms_MD, shape.k, refit=True)
-    yield Case("coding", "mp_refit", "float32", backend, refit, fvu(refit()), floor_s)
+    yield Case("coding", "mp_refit", "float32", backend, refit, error_of(refit()), floor_s)
     omp_s = products_s("float32") + shape.k * (shape.k + 1) / 2 * gram_row_s
     omp_backend = coder_backend(device, n_atoms=shape.m, k=shape.k, method="omp")
     choices: dict[str, Choice] = {"omp": "product", "ormp": "error"}
     for config, choice in choices.items():
         orthogonal = partial(orthogonal_matching_pursuit, x_BD, atoms_MD, shape.k, choice=choice)
-        yield Case("coding", config, "float32", omp_backend, orthogonal, fvu(orthogonal()), omp_s)
+        yield Case("coding", config, "float32", omp_backend, orthogonal, error_of(orthogonal()), omp_s)
     code = matching_pursuit(x_BD, atoms_MD, shape.k)
-    updated = update_atoms_sums(x_BD, code, atoms_MD)
+    updated_fvu = update_atoms_sums(x_BD, code, atoms_MD).error_after / variance(x_BD, "bench gpu")
     update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
     update = partial(update_atoms_sums, x_BD, code, atoms_MD)
-    yield Case("update", "sums", "float32", "torch", update, updated.error_after / variance, update_s)
+    yield Case("update", "sums", "float32", "torch", update, updated_fvu, update_s)
     for precision in precisions:
-        ksvd = DoubleBatchKSVD(shape.m, shape.k, precision=precision, device=str(device)).partial_fit(x_BD)
-        both = partial(ksvd.partial_fit, x_BD)
+        learner = DictionaryLearner(LearnerOptions(shape.m, Coding(shape.k), precision=precision), device=str(device))
+        learner.partial_fit(x_BD)
+        both = partial(learner.partial_fit, x_BD)
         batch_s = products_s(precision) + shape.k * gram_row_s + update_s
-        yield Case("batch", "db-ksvd", precision, backend, both, ksvd.log[-1].fvu, batch_s)
+        yield Case("batch", "db-ksvd", precision, backend, both, learner.log[-1].fvu, batch_s)
 
 
 def measure_training(shape: Shape, device: torch.device, n_batches: int, precision: Precision) -> dict[str, Any]:
@@ -188,9 +189,10 @@ def measure_training(shape: Shape, device: torch.device, n_batches: int, precisi
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
-    ksvd = DoubleBatchKSVD(shape.m, shape.k, passes=_PASSES, precision=precision, device=str(device))
+    options = LearnerOptions(shape.m, Coding(shape.k), passes=_PASSES, precision=precision)
+    learner = DictionaryLearner(options, device=str(device))
     started = time.perf_counter()
-    ksvd.fit(lambda: iter(batches))
+    learner.fit(lambda: iter(batches))
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -199,7 +201,7 @@ def measure_training(shape: Shape, device: torch.device, n_batches: int, precisi
     gram_s = 4 * shape.n * shape.m * shape.k / _COPY_BYTES_PER_S
     update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
     floor_s = steps * (2 * shape.n * shape.m * shape.d / _FLOP_PER_S[precision] + gram_s + update_s)
-    case = Case("train", "db-ksvd", precision, backend, lambda: None, ksvd.log[-1].fvu, floor_s)
+    case = Case("train", "db-ksvd", precision, backend, lambda: None, learner.log[-1].fvu, floor_s)
     whole = Shape(shape.case, n_batches * shape.n, shape.d, shape.m, shape.k)
     return _row(whole, device, case, [seconds], peak)
 

@@ -42,9 +42,9 @@ def coder(config: str, k: int, backend: str, device: torch.device, precision: Pr
 def coders(problem: Problem, device: torch.device) -> list[Coder]:
     """Every coder on the backend that 'auto' takes, and on torch; matching pursuit also from rounded products."""
     auto, k = auto_backend(problem.shape, device), problem.shape.k
-    found = [coder(config, k, backend, device) for config in _CODERS for backend in dict.fromkeys((auto, "torch"))]
+    exact = [coder(config, k, backend, device) for config in _CODERS for backend in dict.fromkeys((auto, "torch"))]
     rounded: list[Precision] = ["tf32", "bfloat16"] if device.type == "cuda" else ["bfloat16"]
-    return [*found, *(coder("mp", k, auto, device, precision) for precision in rounded)]
+    return [*exact, *(coder("mp", k, auto, device, precision) for precision in rounded)]
 
 
 def updaters(problem: Problem, device: torch.device) -> list[Updater]:

@@ -1,9 +1,8 @@
 """What is coded and learned in a benchmark: planted samples, or activations of a finished harvest.
 
-Imports torch alone: what reads a harvest is imported when one is asked for.
+Imports what learning/ does: what reads a harvest is imported when one is asked for.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ManifestError, ShapeError
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.learning.sparse_coding import Code
+from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
 
 if TYPE_CHECKING:
     from ksvd_sae.activations.shards import ActivationShards
@@ -24,8 +24,6 @@ PLANTED, ACTIVATIONS = "planted", "activations"
 _NOISE = 0.05
 # Enough to learn a dictionary from, where the config's own does not fit the shape asked for.
 _LEARN_SAMPLES, _LEARN_BATCH = 32_768, 8192
-# Rows taken to float64 at a time.
-_CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,9 @@ def activation_problem(config: Path, n: int, m: int, k: int, n_heldout: int, *, 
         atoms_MD, dictionary = Dictionary.load(trained["db_ksvd"].folder).atoms_MD, f"{config.stem}'s db-ksvd"
     elif learn:
         n_learn = min(shards.n_samples, max(_LEARN_SAMPLES, 4 * m))
-        ksvd = DoubleBatchKSVD(m, k, batch_samples=_LEARN_BATCH, device="cpu").fit(next(shards.batches(n_learn)))
-        atoms_MD, dictionary = ksvd.atoms_MD, f"db-ksvd, one pass over {n_learn:,} samples"
+        options = LearnerOptions(m, Coding(k), batch_samples=_LEARN_BATCH)
+        learner = DictionaryLearner(options, device="cpu").fit(next(shards.batches(n_learn)))
+        atoms_MD, dictionary = learner.atoms_MD, f"db-ksvd, one pass over {n_learn:,} samples"
     else:
         atoms_MD, dictionary = initial_atoms(x_ND, m, seed=0), "samples"
     model = run.config.model
@@ -153,19 +152,6 @@ def initial_atoms(x_ND: Tensor, m: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(x_ND[nonzero[picks]], dim=1)
 
 
-def variance(x_ND: Tensor) -> float:
-    """Σ‖x − x̄‖² in float64."""
-    mean_D = x_ND.mean(dim=0, dtype=torch.float64)
-    return math.fsum(float((x_CD.double() - mean_D).square().sum()) for x_CD in torch.split(x_ND, _CHUNK))
-
-
-def fvu(x_ND: Tensor, rebuilt_ND: Tensor) -> float:
-    """Σ‖x − x̂‖² / Σ‖x − x̄‖² in float64."""
-    pairs = zip(torch.split(x_ND, _CHUNK), torch.split(rebuilt_ND.to(x_ND.device), _CHUNK), strict=True)
-    error = math.fsum(float((x_CD.double() - rebuilt_CD.double()).square().sum()) for x_CD, rebuilt_CD in pairs)
-    return error / variance(x_ND)
-
-
 def _opened(run: "Run", part: str, config: Path) -> "ActivationShards":
     try:
         return run.shards(part)
@@ -184,12 +170,12 @@ def _trained(run: "Run", m: int, k: int) -> "dict[str, TrainedDictionary]":
         trained = run.trained()
     except ManifestError:
         return {}
-    found: dict[str, TrainedDictionary] = {}
+    first_of_kind: dict[str, TrainedDictionary] = {}
     for entry in trained:
-        options = entry.config.model_dump()
-        same = options.get("n_atoms") == m and options["k"] == k
-        plain = not any(options.get(name) for name in ("groups", "nonnegative"))
-        weighted = options.get("weighting", {"kind": "none"})["kind"] != "none"
+        method = entry.method
+        same = method.size == m and method.budget == k
+        plain = method.group_sizes is None and (method.is_sae or method.has_signs)
+        weighted = method.metric.kind != "none"
         if same and plain and not weighted:
-            found.setdefault(entry.config.kind, entry)
-    return found
+            first_of_kind.setdefault(entry.method.kind, entry)
+    return first_of_kind

@@ -25,7 +25,7 @@ commit, versions,  of this package; of what the row ran on; when
 written
 =================  ================================================================================================
 
-Suites add fields of their own. Needs torch and numpy alone, as gpu.py does.
+Suites add fields of their own. Needs no more than learning/ does, as gpu.py.
 """
 
 import json

@@ -12,9 +12,10 @@ from scipy import stats
 
 from ksvd_sae.bench import ceilings, ours
 from ksvd_sae.bench.measure import Job, limited_threads, measure
-from ksvd_sae.bench.problems import Shape, fvu, planted_problem
+from ksvd_sae.bench.problems import Shape, planted_problem
 from ksvd_sae.bench.rows import row
 from ksvd_sae.bench.settings import Outcome, Settings
+from ksvd_sae.learning.fvu import fvu
 
 BASE = Shape("", n=4096, d=512, m=2048, k=16)
 GRIDS = {
@@ -55,8 +56,8 @@ def run(settings: Settings) -> Outcome:
     with limited_threads(settings.threads):
         jobs = [(varied, shape, job) for varied, shape in points for job in _jobs(shape, settings)]
         # The first call is the warm-up.
-        found = measure([job for _, _, job in jobs], settings.repeats or _REPEATS, outcome.failures)
-        for (varied, shape, job), measured in zip(jobs, found, strict=True):
+        all_measured = measure([job for _, _, job in jobs], settings.repeats or _REPEATS, outcome.failures)
+        for (varied, shape, job), measured in zip(jobs, all_measured, strict=True):
             outcome.rows.append(
                 row(
                     "scaling",
@@ -92,7 +93,7 @@ def _jobs(shape: Shape, settings: Settings) -> list[Job]:
         call = contender.prepare(x_ND, atoms_MD)
 
         def score(code: Any, contender: Any = contender) -> dict[str, Any]:
-            return {"fvu": fvu(problem.x_ND, contender.rebuild(code, atoms_MD).cpu())}
+            return {"fvu": fvu(problem.x_ND, contender.rebuild(code, atoms_MD).cpu(), "bench scaling")}
 
         jobs.append(Job(contender.who, shape.n, lambda _, call=call: call(), score))  # type: ignore[misc]
     return jobs

@@ -38,7 +38,7 @@ class Settings:
     budget_s: float = 20.0
     peers: str = "all"
     seed: int = 0
-    config: Path = Path("eval_configs/demo.yaml")
+    config: Path = Path("demo")
     small: bool = False
 
     def __post_init__(self) -> None:

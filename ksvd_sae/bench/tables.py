@@ -14,6 +14,7 @@ from ksvd_sae.bench.rows import OURS
 from ksvd_sae.bench.scaling import slope
 from ksvd_sae.bench.settings import SUITES
 from ksvd_sae.errors import ManifestError
+from ksvd_sae.report.markdown import markdown_table
 from ksvd_sae.store import atomic_path
 
 Row = dict[str, Any]
@@ -49,9 +50,9 @@ def render(folder: Path) -> str:
     order = [*(name for name in _ORDER if name in files or name == "gpu"), *(n for n in files if n not in _ORDER)]
     sections = [INTRO]
     for name in order:
-        found = latest(row_files.read(files[name])) if name in files else []
+        rows = latest(row_files.read(files[name])) if name in files else []
         sections.append(f"## {name}")
-        sections += _SECTIONS.get(name, _plain)(found)
+        sections += _SECTIONS.get(name, _plain)(rows)
     return "\n\n".join(sections) + "\n"
 
 
@@ -62,20 +63,20 @@ def write(folder: Path, text: str) -> Path:
     return folder / README
 
 
-def latest(found: Iterable[Row]) -> list[Row]:
+def latest(rows: Iterable[Row]) -> list[Row]:
     """The last of the rows that measure the same, in the order in which they were first measured."""
     kept: dict[tuple[Any, ...], Row] = {}
-    for row in found:
+    for row in rows:
         row = {"case_n": row.get("n"), **row}
         kept[tuple(row.get(name) for name in (*_CASE, *_CONTENDER))] = row
     return list(kept.values())
 
 
-def _cases(found: list[Row]) -> list[list[Row]]:
+def _cases(rows: list[Row]) -> list[list[Row]]:
     def key(row: Row) -> tuple[str, ...]:
         return tuple(str(row.get(name)) for name in _CASE)
 
-    return [list(group) for _, group in groupby(sorted(found, key=key), key=key)]
+    return [list(group) for _, group in groupby(sorted(rows, key=key), key=key)]
 
 
 def _heading(case: list[Row]) -> str:
@@ -88,9 +89,9 @@ def _heading(case: list[Row]) -> str:
     return f"### {row['case']}: {sizes}\n\nData: {row.get('data')}{dictionary}. On {where}; commit {commits}."
 
 
-def _coding(found: list[Row]) -> list[str]:
+def _coding(rows: list[Row]) -> list[str]:
     parts = []
-    for case in _cases(found):
+    for case in _cases(rows):
         commons = {row["n_common"] for row in case}
         on = (
             f"FVU on the same {min(commons):,} samples for all"
@@ -102,9 +103,9 @@ def _coding(found: list[Row]) -> list[str]:
     return parts
 
 
-def _update(found: list[Row]) -> list[str]:
+def _update(rows: list[Row]) -> list[str]:
     parts = []
-    for case in _cases(found):
+    for case in _cases(rows):
         before = case[0]["fvu_before"]
         parts += [
             f"{_heading(case)} FVU before the update: {before:.4f}.",
@@ -132,14 +133,14 @@ def _speed_table(case: list[Row], method: str, fvu: str) -> str:
                 f"{row['n']:,}",
             ]
         )
-    return markdown(head, body, text=4)
+    return markdown_table(head, body, head[4:])
 
 
-def _train(found: list[Row]) -> list[str]:
+def _train(rows: list[Row]) -> list[str]:
     head = ["implementation", "method", "backend", "dtype", "passes", "seconds ↓", "held-out FVU ↓"]
     head += ["ours has it after", "speed-up", "peak MiB ↓"]
     parts = []
-    for case in _cases(found):
+    for case in _cases(rows):
         body = []
         for row in sorted(case, key=lambda row: row["fvu"]):
             ours_s = row.get("ours_s")
@@ -149,11 +150,11 @@ def _train(found: list[Row]) -> list[str]:
             times = [f"{row['passes']}", _number(row["median_s"]), _fixed(row["fvu"])]
             body.append([*_names(row), *times, *versus, _whole(row["peak_mib"])])
         heldout = f"FVU of {case[0]['n_heldout']:,} held-out samples, all coded by our OMP."
-        parts += [f"{_heading(case)} {heldout}", markdown(head, body, text=4), *_notes(case)]
+        parts += [f"{_heading(case)} {heldout}", markdown_table(head, body, head[4:]), *_notes(case)]
     return parts
 
 
-def _scaling(found: list[Row]) -> list[str]:
+def _scaling(rows: list[Row]) -> list[str]:
     """An exponent for each coder and variable: time ∝ variable^exponent, with its 95 % interval."""
     head = [
         "coder",
@@ -168,7 +169,7 @@ def _scaling(found: list[Row]) -> list[str]:
     ]
     body, memory = [], []
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in found:
+    for row in rows:
         groups.setdefault((row["config"], row["backend"], row["device"], row["threads"], row["varied"]), []).append(row)
     for (config, backend, *_, varied), points in groups.items():
         points = sorted(points, key=lambda row: row[varied])
@@ -184,18 +185,18 @@ def _scaling(found: list[Row]) -> list[str]:
                 f"{config}: memory beyond the code itself {rest[0]:,.1f} MiB at n = {x[0]:,}, "
                 f"{rest[-1]:,.1f} MiB at n = {x[-1]:,}."
             )
-    base = found[0]
+    base = rows[0]
     where = f"Planted samples, one variable varied at a time, on {base['device']} ({base.get('cpu')}), "
     where += f"{base['threads']} threads; commit {base['commit']}. time ∝ variable^exponent, ± the 95 % interval."
-    return [where, markdown(head, body, text=3), "\n".join(f"- {line}" for line in memory)]
+    return [where, markdown_table(head, body, head[3:]), "\n".join(f"- {line}" for line in memory)]
 
 
-def _evals(found: list[Row]) -> list[str]:
+def _evals(rows: list[Row]) -> list[str]:
     """A line for each eval: ours and SAEBench's own run of the same panel."""
     head = ["eval", "SAEBench's own, s", "ours, s ↓", "faster", "a further dictionary: SAEBench's own, s", "ours, s ↓"]
     head += ["faster", "scores compared", "largest difference", "SAEBench's own, peak MiB", "ours, peak MiB ↓"]
     body = []
-    for case in _cases(found):
+    for case in _cases(rows):
         by_impl = {row["impl"]: row for row in case}
         ours, theirs = by_impl[OURS], by_impl.get("sae_bench")
         cells = [ours["case"]]
@@ -204,12 +205,12 @@ def _evals(found: list[Row]) -> list[str]:
             cells += [f"{_number(theirs[name] / ours[name])} ×" if theirs else ""]
         cells += [f"{ours['n_scores']:,}", f"{ours['largest_difference']:.1e}"] if theirs else ["", ""]
         body.append([*cells, _whole(theirs["peak_mib"]) if theirs else "", _whole(ours["peak_mib"])])
-    base = found[-1]
+    base = rows[-1]
     where = f"A panel of {base['n']} dictionaries ({base['dictionary']}) of {base['data']}, on {base.get('cpu')} with "
     where += f"{base['threads']} threads; commit {base['commit']}. Both start with nothing on disk; "
     where += "`ksvd_sae/bench/evals.py` says what SAEBench's own run is. A further dictionary: the time between the "
     where += "first result and the last, for each after the first. Difference: |a − b| / max(1, |b|)."
-    return [where, markdown(head, body, text=1)]
+    return [where, markdown_table(head, body, head[1:])]
 
 
 def _exponent(x: Sequence[float], y: Sequence[float | None]) -> str:
@@ -218,11 +219,11 @@ def _exponent(x: Sequence[float], y: Sequence[float | None]) -> str:
     return "n/a" if fitted is None else f"{fitted.exponent:.2f} ± {fitted.interval:.2f}"
 
 
-def _gpu(found: list[Row]) -> list[str]:
+def _gpu(rows: list[Row]) -> list[str]:
     """The goals, reached or not, or not measured; then the rows."""
     body = []
     for goal in GOALS:
-        on_gpu = [row for row in found if row["device"] != "cpu"]
+        on_gpu = [row for row in rows if row["device"] != "cpu"]
         names = (goal.suite, goal.case, goal.config)
         times = [row for row in on_gpu if (row["suite"], row["case"], row.get("config")) == names]
         best = min(times, key=lambda row: row["median_s"], default=None)
@@ -231,12 +232,12 @@ def _gpu(found: list[Row]) -> list[str]:
         else:
             reached = "yes" if best["median_s"] <= goal.most_s else "no"
             body.append([goal.what, f"{_number(1e3 * best['median_s'])} ms, {best['dtype']}", reached, best["device"]])
-    goals = markdown(["goal on an H200", "measured", "reached", "device"], body, text=4)
+    goals = markdown_table(["goal on an H200", "measured", "reached", "device"], body, ())
     where = "Planted samples of the paper's shapes, d = 2,304; measured by `python -m ksvd_sae.bench gpu` on a GPU."
-    return [where, goals, *(_plain(found) if found else [])]
+    return [where, goals, *(_plain(rows) if rows else [])]
 
 
-def _plain(found: list[Row]) -> list[str]:
+def _plain(rows: list[Row]) -> list[str]:
     """Rows as they are."""
     head = [
         "suite",
@@ -256,7 +257,7 @@ def _plain(found: list[Row]) -> list[str]:
         "commit",
     ]
     body = []
-    for row in found:
+    for row in rows:
         sizes = [f"{row[name]:,}" for name in ("n", "d", "m", "k")]
         names = [str(row.get(name, "")) for name in ("suite", "case", "device", "config", "dtype", "backend")]
         scores = [
@@ -267,7 +268,7 @@ def _plain(found: list[Row]) -> list[str]:
             row["commit"],
         ]
         body.append([*names, *sizes, *scores])
-    return [markdown(head, body, text=6)]
+    return [markdown_table(head, body, head[6:])]
 
 
 def _names(row: Row) -> list[str]:
@@ -297,17 +298,6 @@ def _whole(value: float | None) -> str:
 def _number(value: float) -> str:
     """Three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def markdown(head: list[str], body: list[list[str]], *, text: int) -> str:
-    """A padded table; the first ``text`` columns are left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    aligned: list[Callable[[str, int], str]] = [str.ljust if i < text else str.rjust for i in range(len(head))]
-    rule = ["-" * width if i < text else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = [
-        [align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True)] for row in [head, *body]
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
 _SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {

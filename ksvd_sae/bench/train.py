@@ -16,10 +16,12 @@ from torch import Tensor
 from ksvd_sae.bench import ceilings, ours, peers
 from ksvd_sae.bench.measure import Job, Measured, limited_threads, measure, tolerant
 from ksvd_sae.bench.peers import Trainer
-from ksvd_sae.bench.problems import Problem, Shape, fvu, initial_atoms
+from ksvd_sae.bench.problems import Problem, Shape, initial_atoms
 from ksvd_sae.bench.rows import OURS, Who, row
 from ksvd_sae.bench.settings import Outcome, Settings
-from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
+from ksvd_sae.learning.fvu import fvu
 from ksvd_sae.learning.sparse_coding import orthogonal_matching_pursuit
 
 # Small enough for the slow peers: each within about three minutes.
@@ -57,9 +59,9 @@ def run(settings: Settings) -> Outcome:
                 _warm_up(trainer, problem, start_MD)
                 jobs.append(_peer_job(trainer, problem, start_MD))
                 passes_of[str(trainer.who)] = trainer.passes
-        found = measure(jobs, settings.repeats or _REPEATS, outcome.failures, time_first=True)
-        curve = next(m.scores["curve"] for m in reversed(found) if m.job.who.impl == OURS)
-        outcome.rows = [_row(m, problem, passes_of[str(m.job.who)], curve, settings) for m in found]
+        measured = measure(jobs, settings.repeats or _REPEATS, outcome.failures, time_first=True)
+        curve = next(m.scores["curve"] for m in reversed(measured) if m.job.who.impl == OURS)
+        outcome.rows = [_row(m, problem, passes_of[str(m.job.who)], curve, settings) for m in measured]
     return outcome
 
 
@@ -69,7 +71,7 @@ def heldout_fvu(atoms_MD: Tensor, problem: Problem) -> float:
     used_MD = atoms_MD[torch.isfinite(norms_M) & (norms_M > 0)]
     unit_MD = torch.nn.functional.normalize(used_MD.double(), dim=1).float()
     code = orthogonal_matching_pursuit(problem.heldout_ND, unit_MD, min(problem.shape.k, len(unit_MD)))
-    return fvu(problem.heldout_ND, code.reconstruct(unit_MD))
+    return fvu(problem.heldout_ND, code.reconstruct(unit_MD), "bench train")
 
 
 def _our_job(problem: Problem, passes: int, settings: Settings) -> Job:
@@ -81,19 +83,12 @@ def _our_job(problem: Problem, passes: int, settings: Settings) -> Job:
         started = time.perf_counter()
 
         def on_batch(entry: BatchLog) -> None:
-            atoms_MD = ksvd.atoms_MD.detach().clone().cpu()
+            atoms_MD = learner.atoms_MD.detach().clone().cpu()
             checkpoints.append(_Checkpoint(time.perf_counter() - started, entry.samples_seen, atoms_MD))
 
-        ksvd = DoubleBatchKSVD(
-            m,
-            k,
-            passes=passes,
-            batch_samples=batch_samples,
-            seed=settings.seed,
-            device=str(settings.device),
-            on_batch=on_batch,
-        )
-        ksvd.fit(problem.x_ND)
+        options = LearnerOptions(m, Coding(k), passes=passes, batch_samples=batch_samples, seed=settings.seed)
+        learner = DictionaryLearner(options, device=str(settings.device), on_batch=on_batch)
+        learner.fit(problem.x_ND)
         return checkpoints
 
     def score(checkpoints: list[_Checkpoint]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 from ksvd_sae.bench import ceilings, ours, peers
 from ksvd_sae.bench.measure import Job, Measured, limited_threads, measure, tolerant
 from ksvd_sae.bench.peers import Updater
-from ksvd_sae.bench.problems import Problem, Shape, fvu, initial_atoms
+from ksvd_sae.bench.problems import Problem, Shape, initial_atoms
 from ksvd_sae.bench.rows import row
 from ksvd_sae.bench.settings import Outcome, Settings
+from ksvd_sae.learning.fvu import fvu
 from ksvd_sae.learning.sparse_coding import Code, matching_pursuit
 
 DEFAULT = Shape("", n=8192, d=640, m=2048, k=20)
@@ -53,7 +54,7 @@ def _job(contender: Updater, problem: Problem, code: Code) -> Job:
         if rebuild is None:
             return {"fvu": None, "floor_s": None}
         floor_s = ceilings.update_floor_s(problem.shape, device)
-        return {"fvu": fvu(problem.x_ND, rebuild(result).cpu()), "floor_s": floor_s}
+        return {"fvu": fvu(problem.x_ND, rebuild(result).cpu(), "bench update"), "floor_s": floor_s}
 
     return Job(contender.who, problem.shape.n, call, score, setup)
 
@@ -73,5 +74,5 @@ def _row(measured: Measured, problem: Problem, code: Code, settings: Settings) -
         floor_s=measured.scores["floor_s"],
         data=problem.data,
         dictionary=problem.dictionary,
-        fvu_before=fvu(problem.x_ND, code.reconstruct(problem.atoms_MD)),
+        fvu_before=fvu(problem.x_ND, code.reconstruct(problem.atoms_MD), "bench update"),
     )

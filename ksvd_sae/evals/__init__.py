@@ -1,1 +1,87 @@
-"""Scores: SAEBench's own evals, and our own metrics where SAEBench's are wrong for signed codes."""
+"""The evals that a run can have, in the order in which tables list them: from the cheapest to know to the dearest.
+
+A new eval is a folder beside these with a subclass of ``Eval`` (base.py), and its line here; see docs/add-an-eval.md.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, create_model, model_validator
+
+from ksvd_sae.evals.absorption import AbsorptionEval
+from ksvd_sae.evals.autointerp import AutoInterpEval
+from ksvd_sae.evals.base import Eval
+from ksvd_sae.evals.core import CoreEval
+from ksvd_sae.evals.heldout import HeldoutEval
+from ksvd_sae.evals.loss import LossEval
+from ksvd_sae.evals.ravel import RavelEval
+from ksvd_sae.evals.sae_probes import SaeProbesEval
+from ksvd_sae.evals.scr import ScrEval
+from ksvd_sae.evals.sparse_probing import SparseProbingEval
+from ksvd_sae.strict import Strict
+
+EVALS: tuple[type[Eval], ...] = (
+    HeldoutEval,
+    LossEval,
+    CoreEval,
+    SparseProbingEval,
+    SaeProbesEval,
+    ScrEval,
+    AbsorptionEval,
+    RavelEval,
+    AutoInterpEval,
+)
+
+
+def _option(kind: type[Eval]) -> Any:
+    """The eval's field of a config: its section, or null."""
+    return (kind | None, Field(default_factory=kind) if kind.on_by_default else None)
+
+
+if TYPE_CHECKING:
+    _Sections = Strict
+else:
+    _Sections = create_model("_Sections", __base__=Strict, **{kind.name: _option(kind) for kind in EVALS})
+
+
+class EvaluationConfig(_Sections):
+    """The evals to run, a section each; null leaves one out, and the table says so."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list,
+        description="run each eval that draws once for each, for error bars; empty: with its own seed",
+    )
+    llm_cache_gb: float = Field(
+        10.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing",
+    )
+    llm_memory_gb: float = Field(
+        2.5, ge=0, allow_inf_nan=False, description="memory for the untouched model's probabilities (core)"
+    )
+
+    @model_validator(mode="after")
+    def _each_seed_once(self) -> "EvaluationConfig":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"evaluation.seeds: {self.seeds} names a seed twice")
+        return self
+
+    def evals(self) -> Iterator[Eval]:
+        """Those asked for, in the order in which they run: what loads a model of its own comes last."""
+        sections = dict(self)
+        asked = [section for kind in EVALS if isinstance(section := sections[kind.name], Eval)]
+        yield from sorted(asked, key=lambda section: section.loads_own_model)
+
+    def seeded(self) -> Iterator[Eval]:
+        """Each of ``evals`` with each seed that it is to run with."""
+        for section in self.evals():
+            if section.own_seed is None or not self.seeds:
+                yield section
+            else:
+                yield from (section.with_seed(seed) for seed in self.seeds)
+
+    def left_out(self) -> list[str]:
+        """Evals that run by default and are not to run."""
+        asked = {section.name for section in self.evals()}
+        return [kind.name for kind in EVALS if kind.on_by_default and kind.name not in asked]

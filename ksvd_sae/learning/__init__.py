@@ -1,1 +1,1 @@
-"""Dictionary learning: coders, atom updates, DB-KSVD. Needs only torch, numpy and safetensors."""
+"""Dictionary learning: coders, atom updates, DB-KSVD. Needs only torch, numpy, numba, triton and safetensors."""

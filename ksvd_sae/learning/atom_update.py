@@ -3,7 +3,7 @@
 Notation: x (B, D) samples, code (B, K) with coefficients X as a sparse (B, M) matrix, E = x − X·atoms
 the residual, Ω_j the samples that use atom j, x_j their coefficients, n_j = ‖x_j‖².
 
-Two ways, both of which leave the error of the batch no higher than they found it:
+Two ways, both of which leave the error of the batch no higher than it was:
 
 ``exact`` (Aharon, Elad & Bruckstein 2006; batches of atoms as in DB-KSVD, arXiv 2505.18441)
     for each atom the rank-1 SVD of E_Ω + x_jᵀ d_j gives the new atom and its new coefficients. The
@@ -17,8 +17,8 @@ Two ways, both of which leave the error of the batch no higher than they found i
     started at the atom. All that it needs of the samples are sums over them (``UpdateSums``, then the
     curvature of the line search), so several processes can each sum over their part.
 
-On one CPU core, 8,192 samples, D = 640, M = 2,048, K = 20: ``sums`` takes 56 ms, of which the three passes that gather
-419 MB each take 30 to 40; matching pursuit takes 500.
+A sweep of ``sums`` takes a ninth of the time of the coding before it, and what is learned by it errs as little as by
+``exact`` ("What the options of DB-KSVD are worth" in the docs, sections One option changed and Time of an update).
 """
 
 from dataclasses import dataclass
@@ -228,7 +228,7 @@ def _update_together(
     nonnegative: bool,
 ) -> None:
     """New atoms and coefficients for ``batch`` from one residual, then the residual, all in place."""
-    found = []
+    rank_1 = []
     for atom in batch:
         slots = by_atom.slots(atom)
         samples = slots // values_BK.shape[1]
@@ -240,8 +240,8 @@ def _update_together(
             direction = _leading_right_vector(target)
             direction = direction if float(direction @ atoms_MD[atom]) >= 0 else -direction
             new_values = target @ direction
-        found.append((atom, slots, samples, old_values, atoms_MD[atom].clone(), direction, new_values))
-    for atom, slots, samples, old_values, old_atom, direction, new_values in found:
+        rank_1.append((atom, slots, samples, old_values, atoms_MD[atom].clone(), direction, new_values))
+    for atom, slots, samples, old_values, old_atom, direction, new_values in rank_1:
         change = old_values[:, None] * old_atom - new_values[:, None] * direction
         residual_BD.index_add_(0, samples, change)
         atoms_MD[atom] = direction

@@ -145,12 +145,12 @@ def check_probe(state: TrainingState, batch_BD: Tensor) -> None:
         )
 
 
-def _differences(found: Fingerprint, wanted: Fingerprint) -> list[str]:
+def _differences(on_disk: Fingerprint, wanted: Fingerprint) -> list[str]:
     """Up to six places where two fingerprints differ."""
-    wanted = json.loads(json.dumps(wanted))  # what was found has been through JSON
-    return [
-        f"{part}.{name}: found {found.get(part, {}).get(name)!r}, wanted {wanted.get(part, {}).get(name)!r}"
-        for part in sorted({*found, *wanted})
-        for name in sorted({*found.get(part, {}), *wanted.get(part, {})})
-        if found.get(part, {}).get(name) != wanted.get(part, {}).get(name)
-    ][:6]
+    wanted = json.loads(json.dumps(wanted))  # the other has been through JSON
+    values = (
+        (f"{part}.{name}", on_disk.get(part, {}).get(name), wanted.get(part, {}).get(name))
+        for part in sorted({*on_disk, *wanted})
+        for name in sorted({*on_disk.get(part, {}), *wanted.get(part, {})})
+    )
+    return [f"{name}: found {old!r}, wanted {new!r}" for name, old, new in values if old != new][:6]

@@ -1,7 +1,8 @@
-"""How a dictionary codes: one value for the estimator, the saved dictionary and the SAE."""
+"""How a dictionary codes: one value from the learner to the saved dictionary and the SAE."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -49,8 +50,29 @@ class Coding:
 
     def encode(self, y_BD: Tensor, atoms_MD: Tensor, gram_MM: Tensor | None = None) -> Code:
         """Code centred (and weighted) samples; gram_MM as for ``matching_pursuit``."""
-        options = {"rtol": self.rtol, "max_steps": self.max_steps, "nonnegative": self.nonnegative}
+        options: dict[str, Any] = {"rtol": self.rtol, "max_steps": self.max_steps, "nonnegative": self.nonnegative}
         if self.coder != "matryoshka":
-            return encode(y_BD, atoms_MD, self.k, coder=self.coder, gram_MM=gram_MM, **options)  # type: ignore[arg-type]
+            return encode(y_BD, atoms_MD, self.k, coder=self.coder, gram_MM=gram_MM, **options)
         assert self.groups is not None
-        return matryoshka_encode(y_BD, atoms_MD, self.groups, self.k, **options)  # type: ignore[arg-type]
+        return matryoshka_encode(y_BD, atoms_MD, self.groups, self.k, **options)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by their names, groups as a list."""
+        return {**asdict(self), "groups": None if self.groups is None else list(self.groups)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Coding":
+        """What ``as_json`` gave, among other keys if need be.
+
+        nonnegative and groups may be missing: files from before there were any lack them.
+        Raises: KeyError.
+        """
+        groups = fields.get("groups")
+        return cls(
+            k=fields["k"],
+            coder=fields["coder"],
+            rtol=fields["rtol"],
+            max_steps=fields["max_steps"],
+            nonnegative=fields.get("nonnegative", False),
+            groups=tuple(groups) if groups else None,
+        )

@@ -4,34 +4,18 @@
 inside the exact update the atoms come in batches too. So memory depends on the batch, not on the
 number of samples.
 
-What the options are worth: held-out FVU by plain MP on Gemma-3-270M (M = 2,048, k = 20, 3 passes over 131,700 tokens,
-one CPU core of two busy ones; mean of three seeds ± 95 % interval, one seed where there is none; `ksvd-sae study
-eval_configs/study-options.yaml`). Batches and averages are in averaging.py, redraws in redraw.py.
-
-===============================================  ===============  ===============  =======
-one option changed                               layer 9          layer 13         seconds
-===============================================  ===============  ===============  =======
-none: the defaults                               0.0990 ± 0.0003  0.1861 ± 0.0007  18
-update='exact'                                   0.1006                            174
-init='random'                                    0.1030 ± 0.0001  0.1909 ± 0.0006  19
-centre=False                                     0.1029 ± 0.0003  0.1939 ± 0.0008  19
-the paper's settings, update='exact'             0.1356                            481
-the same by 'sums'                               0.502 ± 0.144    0.4917 ± 0.0006  19
-the same by 'sums', batches of 4,096             0.160 ± 0.010    0.2291 ± 0.0022  19
-the same by 'sums', init='data'                  0.1228 ± 0.0017  0.2264 ± 0.0017  18
-===============================================  ===============  ===============  =======
-
-The paper's settings (random atoms, batches of 65,536, the last atoms, redraw='random', no centring, pairs kept) want
-the exact update: 'sums' takes one step of each atom's SVD a batch. Here there are 9; 99 smaller ones are not enough
-at layer 9 either.
+This is the learner itself, on tensors and streams of them; ``ksvd_sae.estimator`` is the same as a scikit-learn
+transformer.
 """
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,57 +23,36 @@ from torch import Tensor
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import NotFittedError, ShapeError
 from ksvd_sae.learning.averaging import Average
-from ksvd_sae.learning.backends import PRECISIONS, Precision
+from ksvd_sae.learning.checkpoint import Fingerprint, check_probe, digest, load_checkpoint, probe, save_checkpoint
 from ksvd_sae.learning.checks import check_samples
 from ksvd_sae.learning.code import Code
-from ksvd_sae.learning.coding import AnyCoder, Coding
-from ksvd_sae.learning.conventions import ScikitLearnConventions
-from ksvd_sae.learning.fitting import Fit
-from ksvd_sae.learning.redraw import REDRAWS, Redraw, first_atoms
-from ksvd_sae.learning.sources import Samples, SampleSource, TensorSource, as_source
-from ksvd_sae.learning.training import (
-    BatchLog,
-    StepOptions,
-    TrainingState,
-    Update,
-    at_fair_scale,
-    learn_batch,
-    variance_of,
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.fvu import variance
+from ksvd_sae.learning.redraw import first_atoms
+from ksvd_sae.learning.sources import (
+    Samples,
+    SampleSource,
+    StreamSource,
+    TensorSource,
+    as_source,
+    as_tensor,
+    kept_on_device,
+    prefetched,
+    same_device,
 )
+from ksvd_sae.learning.training import BatchLog, LearnerOptions, TrainingState, at_fair_scale, learn_batch
 from ksvd_sae.learning.weighting import Weighting
 
-__all__ = ["BatchLog", "DoubleBatchKSVD", "SampleSource"]
+__all__ = ["BatchLog", "DictionaryLearner", "LearnerOptions"]
 
 logger = logging.getLogger(__name__)
 
 
-class DoubleBatchKSVD(ScikitLearnConventions):
+class DictionaryLearner:
     """Learn a dictionary of unit atoms such that k of them, with signs, rebuild a sample.
 
     Args:
-        n_atoms: M.
-        k: most atoms a sample.
-        passes: times that ``fit`` goes over the samples.
-        batch_samples: largest batch; ``fit`` makes batches of nearly equal size at most this. None is 4 × n_atoms, at
-            least 1,024: measured to be best, see averaging.py (the paper: 65,536).
-        update: 'sums' (all atoms at once, with a line search) or 'exact' (SVD); see atom_update.py.
-        atom_batch: atoms updated in parallel by 'exact'.
-        init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper).
-        redraw: what takes the place of atoms that a batch leaves unused or that nearly repeat another: 'residual'
-            (what is left of badly coded samples), 'data', 'random' (as the paper) or 'none'; see redraw.py.
-        duplicate_cosine: |cos| above which the weaker of two atoms is replaced; None never (as the paper).
-        average: give the running average of the atoms over the batches, rather than those after the last batch; see
-            averaging.py (the paper does not).
-        centre: subtract the mean of the samples first (the paper does not).
-        weighting: metric to learn and code in (weighting.py); ``encode`` and ``decode`` stay in raw units.
-        groups: sizes of Matryoshka groups, or None for one dictionary; see matryoshka.py.
-        nonnegative: codes without negative coefficients.
-        rtol, max_steps: see ``matching_pursuit``.
-        precision: of the products in training's coding: 'float32', 'tf32' (CUDA) or 'bfloat16'; see backends.py.
-        coder: the coder of ``encode`` and of the dictionary: one of ``encode``'s, or 'matryoshka' with groups.
-            Training always codes by plain MP, with groups group by group.
-        seed: same seed, same data, same thread count: the same bits on CPU. On CUDA nothing here adds up in the order
-            of atomics, so the same GPU, driver and torch should give the same bits too.
+        options: the dictionary, and how it is learned.
         device: 'cpu', 'cuda' or 'auto'.
         keep_on_device: move all samples to the device first; None does on CUDA if they take at most half of its free
             memory (see ``kept_on_device``).
@@ -98,38 +61,18 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         checkpoint_every: batches between checkpoints; None writes one after each pass.
         on_batch: called with each BatchLog (progress bars).
 
-    Attributes after fitting: ``atoms_MD`` (unit rows of the weighted space), ``centre_D``, ``samples_seen``, ``log``
-    (list of BatchLog; its FVUs are of the weighted space, and of the atoms before they are averaged).
+    Attributes: as the arguments; ``state``, where training stands, None before the first batch was accepted.
+        After fitting: ``atoms_MD`` (unit rows of the weighted space), ``centre_D``, ``samples_seen``, ``log`` (list of
+        BatchLog; its FVUs are of the weighted space, and of the atoms before they are averaged).
 
-    >>> ksvd = DoubleBatchKSVD(n_atoms=512, k=8).fit(x_ND)         # doctest: +SKIP
-    >>> x_hat_ND = ksvd.decode(ksvd.encode(x_ND))                  # doctest: +SKIP
+    >>> learner = DictionaryLearner(LearnerOptions(512, Coding(k=8))).fit(x_ND)         # doctest: +SKIP
+    >>> x_hat_ND = learner.decode(learner.encode(x_ND))                                 # doctest: +SKIP
     """
-
-    # Not in __init__, which scikit-learn wants to set nothing but its arguments.
-    _state: TrainingState | None = None
 
     def __init__(
         self,
-        n_atoms: int,
-        k: int,
+        options: LearnerOptions,
         *,
-        passes: int = 1,
-        batch_samples: int | None = None,
-        update: Update = "sums",
-        atom_batch: int = 128,
-        init: Literal["data", "random"] = "data",
-        redraw: Redraw = "residual",
-        duplicate_cosine: float | None = 0.99,
-        average: bool = True,
-        centre: bool = True,
-        weighting: Weighting | None = None,
-        groups: Sequence[int] | None = None,
-        nonnegative: bool = False,
-        rtol: float = 0.0,
-        max_steps: int | None = None,
-        precision: Precision = "float32",
-        coder: AnyCoder = "mp",
-        seed: int = 0,
         device: str = "auto",
         keep_on_device: bool | None = None,
         log_path: Path | str | None = None,
@@ -137,54 +80,28 @@ class DoubleBatchKSVD(ScikitLearnConventions):
         checkpoint_every: int | None = None,
         on_batch: Callable[[BatchLog], None] | None = None,
     ):
-        # Stored as given and checked by fit, as scikit-learn's clone and set_params want it.
-        self.n_atoms, self.k, self.passes, self.batch_samples = n_atoms, k, passes, batch_samples
-        self.update, self.atom_batch, self.init = update, atom_batch, init
-        self.redraw, self.duplicate_cosine, self.average = redraw, duplicate_cosine, average
-        self.centre, self.weighting, self.groups, self.nonnegative = centre, weighting, groups, nonnegative
-        self.rtol, self.max_steps, self.precision, self.coder, self.seed = rtol, max_steps, precision, coder, seed
-        self.device, self.keep_on_device, self.log_path, self.on_batch = device, keep_on_device, log_path, on_batch
+        self.options, self.device, self.keep_on_device = options, device, keep_on_device
+        self.log_path, self.on_batch = log_path, on_batch
         self.checkpoint_path, self.checkpoint_every = checkpoint_path, checkpoint_every
+        self.state: TrainingState | None = None
 
-    def check(self, d_in: int | None = None) -> None:
-        """Raise ShapeError or ConfigError for arguments that cannot work; ``fit`` does this first.
+    @property
+    def coding(self) -> Coding:
+        """How ``encode`` codes centred and weighted samples."""
+        return self.options.coding
 
-        Args:
-            d_in: also check what depends on the width of the samples.
-        """
-        where = "DoubleBatchKSVD"
-        choices = {"update": ("sums", "exact"), "init": ("data", "random"), "redraw": REDRAWS, "precision": PRECISIONS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                got = f"{name}={getattr(self, name)!r}"
-                raise ShapeError(f"{where}: unknown option", got=got, limit=", ".join(allowed))
-        if not 1 <= self.k <= self.n_atoms:
-            got = f"k = {self.k}, n_atoms = {self.n_atoms}"
-            raise ShapeError(f"{where}: k must be between 1 and n_atoms", got=got)
-        # Without samples the width is not known: then one that k fits in.
-        self._coding.check(self.n_atoms, max(self.k, d_in or 0), where)
-        if min(self.passes, self.atom_batch) < 1 or (self.batch_samples is not None and self.batch_samples < 1):
-            raise ShapeError(f"{where}: passes, batch_samples and atom_batch must be at least 1")
-        if self.duplicate_cosine is not None and not 0 < self.duplicate_cosine <= 1:
-            raise ShapeError(f"{where}: duplicate_cosine must be in (0, 1] or None", got=self.duplicate_cosine)
-        if self.checkpoint_every is not None and (self.checkpoint_path is None or self.checkpoint_every < 1):
-            got = f"checkpoint_every={self.checkpoint_every}, checkpoint_path={self.checkpoint_path}"
-            raise ShapeError(f"{where}: checkpoint_every must be at least 1 and needs a checkpoint_path", got=got)
-        resolve_device(self.device)
-        if d_in is not None and self.k > d_in:
-            raise ShapeError(
-                f"{where}: k is above d_in", got=f"k = {self.k}", limit=f"d_in = {d_in} (n_features = {d_in})"
-            )
-        if self.weighting is not None and d_in is not None and self.weighting.d_in != d_in:
-            raise ShapeError(
-                f"{where}: the weighting is of another width", got=f"d_in = {self.weighting.d_in}", limit=d_in
-            )
+    @property
+    def weighting(self) -> Weighting | None:
+        return self.options.weighting
 
     @property
     def atoms_MD(self) -> Tensor:
-        """Unit rows, of the weighted space if there is a weighting."""
+        """Unit rows, of the weighted space if there is a weighting.
+
+        Raises: NotFittedError (as ``centre_D``, ``encode`` and ``decode`` do).
+        """
         state, atoms_MD = self._fitted
-        return state.average.atoms_MD if self.average and state.average is not None else atoms_MD
+        return state.average.atoms_MD if self.options.average and state.average is not None else atoms_MD
 
     @property
     def centre_D(self) -> Tensor:
@@ -194,60 +111,54 @@ class DoubleBatchKSVD(ScikitLearnConventions):
     @property
     def log(self) -> list[BatchLog]:
         """A line for each batch so far."""
-        return self._state.log if self._state is not None else []
+        return self.state.log if self.state is not None else []
 
     @property
     def samples_seen(self) -> int:
-        return self._state.samples_seen if self._state is not None else 0
-
-    @property
-    def _coding(self) -> Coding:
-        groups = None if self.groups is None else tuple(self.groups)
-        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, groups)
+        return self.state.samples_seen if self.state is not None else 0
 
     @property
     def _fitted(self) -> tuple[TrainingState, Tensor]:
-        if self._state is None or self._state.atoms_MD is None:
-            raise NotFittedError("DoubleBatchKSVD: not fitted yet", cure="call fit or partial_fit first")
-        return self._state, self._state.atoms_MD
+        if self.state is None or self.state.atoms_MD is None:
+            raise NotFittedError("DB-KSVD: not fitted yet", cure="call fit or partial_fit first")
+        return self.state, self.state.atoms_MD
 
-    def fit(self, samples: Samples, y: Any = None, *, resume: bool = False) -> "DoubleBatchKSVD":
+    def fit(self, samples: Samples, *, resume: bool = False) -> "DictionaryLearner":
         """Learn from samples, starting afresh unless told to resume.
 
         Args:
             samples: a (N, D) tensor or array, a SampleSource (activation shards), an iterable of (B, D) batches, or a
                 function that returns one for each pass. A stream's batches are taken as they come, whatever
                 ``batch_samples``, and its centre is that of its first batch.
-            y: ignored, as scikit-learn has it.
             resume: go on from ``checkpoint_path`` if there is a checkpoint; else start.
-        Raises: ShapeError (arguments or samples that do not fit, fewer samples than atoms, an iterator for several
-            passes), ActivationError (NaN, infinite or constant samples), ManifestError (a checkpoint of another run).
+        Raises: ShapeError (options or samples that do not fit, fewer samples than atoms, an iterator for several
+            passes), ConfigError (a device that is not there), ActivationError (NaN, infinite or constant samples),
+            ManifestError (a checkpoint of another run).
         """
-        self.check()
+        self._check()
         if resume and self.checkpoint_path is None:
-            raise ShapeError("DoubleBatchKSVD.fit: resume needs a checkpoint_path")
-        Fit(self, as_source(samples)).run(resume)
+            raise ShapeError("DB-KSVD: resume needs a checkpoint_path")
+        _Fit(self, as_source(samples)).run(resume)
         return self
 
-    def partial_fit(self, samples: Any, y: Any = None) -> "DoubleBatchKSVD":
-        """One update from one batch. The first batch sets the centre and the initial atoms.
+    def partial_fit(self, samples: Any) -> "DictionaryLearner":
+        """One update from one batch, a tensor or array. The first batch sets the centre and the initial atoms.
 
         A refused batch changes nothing, so a caller may leave it out and go on.
         """
-        self.check()
-        if not isinstance(samples, Tensor):
-            samples = self._array(samples)
-        if not samples.numel():
-            raise ShapeError("DoubleBatchKSVD.partial_fit: the batch is empty", got=str(tuple(samples.shape)))
-        state = self._learn(samples, 0)
+        self._check()
+        batch_BD = samples if isinstance(samples, Tensor) else as_tensor(samples)
+        if not batch_BD.numel():
+            raise ShapeError("DB-KSVD: the batch is empty", got=str(tuple(batch_BD.shape)))
+        state = self._learn(batch_BD, 0)
         if self.on_batch is not None:
             self.on_batch(state.log[-1])
         return self
 
     def encode(self, x_BD: Tensor) -> Code:
-        """Code raw samples with ``coder``."""
+        """Code raw samples with the coder of ``coding``."""
         atoms_MD = self.atoms_MD
-        return self._coding.encode(self._mapped(x_BD, self._fitted[0]), atoms_MD)
+        return self.coding.encode(self._mapped(x_BD, self._fitted[0]), atoms_MD)
 
     def decode(self, code: Code) -> Tensor:
         """Rebuild raw samples, (B, D)."""
@@ -257,65 +168,184 @@ class DoubleBatchKSVD(ScikitLearnConventions):
             rebuilt_BD = state.weighting.undo(rebuilt_BD)
         return rebuilt_BD + state.centre_D
 
+    def _check(self) -> None:
+        self.options.check()
+        if self.checkpoint_every is not None and (self.checkpoint_path is None or self.checkpoint_every < 1):
+            got = f"checkpoint_every={self.checkpoint_every}, checkpoint_path={self.checkpoint_path}"
+            raise ShapeError("DB-KSVD: checkpoint_every must be at least 1 and needs a checkpoint_path", got=got)
+        resolve_device(self.device)
+
     def _started(self, centre_D: Tensor, atoms_MD: Tensor | None = None) -> TrainingState:
-        device = resolve_device(self.device)
+        device, weighting = resolve_device(self.device), self.weighting
         return TrainingState(
-            generator=torch.Generator().manual_seed(self.seed),
-            centre_D=centre_D.float().to(device) * float(self.centre),
-            weighting=None if self.weighting is None else self.weighting.to(device),
+            generator=torch.Generator().manual_seed(self.options.seed),
+            centre_D=centre_D.float().to(device) * float(self.options.centre),
+            weighting=None if weighting is None else weighting.to(device),
             atoms_MD=atoms_MD,
         )
 
     def _learn(self, raw_BD: Tensor, pass_index: int) -> TrainingState:
         """One update from one batch of raw samples, with its line of the log."""
-        started = time.perf_counter()
-        state = self._state or self._started(TensorSource(raw_BD).centre_D)
+        started, options = time.perf_counter(), self.options
+        state = self.state or self._started(TensorSource(raw_BD).centre_D)
         x_BD = self._mapped(raw_BD, state)
-        self.check(x_BD.shape[1])
-        check_samples(x_BD, "DoubleBatchKSVD")
+        options.check(x_BD.shape[1])
+        check_samples(x_BD, "DB-KSVD")
         x_BD = at_fair_scale(x_BD)
-        variance = variance_of(x_BD)
+        batch_variance = variance(x_BD, "DB-KSVD")
         if state.atoms_MD is None:
-            state.atoms_MD = first_atoms(self.n_atoms, self.init, x_BD, state.generator)
+            state.atoms_MD = first_atoms(options.n_atoms, options.init, x_BD, state.generator)
         if state.idle_M is None:
-            state.idle_M = torch.zeros(self.n_atoms, dtype=torch.float64, device=x_BD.device)
-        options = StepOptions(**{field.name: getattr(self, field.name) for field in fields(StepOptions)})
+            state.idle_M = torch.zeros(options.n_atoms, dtype=torch.float64, device=x_BD.device)
         step = learn_batch(x_BD, state.atoms_MD, state.idle_M, options, state.generator)
         state.atoms_MD, state.idle_M = step.atoms_MD, step.idle_M
-        if self.average:
+        if options.average:
             state.average = (state.average or Average.of(state.atoms_MD)).with_next(step.atoms_MD, step.fresh_M)
         state.samples_seen += len(x_BD)
         line = BatchLog(
             pass_index=pass_index,
             batch=len(state.log),
             samples_seen=state.samples_seen,
-            fvu=step.errors[-1] / variance,
-            fvu_after_update=step.error_after / variance,
+            fvu=step.errors[-1] / batch_variance,
+            fvu_after_update=step.error_after / batch_variance,
             l0=step.l0,
             dead=step.dead,
             duplicates=step.duplicates,
             redrawn=int(step.fresh_M.sum()),
             seconds=time.perf_counter() - started,
-            prefix_fvu=[error / variance for error in step.errors] if self.groups is not None else [],
+            prefix_fvu=[error / batch_variance for error in step.errors] if options.coding.groups is not None else [],
         )
         state.log.append(line)
         logger.debug("%s", line)
         if self.log_path is not None:
             with Path(self.log_path).open("a") as file:
                 file.write(line.json())
-        self._state = state
+        self.state = state
         return state
 
     def _mapped(self, raw_BD: Tensor, state: TrainingState) -> Tensor:
         """Raw samples to the space that the atoms live in."""
         if raw_BD.ndim != 2 or raw_BD.shape[1] != len(state.centre_D):
             raise ShapeError(
-                "DoubleBatchKSVD: samples do not fit",
+                "DB-KSVD: samples do not fit",
                 got=str(tuple(raw_BD.shape)),
                 limit=f"(B, {len(state.centre_D)})",
                 cause="activations of another model or hook",
             )
         if not raw_BD.is_floating_point():
-            raise ShapeError("DoubleBatchKSVD: samples are not floating point", got=str(raw_BD.dtype))
+            raise ShapeError("DB-KSVD: samples are not floating point", got=str(raw_BD.dtype))
         x_BD = raw_BD.detach().to(state.centre_D.device).float() - state.centre_D
         return x_BD if state.weighting is None else state.weighting.apply(x_BD)
+
+
+class _Fit:
+    """One call of ``fit``: passes of a learner over a source, from the start or from a checkpoint."""
+
+    def __init__(self, learner: DictionaryLearner, source: SampleSource | StreamSource):
+        self.learner, self.options = learner, learner.options
+        self.checkpoint_path = None if learner.checkpoint_path is None else Path(learner.checkpoint_path)
+        self.device = resolve_device(learner.device)
+        self.source: SampleSource | StreamSource = source
+        if isinstance(source, StreamSource):
+            self._check_stream(source)
+        else:
+            self._check_size(source)
+            self.source = kept_on_device(source, self.device, learner.keep_on_device)
+
+    def run(self, resume: bool) -> None:
+        self._begin(resume)
+        learner = self.learner
+        first_pass = 0 if learner.state is None else learner.state.pass_index
+        for pass_index in range(first_pass, self.options.passes):
+            self._learn_pass(pass_index)
+        if self.checkpoint_path is not None:
+            self.checkpoint_path.unlink(missing_ok=True)
+
+    def _check_stream(self, source: StreamSource) -> None:
+        if source.one_pass_only and self.options.passes > 1:
+            raise ShapeError(
+                "DB-KSVD: an iterator can be gone over only once",
+                got=f"passes = {self.options.passes}",
+                cure="pass a function that returns a fresh iterator, or passes=1",
+            )
+
+    def _check_size(self, source: SampleSource) -> None:
+        self.options.check(source.d_in)
+        if source.n_samples < self.options.n_atoms:
+            raise ShapeError(
+                "DB-KSVD: fewer samples than atoms",
+                got=f"{source.n_samples} samples, n_atoms = {self.options.n_atoms}",
+                cure="harvest more tokens or ask for fewer atoms",
+            )
+
+    def _begin(self, resume: bool) -> None:
+        """The state to train from, and the files as they belong to it."""
+        learner, path = self.learner, self.checkpoint_path
+        # A stream's centre comes with its first batch.
+        learner.state = None if isinstance(self.source, StreamSource) else learner._started(self.source.centre_D)
+        if path is not None and resume and path.exists():
+            started = learner.state or learner._started(torch.zeros(1))
+            learner.state = load_checkpoint(path, self._fingerprint, started)
+        elif path is not None:
+            path.unlink(missing_ok=True)
+        if learner.log_path is not None:
+            Path(learner.log_path).parent.mkdir(parents=True, exist_ok=True)
+            # A run that was stopped may have logged more than its checkpoint knows of.
+            Path(learner.log_path).write_text("".join(line.json() for line in learner.log))
+
+    @cached_property
+    def _fingerprint(self) -> Fingerprint:
+        """What the bits follow from: not the coder, which is for afterwards; and more passes may be asked for later."""
+        arguments = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        arguments |= self.options.coding.as_json()
+        for name in ("coding", "coder", "passes"):
+            del arguments[name]
+        weighting = self.options.weighting
+        arguments["weighting"] = None if weighting is None else digest(weighting.matrix)
+        if isinstance(self.source, StreamSource):
+            return {"arguments": arguments, "samples": {"stream": True}}
+        source = self.source
+        samples = {
+            "n_samples": source.n_samples,
+            "d_in": source.d_in,
+            "centre": digest(source.centre_D),
+            # A source without an order of its own is shuffled otherwise once it is kept on the device.
+            "shuffled_here": isinstance(source, TensorSource) and source.shuffled_here,
+        }
+        return {"arguments": arguments, "samples": samples}
+
+    def _learn_pass(self, pass_index: int) -> None:
+        learner = self.learner
+        done = 0 if learner.state is None else learner.state.batches_done
+        with closing(self._batches(pass_index)) as batches:
+            for number, batch_BD in enumerate(batches):
+                if number == 0 and learner.state is not None and done:
+                    check_probe(learner.state, batch_BD)
+                if number < done:
+                    continue
+                state = learner._learn(batch_BD, pass_index)
+                state.batches_done = number + 1
+                state.pass_probe = probe(batch_BD) if number == 0 else state.pass_probe
+                if learner.checkpoint_every is not None and len(state.log) % learner.checkpoint_every == 0:
+                    self._save()
+                if learner.on_batch is not None:
+                    learner.on_batch(state.log[-1])
+        state = learner._fitted[0]
+        state.pass_index, state.batches_done, state.pass_probe = pass_index + 1, 0, ""
+        if learner.checkpoint_every is None:
+            self._save()
+
+    def _save(self) -> None:
+        if self.checkpoint_path is not None:
+            save_checkpoint(self.checkpoint_path, self.learner._fitted[0], self._fingerprint)
+
+    def _batches(self, pass_index: int) -> Generator[Tensor, None, None]:
+        if isinstance(self.source, StreamSource):
+            return prefetched(self.source.batches(), self.device)
+        # Batches of nearly equal size: a short last one would see many atoms unused and redraw them.
+        n_batches = -(-self.source.n_samples // self.options.largest_batch)
+        size = -(-self.source.n_samples // n_batches)
+        seed = None if pass_index == 0 else self.options.seed + pass_index
+        if isinstance(self.source, TensorSource) and same_device(self.source.samples_ND.device, self.device):
+            return self.source.batches(size, seed=seed)  # nothing to wait for
+        return prefetched(self.source.batches(size, seed=seed), self.device)

@@ -59,17 +59,17 @@ class TensorSource:
     ):
         if samples_ND.ndim != 2 or not samples_ND.is_floating_point():
             raise ShapeError(
-                "DoubleBatchKSVD: samples must be a floating-point (N, D) tensor",
+                "DB-KSVD: samples must be a floating-point (N, D) tensor",
                 got=f"{samples_ND.dtype} {tuple(samples_ND.shape)}",
                 cure="Reshape your data: x[None] is one sample of x's features" if samples_ND.ndim == 1 else None,
             )
         if samples_ND.shape[1] == 0:
             shape = tuple(samples_ND.shape)
-            raise ShapeError(f"DoubleBatchKSVD: 0 feature(s) (shape={shape}) while a minimum of 1 is required.")
+            raise ShapeError(f"DB-KSVD: 0 feature(s) (shape={shape}) while a minimum of 1 is required.")
         samples_ND = samples_ND.detach()
         # In chunks: what is computed here is as large as its input.
         if not all(bool(torch.isfinite(chunk_ND).all()) for chunk_ND in _chunks(samples_ND)):
-            check_samples(samples_ND, "DoubleBatchKSVD")
+            check_samples(samples_ND, "DB-KSVD")
         self.samples_ND = samples_ND
         self.n_samples, self.d_in = samples_ND.shape
         self._centre_D, self._order = centre_D, order or self._permuted
@@ -123,7 +123,7 @@ class StreamSource:
                 yield tensor
         if n_batches == 0:
             raise ActivationError(
-                "DoubleBatchKSVD.fit: the stream gave no samples",
+                "DB-KSVD: the stream gave no samples",
                 cause="an iterator that was used before, or a filter that lets nothing through",
                 cure="pass a function that makes a fresh iterator",
             )
@@ -144,7 +144,7 @@ def as_source(samples: Any) -> SampleSource | StreamSource:
         return samples
     if hasattr(samples, "toarray"):
         raise ShapeError(
-            "DoubleBatchKSVD: sparse samples are not supported", got=type(samples).__name__, cure="samples.toarray()"
+            "DB-KSVD: sparse samples are not supported", got=type(samples).__name__, cure="samples.toarray()"
         )
     if isinstance(samples, np.ndarray) or hasattr(samples, "__array__"):
         return TensorSource(_from_array(samples))
@@ -153,10 +153,21 @@ def as_source(samples: Any) -> SampleSource | StreamSource:
     if callable(samples) or isinstance(samples, Iterable):
         return StreamSource(samples)
     raise ShapeError(
-        "DoubleBatchKSVD.fit: not samples",
+        "DB-KSVD: not samples",
         got=type(samples).__name__,
         limit="a (N, D) tensor or array, a SampleSource, an iterable of (B, D) batches or a function that gives one",
     )
+
+
+def as_tensor(samples: Any) -> Tensor:
+    """Samples that are all there, as ``fit`` would see them.
+
+    Raises: ShapeError if they are a source or a stream, and as ``as_source``.
+    """
+    source = as_source(samples)
+    if not isinstance(source, TensorSource):
+        raise ShapeError("DB-KSVD: not an array of samples", got=type(samples).__name__)
+    return source.samples_ND
 
 
 def _from_array(samples: Any) -> Tensor:
@@ -166,7 +177,7 @@ def _from_array(samples: Any) -> Tensor:
         array = array.astype(np.float64)  # numpy says what is no number
     if array.dtype.kind not in "fiu":
         what = "Complex data not supported" if array.dtype.kind == "c" else "samples are not numbers"
-        raise ShapeError(f"DoubleBatchKSVD: {what}", got=f"dtype {array.dtype}")
+        raise ShapeError(f"DB-KSVD: {what}", got=f"dtype {array.dtype}")
     if array.dtype not in (np.float16, np.float32, np.float64):
         array = array.astype(np.float32)
     # torch wants memory in order that it may write to, although nothing here writes.
@@ -202,7 +213,7 @@ def kept_on_device(source: SampleSource, device: torch.device, keep: bool | None
         start += len(batch_BD)
     if kept_ND is None or start != source.n_samples:
         raise ShapeError(
-            "DoubleBatchKSVD.fit: the source gave another number of samples than it says",
+            "DB-KSVD: the source gave another number of samples than it says",
             got=start,
             limit=source.n_samples,
         )

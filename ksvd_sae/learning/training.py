@@ -1,24 +1,112 @@
-"""One batch of training: code it, update the atoms from it, replace those of no use."""
+"""One batch of training: code it, update the atoms from it, replace those of no use.
+
+Training always codes by plain matching pursuit, with groups group by group, whatever coder the dictionary is for.
+"""
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ksvd_sae.errors import ActivationError
+from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums
 from ksvd_sae.learning.averaging import Average
-from ksvd_sae.learning.backends import Precision
+from ksvd_sae.learning.backends import PRECISIONS, Precision
+from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.matryoshka import Stage, stages
-from ksvd_sae.learning.redraw import ENOUGH_IDLE, Redraw, draw_atoms, near_duplicates
+from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, draw_atoms, near_duplicates
 from ksvd_sae.learning.sparse_coding import matching_pursuit
 from ksvd_sae.learning.weighting import Weighting
 
 Update = Literal["sums", "exact"]
+Init = Literal["data", "random"]
+# Batches where no size is asked for.
+_BATCH_PER_ATOM, _FEWEST_IN_A_BATCH = 4, 1024
+
+
+@dataclass(frozen=True)
+class LearnerOptions:
+    """What a dictionary is to be and how it is learned: with the samples, all that its bits follow from.
+
+    What the options are worth is measured in "What the options of DB-KSVD are worth" in the docs.
+
+    Attributes:
+        n_atoms: M.
+        coding: most atoms a sample, groups, signs, rtol and max_steps, in training and after; its coder is for after.
+        passes: times that ``fit`` goes over the samples.
+        batch_samples: largest batch; ``fit`` makes batches of nearly equal size at most this. None is 4 × n_atoms, at
+            least 1,024: the best of M, 2 M, 4 M and 8 M (the paper: 65,536).
+        update: 'sums' (all atoms at once, with a line search) or 'exact' (SVD, ten times as slow for as low an error);
+            see atom_update.py.
+        atom_batch: atoms updated in parallel by 'exact'.
+        init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper: 3 % more error).
+        redraw: what takes the place of atoms that a batch leaves unused or that nearly repeat another: 'residual'
+            (what is left of badly coded samples), 'data', 'random' (as the paper) or 'none'; see redraw.py.
+        duplicate_cosine: |cos| above which the weaker of two atoms is replaced; None never (as the paper).
+        average: give the running average of the atoms over the batches, rather than those after the last batch: 8 %
+            less error; see averaging.py (the paper does not).
+        centre: subtract the mean of the samples first: 4 % less error (the paper does not).
+        weighting: metric to learn and code in (weighting.py).
+        precision: of the products in training's coding: 'float32', 'tf32' (CUDA) or 'bfloat16'; see backends.py.
+        seed: same seed, same data, same thread count: the same bits on CPU. On CUDA nothing here adds up in the order
+            of atomics, so the same GPU, driver and torch should give the same bits too.
+    """
+
+    n_atoms: int
+    coding: Coding
+    passes: int = 1
+    batch_samples: int | None = None
+    update: Update = "sums"
+    atom_batch: int = 128
+    init: Init = "data"
+    redraw: Redraw = "residual"
+    duplicate_cosine: float | None = 0.99
+    average: bool = True
+    centre: bool = True
+    weighting: Weighting | None = None
+    precision: Precision = "float32"
+    seed: int = 0
+
+    @property
+    def largest_batch(self) -> int:
+        """batch_samples, or what is taken where it is None."""
+        return self.batch_samples or max(_FEWEST_IN_A_BATCH, _BATCH_PER_ATOM * self.n_atoms)
+
+    def check(self, d_in: int | None = None) -> None:
+        """Raise ShapeError for options that cannot work.
+
+        Args: d_in: also check what depends on the width of the samples.
+        """
+        where, k = "DB-KSVD", self.coding.k
+        choices: dict[str, tuple[str, ...]] = {
+            "update": get_args(Update),
+            "init": get_args(Init),
+            "redraw": REDRAWS,
+            "precision": PRECISIONS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                got = f"{name}={getattr(self, name)!r}"
+                raise ShapeError(f"{where}: unknown option", got=got, limit=", ".join(allowed))
+        if not 1 <= k <= self.n_atoms:
+            raise ShapeError(f"{where}: k must be between 1 and n_atoms", got=f"k = {k}, n_atoms = {self.n_atoms}")
+        # Without samples the width is not known: then one that k fits in.
+        self.coding.check(self.n_atoms, max(k, d_in or 0), where)
+        if min(self.passes, self.atom_batch) < 1 or (self.batch_samples is not None and self.batch_samples < 1):
+            raise ShapeError(f"{where}: passes, batch_samples and atom_batch must be at least 1")
+        if self.duplicate_cosine is not None and not 0 < self.duplicate_cosine <= 1:
+            raise ShapeError(f"{where}: duplicate_cosine must be in (0, 1] or None", got=self.duplicate_cosine)
+        if d_in is not None and k > d_in:
+            limit = f"d_in = {d_in} (n_features = {d_in})"
+            raise ShapeError(f"{where}: k is above d_in", got=f"k = {k}", limit=limit)
+        if self.weighting is not None and d_in is not None and self.weighting.d_in != d_in:
+            raise ShapeError(
+                f"{where}: the weighting is of another width", got=f"d_in = {self.weighting.d_in}", limit=d_in
+            )
 
 
 @dataclass(frozen=True)
@@ -77,22 +165,6 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
-class StepOptions:
-    """What of the estimator's arguments a batch needs; see DoubleBatchKSVD."""
-
-    k: int
-    update: Update
-    atom_batch: int
-    groups: Sequence[int] | None
-    rtol: float
-    max_steps: int | None
-    nonnegative: bool
-    precision: Precision
-    redraw: Redraw
-    duplicate_cosine: float | None
-
-
-@dataclass(frozen=True)
 class Step:
     """What a batch gave: new atoms, how long each is idle, which are fresh, and numbers for the log.
 
@@ -111,7 +183,7 @@ class Step:
 
 @torch.no_grad()
 def learn_batch(
-    x_BD: Tensor, atoms_MD: Tensor, idle_M: Tensor, options: StepOptions, generator: torch.Generator
+    x_BD: Tensor, atoms_MD: Tensor, idle_M: Tensor, options: LearnerOptions, generator: torch.Generator
 ) -> Step:
     """One K-SVD update from one batch, of each group on what the groups before it left."""
     new_MD, new_idle_M = torch.empty_like(atoms_MD), torch.empty_like(idle_M)
@@ -137,20 +209,21 @@ def learn_batch(
     return Step(new_MD, new_idle_M, fresh_M, errors, update.error_after, l0, dead, duplicates)
 
 
-def _coded(x_BD: Tensor, atoms_MD: Tensor, options: StepOptions) -> Iterable[Stage]:
-    """The batch's code, as one stage a group; training always codes by plain MP."""
+def _coded(x_BD: Tensor, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[Stage]:
+    """The batch's code, as one stage a group."""
+    coding = options.coding
     options_of_mp: dict[str, Any] = {
-        "max_steps": options.max_steps,
-        "rtol": options.rtol,
-        "nonnegative": options.nonnegative,
+        "max_steps": coding.max_steps,
+        "rtol": coding.rtol,
+        "nonnegative": coding.nonnegative,
         "precision": options.precision,
     }
-    if options.groups is not None:
-        return stages(x_BD, atoms_MD, options.groups, options.k, **options_of_mp)
-    return [Stage(slice(0, len(atoms_MD)), x_BD, matching_pursuit(x_BD, atoms_MD, options.k, **options_of_mp))]
+    if coding.groups is not None:
+        return stages(x_BD, atoms_MD, coding.groups, coding.k, **options_of_mp)
+    return [Stage(slice(0, len(atoms_MD)), x_BD, matching_pursuit(x_BD, atoms_MD, coding.k, **options_of_mp))]
 
 
-def _updated(stage: Stage, atoms_MD: Tensor, options: StepOptions, generator: torch.Generator) -> AtomUpdate:
+def _updated(stage: Stage, atoms_MD: Tensor, options: LearnerOptions, generator: torch.Generator) -> AtomUpdate:
     if options.update == "sums":
         return update_atoms_sums(stage.target_BD, stage.code, atoms_MD)
     return update_atoms_exact(
@@ -159,16 +232,16 @@ def _updated(stage: Stage, atoms_MD: Tensor, options: StepOptions, generator: to
         atoms_MD,
         atom_batch=options.atom_batch,
         generator=generator,
-        nonnegative=options.nonnegative,
+        nonnegative=options.coding.nonnegative,
     )
 
 
-def _duplicates(update: AtomUpdate, options: StepOptions) -> Tensor:
+def _duplicates(update: AtomUpdate, options: LearnerOptions) -> Tensor:
     """Used atoms nearly parallel to a stronger one, (M,) bool."""
     used_M = update.usage_M > 0
     if options.duplicate_cosine is None:
         return torch.zeros_like(used_M)
-    signed = not options.nonnegative
+    signed = not options.coding.nonnegative
     return used_M & near_duplicates(update.atoms_MD, update.energy_M, options.duplicate_cosine, signed=signed)
 
 
@@ -180,24 +253,3 @@ def at_fair_scale(x_BD: Tensor) -> Tensor:
     # In two steps: the factor itself may lie outside float32.
     exponent = math.frexp(largest)[1]
     return x_BD * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
-
-
-def variance_of(x_BD: Tensor) -> float:
-    """Σ‖x − x̄‖² over the batch.
-
-    Raises: ActivationError where all samples are the same.
-    """
-    variance = _energy(x_BD - x_BD.mean(dim=0))
-    # Rounding leaves a variance of about 1e-14 of the energy where all samples are the same.
-    if not variance > 1e-12 * _energy(x_BD):
-        raise ActivationError(
-            "DoubleBatchKSVD: all samples of the batch are the same: there is nothing to learn",
-            cause="a hook that gives constants, or padding tokens",
-            cure="check the hook name and the text",
-        )
-    return variance
-
-
-def _energy(x_BD: Tensor) -> float:
-    """Σ‖x‖²: norms as precise as the samples, their squares in float64."""
-    return float(torch.linalg.vector_norm(x_BD, dim=1).double().square().sum())

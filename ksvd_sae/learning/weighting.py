@@ -16,23 +16,9 @@ kind                  W                                                         
 ``std`` with power 1 makes all dimensions equally loud, with power 0 changes nothing; ½ lies between. The maps are
 scaled to mean(W²) = 1: greedy coding does not see a scale, but tolerances and logs do.
 
-What each is worth on Gemma-3-270M, layer 9 (M = 2,048, k = 20, OMP, 3 passes over 131,700 tokens; mean of three seeds
-± 95 % interval; FVU in raw space; nats lost: rise of the next-token loss with the reconstructions spliced in):
-
-======================  ======  =============
-..                      FVU     nats lost
-======================  ======  =============
-none                    0.0936  0.487 ± 0.044
-std, power 0.25         0.0903  0.400 ± 0.031
-std, power 0.5          0.0948  0.335 ± 0.017
-std, power 0.75         0.1198  0.303 ± 0.071
-std, power 1            0.1606  0.289 ± 0.006
-fisher_diag             0.0950  0.273 ± 0.038
-fisher                  0.1025  0.287 ± 0.011
-======================  ======  =============
-
-At layer 13 std with power ½ (0.398 ± 0.024) is ahead of fisher_diag (0.460 ± 0.048; none: 0.599 ± 0.049). From
-`ksvd-sae study eval_configs/study-suspects.yaml` and `study-engine.yaml`.
+Which is best depends on the layer: on Gemma-3-270M, layer 9, ``fisher_diag`` takes the nats that reconstructions cost
+from 0.487 to 0.273 and ``std`` with power ½ to 0.335; on layer 13 ``std`` is ahead ("What the options of DB-KSVD are
+worth" in the docs, section Weightings).
 """
 
 from dataclasses import dataclass

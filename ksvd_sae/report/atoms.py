@@ -4,7 +4,6 @@ Blanks that would not be seen get a sign, and so does what would change how the 
 """
 
 import json
-import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -91,33 +90,31 @@ class DictionaryAtoms:
     strata: list[tuple[str, str, list[Atom]]]
 
 
-def take_examples(files: Mapping[str, str], source: Path, target: Path) -> list[DictionaryAtoms]:
-    """Copy the result files of a run and read them.
+def read_examples(files: Mapping[str, Path]) -> list[DictionaryAtoms]:
+    """The sampled atoms of dictionaries from their result files.
 
-    Args: files: dictionary -> file name.  source, target: folders.
+    Args: files: dictionary -> file.
     Raises: EvaluationError if a file is missing or is none of atoms in context.
     """
-    found = []
-    for name, file in files.items():
-        target.mkdir(parents=True, exist_ok=True)
+    dictionaries = []
+    for name, path in files.items():
         try:
-            shutil.copyfile(source / file, target / file)
-            found.append(dictionary_atoms(name, json.loads((target / file).read_text(encoding="utf-8"))))
+            dictionaries.append(dictionary_atoms(name, json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
                 f"putting atoms of {name!r} into the report: {type(error).__name__}: {error}",
-                cause=f"{file} is missing, or was altered",
-                cure=f"delete it from {source} and run `ksvd-sae evaluate` again",
+                cause=f"{path.name} is missing, or was altered",
+                cure=f"delete it from {path.parent} and run `ksvd-sae evaluate` again",
             ) from error
-    return found
+    return dictionaries
 
 
-def dictionary_atoms(name: str, found: Mapping[str, Any]) -> DictionaryAtoms:
+def dictionary_atoms(name: str, result: Mapping[str, Any]) -> DictionaryAtoms:
     """What the page shows of one dictionary's file."""
-    n_dead, shown = found["n_dead"], found["atoms"]
+    n_dead, shown = result["n_dead"], result["atoms"]
     summary = (
-        f"{len(shown):,} of {found['n_atoms']:,} atoms · {f'{n_dead:,}' if n_dead else 'none'} unused on "
-        f"{found['n_tokens']:,} tokens of {found['n_documents']:,} documents"
+        f"{len(shown):,} of {result['n_atoms']:,} atoms · {f'{n_dead:,}' if n_dead else 'none'} unused on "
+        f"{result['n_tokens']:,} tokens of {result['n_documents']:,} documents"
     )
     strata = [
         (stratum, STRATA[stratum], [_atom(entry) for entry in entries])

@@ -1,4 +1,4 @@
-"""Which dictionaries a figure shows where there are more than can be told apart: those of one budget k."""
+"""Which dictionaries figures and atoms in context show where there are more than can be told apart: those of one k."""
 
 import pandas as pd
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
-from ksvd_sae.methods.derived_config import metric
+from ksvd_sae.evals.base import Column
 from ksvd_sae.report import style
-from ksvd_sae.report.headline import HEADLINES, Headline
+from ksvd_sae.report.headline import HEADLINES
 from ksvd_sae.report.pivot import coder_cells, coders
 from ksvd_sae.report.statistics import Estimate
 from ksvd_sae.run.config import RunConfig
@@ -45,7 +45,7 @@ def _of_methods(cells: Cells, controls: frozenset[str]) -> Cells:
 
 
 def _panel(
-    axes: Axes, headline: Headline, cells: Cells, columns: list[str], config: RunConfig, colours: dict[str, str]
+    axes: Axes, headline: Column, cells: Cells, columns: list[str], config: RunConfig, colours: dict[str, str]
 ) -> None:
     present = {of for of, _ in cells}
     names = [name for name in config.dictionaries if name in present]
@@ -55,7 +55,7 @@ def _panel(
         places = [columns.index(column) + 0.05 * (i - (len(names) - 1) / 2) for column in here]
         means = [cells[name, column].mean for column in here]
         widths = [w if math.isfinite(w := cells[name, column].half_width) else 0.0 for column in here]
-        weighted = metric(config.dictionaries[name]).kind != "none"
+        weighted = config.dictionaries[name].metric.kind != "none"
         axes.errorbar(
             places,
             means,

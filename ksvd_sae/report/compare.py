@@ -1,4 +1,4 @@
-"""The compare stage: one folder with the table, the plots, the report, and the evals' own result files."""
+"""The compare stage: one folder with the table, the plots, the report, and the raw results in one file."""
 
 import json
 import logging
@@ -9,64 +9,68 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ksvd_sae.evals.config import AutoInterpConfig
-from ksvd_sae.methods.derived_config import DerivedConfig
-from ksvd_sae.methods.published.config import PublishedSAEConfig
-from ksvd_sae.report import coder_plot, l0_plots, latex, pivot, plots, rank_plot, report, scores, style, tables
-from ksvd_sae.report.atoms import take_examples
+from ksvd_sae.methods.base import TRAIN_LOG, Method
+from ksvd_sae.report import coder_plot, l0_plots, latex, pivot, plots, rank_plot, report, style, tables
+from ksvd_sae.report import scores as score_table
+from ksvd_sae.report.atoms import read_examples
 from ksvd_sae.report.budget import of_one_budget
-from ksvd_sae.report.published.section import published_note, published_section
+from ksvd_sae.report.differences import against_best, verdict_section, write_verdicts
+from ksvd_sae.report.published.section import published_section
+from ksvd_sae.report.raw import OWN_EVALS, RAW, result_name, write_raw
 from ksvd_sae.report.sections import Section, section_markdown
-from ksvd_sae.report.verdicts import verdict_section, verdicts
-from ksvd_sae.run.config import (
-    DictionaryConfig,
-    IdentityConfig,
-    PCAConfig,
-    RandomConfig,
-    RunConfig,
-    SAEConfig,
-    dump_config,
-    view_name,
-    views,
-)
+from ksvd_sae.run.config import RunConfig, dump_config, view_name
+from ksvd_sae.run.pipeline import Run, Scores
 from ksvd_sae.run.replicas import replicas
-from ksvd_sae.store import atomic_path, write_json
+from ksvd_sae.store import write_json
 
 logger = logging.getLogger(__name__)
-_OUTPUTS = ("saebench", "heldout", "training", "plots", "atoms")
+# Anew in each comparison: the figures, and what `ksvd-sae unpack` may have put beside the archive of an earlier one.
+_FOLDERS = ("plots", "saebench", "training", "atoms", *OWN_EVALS)
+
+
+def compare(run: Run) -> Path:
+    """Write results/<name>/ from the run's finished evaluation; see ``write_comparison``.
+
+    Raises: ManifestError: no finished evaluation.
+    """
+    manifest = run.evaluated()
+    logs = {t.label: t.folder / TRAIN_LOG for t in run.trained() if (t.folder / TRAIN_LOG).exists()}
+    return write_comparison(run.results, run.config, manifest, run.evaluations, logs)
 
 
 def write_comparison(
     folder: Path, config: RunConfig, manifest: dict[str, Any], evaluations: Path, logs: dict[str, Path]
 ) -> Path:
-    """Write results/<name>/ anew from a finished evaluation.
+    """Write the folder of a comparison anew; what an earlier one left there is replaced.
 
     Args:
-        folder: results/<name>; what an earlier comparison left there is replaced (the cache keeps every result).
-        manifest: of the evaluate stage, with its rows and files.
-        evaluations: folder of the result files.
-        logs: training (``Replica.label``) -> JSONL training log.
+        manifest: of the evaluation.
+        evaluations: the folder of result files.
+        logs: of trainings, by panelist.
     Returns: path of report.html.
     """
-    frame = scores.typed_frame(pd.DataFrame(manifest["rows"], columns=list(scores.COLUMNS)))
-    scores.check_table(frame)
-    for name in _OUTPUTS:
+    frame = score_table.typed_frame(pd.DataFrame(manifest["rows"], columns=list(score_table.COLUMNS)))
+    score_table.check_table(frame)
+    controls = config.controls
+    # Evaluations from before there were atoms in context have none.
+    examples = {name: evaluations / "examples" / file for name, file in manifest.get("examples", {}).items()}
+    atoms = read_examples(examples)
+    for name in _FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-    controls = frozenset(n for n, c in config.dictionaries.items() if _is_control(c, config))
+    write_raw(folder / RAW, _raw_files(manifest, evaluations, list(examples.values()), logs))
+    score_table.write_csv(frame, folder / "comparison.csv")
+    # All that is shown follows from what is kept, digit for digit.
+    frame = score_table.read_csv(folder / "comparison.csv")
+    few, which = of_one_budget(frame, controls)
+    atoms_shown = [dictionary for dictionary in atoms if dictionary.name in set(few["dictionary"])]
     notes = comparison_notes(config)
     published = published_section(config, frame, manifest.get("versions", {}).get("sae-bench"), controls)
     line = "" if isinstance(published, Section) else published
-    notes += [note for note in (published_note(config), line) if note]
-    compared = verdicts(frame, _baselines(config))
-    found = [pivot.coder_section(frame, config), verdict_section(compared), published]
-    sections = [section for section in found if isinstance(section, Section)]
-    _copy_results(folder, manifest, evaluations)
-    for name, path in logs.items():
-        (folder / "training").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / "training" / f"{name}.jsonl")
-    scores.write_csv(frame, folder / "comparison.csv")
-    with atomic_path(folder / "verdicts.csv") as temporary:
-        compared.to_csv(temporary, index=False, float_format="%.6g")
+    notes += [line] if line else []
+    compared = against_best(frame, config.saes)
+    tables_below = [pivot.coder_section(frame, config), verdict_section(compared), published]
+    sections = [section for section in tables_below if isinstance(section, Section)]
+    write_verdicts(compared, folder / "verdicts.csv")
     tables.write_markdown(
         frame,
         folder / "comparison.md",
@@ -78,7 +82,7 @@ def write_comparison(
     title = f"Comparison of dictionaries: {config.name}"
     latex.write_latex(frame, folder / "comparison.tex", controls, title=title, label=config.name)
     (folder / "config.yaml").write_text(dump_config(config))
-    pictures = _draw(folder, config, frame, manifest, evaluations, logs, controls)
+    pictures = _draw(folder, config, frame, (few, which), manifest, evaluations, logs)
     facts = {key: value for key, value in manifest.items() if key != "rows"}
     write_json(folder / "manifest.json", facts)
     written: Path = report.write_report(
@@ -90,21 +94,17 @@ def write_comparison(
         facts,
         controls,
         sections,
-        # Evaluations from before there were atoms in context have none.
-        take_examples(manifest.get("examples", {}), evaluations / "examples", folder / "atoms"),
+        atoms_shown,
+        n_atoms_elsewhere=len(atoms) - len(atoms_shown),
     )
     return written
 
 
-def _baselines(config: RunConfig) -> frozenset[str]:
-    """The SAEs: what DB-KSVD is compared with."""
-    return frozenset(n for n, c in config.dictionaries.items() if isinstance(c, SAEConfig | PublishedSAEConfig))
-
-
-def _is_control(dictionary: DictionaryConfig, config: RunConfig) -> bool:
-    """Whether its atoms are a control's, however they are coded."""
-    learned = config.dictionaries[dictionary.of] if isinstance(dictionary, DerivedConfig) else dictionary
-    return isinstance(learned, PCAConfig | IdentityConfig | RandomConfig)
+def table_so_far(config: RunConfig, scores: Scores) -> str:
+    """The headline table of what there is, in Markdown."""
+    frame = score_table.typed_frame(pd.DataFrame(scores.rows, columns=list(score_table.COLUMNS)))
+    table = tables.summary(frame)
+    return tables.to_markdown(table.dropna(axis="columns", how="all"), config.controls)
 
 
 def comparison_notes(config: RunConfig) -> list[str]:
@@ -119,46 +119,37 @@ def comparison_notes(config: RunConfig) -> list[str]:
         "dead latents in eval 'heldout' count both signs. SAEBench 0.6's explained_variance is wrong (it subtracts the "
         "squared mean square); use fvu.",
     ]
-    if any("split" in views(c) for c in config.dictionaries.values()):
+    if any("split" in method.views for method in config.dictionaries.values()):
         notes.append(
             "View 'split' cuts a signed code f into [max(f, 0), max(−f, 0)], over the atoms and their opposites: as "
             "many nonzero codes, the same reconstruction, twice the latents, none negative, so that SAEBench counts "
             "them all. Dead latents and densities are out of d_sae: do not compare them between the two views."
         )
-    missing = [name for name in ("core", "sparse_probing") if getattr(config.evaluation, name) is None]
-    if missing:
+    notes += method_notes(config)
+    if missing := config.evaluation.left_out():
         notes.append(f"Not run, as the config says: {', '.join(missing)}.")
-    if config.evaluation.sparse_probing is not None and config.evaluation.sparse_probing.datasets == ["bbc-news"]:
-        notes.append(
-            "Sparse probing ran SAEBench's code on the five classes of BBC news, not on SAEBench's own eight data "
-            "sets: compare these accuracies with each other, not with published ones."
-        )
-    if config.evaluation.autointerp is not None:
-        notes.append(_judge_note(config.evaluation.autointerp))
-    return notes
+    return notes + [note for section in config.evaluation.evals() for note in section.notes()]
 
 
-def _judge_note(autointerp: AutoInterpConfig) -> str:
-    n_active = autointerp.n_top_ex_for_scoring + autointerp.n_iw_sampled_ex_for_scoring
-    never = autointerp.n_random_ex_for_scoring / (n_active + autointerp.n_random_ex_for_scoring)
-    note = (
-        f"Autointerp: a judge that always says 'not active' scores {never:.2f}. It looks at positive activations only: "
-        "of signed codes, half is not judged, in their split view both halves. "
-    )
-    if autointerp.judge == "lexical":
-        return note + (
-            "The lexical judge explains a latent by its tokens and cannot see meaning: compare its scores with each "
-            "other, not with those of a language model."
-        )
-    return note + "Scores of other judges are not comparable."
+def method_notes(config: RunConfig) -> list[str]:
+    """What a reader must know of the kinds of dictionaries."""
+    of_kind: dict[type[Method], list[str]] = {}
+    for name, method in config.dictionaries.items():
+        of_kind.setdefault(type(method), []).append(name)
+    return [note for kind, names in of_kind.items() if (note := kind.note(names)) is not None]
 
 
-def _copy_results(folder: Path, manifest: dict[str, Any], evaluations: Path) -> None:
-    for eval_name, files in manifest["files"].items():
-        target = folder / ("heldout" if eval_name == "heldout" else f"saebench/{eval_name}")
-        target.mkdir(parents=True, exist_ok=True)
-        for file in files.values():
-            shutil.copyfile(evaluations / eval_name / file, target / file)
+def _raw_files(
+    manifest: dict[str, Any], evaluations: Path, examples: list[Path], logs: dict[str, Path]
+) -> dict[str, Path]:
+    """What goes into the archive: name in it -> file."""
+    results = {
+        result_name(eval_name, file): evaluations / eval_name / file
+        for eval_name, files in manifest["files"].items()
+        for file in files.values()
+    }
+    training = {f"training/{name}.jsonl": path for name, path in logs.items()}
+    return results | {f"atoms/{path.name}": path for path in examples} | training
 
 
 def _labels(config: RunConfig) -> dict[str, tuple[str, str]]:
@@ -168,9 +159,9 @@ def _labels(config: RunConfig) -> dict[str, tuple[str, str]]:
     """
     first = {replica.name: replica for replica in reversed(list(replicas(config)))}
     return {
-        view_name(first[name].label, view): (f"{name} ({view})" if len(views(c)) > 1 else name, name)
-        for name, c in config.dictionaries.items()
-        for view in views(c)
+        view_name(first[name].label, view): (f"{name} ({view})" if len(method.views) > 1 else name, name)
+        for name, method in config.dictionaries.items()
+        for view in method.views
     }
 
 
@@ -178,15 +169,18 @@ def _draw(
     folder: Path,
     config: RunConfig,
     frame: pd.DataFrame,
+    budget: tuple[pd.DataFrame, str],
     manifest: dict[str, Any],
     evaluations: Path,
     logs: dict[str, Path],
-    controls: frozenset[str],
 ) -> dict[str, Path]:
-    """The plots that the run has data for, caption -> PNG."""
+    """The plots that the run has data for, caption -> PNG.
+
+    Args: budget: what figures of many dictionaries show, see ``of_one_budget``.
+    """
     target = folder / "plots"
     target.mkdir(parents=True, exist_ok=True)
-    few, which = of_one_budget(frame, controls)
+    controls, (few, which) = config.controls, budget
     shown = list(dict.fromkeys(few["dictionary"]))
     # Those that others have their atoms from first: they share a figure, and colours come round again after ten.
     crossed = list(dict.fromkeys(of for of, _ in pivot.places(config).values()))
@@ -198,7 +192,7 @@ def _draw(
     if by_coder:
         caption = "Dictionaries by coders: error, and what the model loses. Full: learned in a weighted metric."
         pictures[caption] = by_coder
-    if "core" in manifest["files"]:
+    if {"heldout", "core"} <= manifest["files"].keys():
         caption = "Error against behaviour: FVU on held-out tokens, and the part of the model's loss that survives."
         pictures[caption + which] = plots.error_against_behaviour(
             few, target / "error_against_behaviour.png", controls, colours=colours
@@ -206,12 +200,13 @@ def _draw(
     labels = _labels(config)
     densities = {
         labels[panelist][0]: np.asarray(json.loads((evaluations / "heldout" / file).read_text())["density"])
-        for panelist, file in manifest["files"]["heldout"].items()
+        for panelist, file in manifest["files"].get("heldout", {}).items()
         if panelist in labels and labels[panelist][1] in shown
     }
-    pictures[f"How often each latent is used, either sign, on held-out tokens.{which}"] = plots.density_histogram(
-        densities, target / "density.png", colours={label: colours[name] for label, name in labels.values()}
-    )
+    if densities:
+        pictures[f"How often each latent is used, either sign, on held-out tokens.{which}"] = plots.density_histogram(
+            densities, target / "density.png", colours={label: colours[name] for label, name in labels.values()}
+        )
     pictures |= _draw_against_l0(target, frame, controls, colours)
     if not rank_plot.ranks(few, controls).empty:
         caption = (

@@ -1,212 +1,24 @@
-"""The headline columns: where each comes from, which direction is better, and how its numbers read."""
+"""The headline columns, gathered from the evals, and how their numbers read."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+
+from ksvd_sae.evals import EVALS as KINDS
+from ksvd_sae.evals.base import Column
 
 MISSING = "n/a"
 # How much a published SAE was trained is not always told: that is not 0, nor a missing score.
 UNKNOWN = "unknown"
-ARROWS = {"lower": "↓", "higher": "↑"}
 
-# The evals in the order in which tables list them: from the cheapest to know to the dearest.
-EVALS = (
-    "training",
-    "heldout",
-    "core",
-    "sparse_probing",
-    "sparse_probing_sae_probes",
-    "scr",
-    "absorption",
-    "ravel",
-    "autointerp",
+TRAINING = Column("samples seen", "training", "samples_seen", "count", "activations used in training, repeats counted")
+_OF_EVALS = [column for kind in KINDS for column in kind.columns]
+HEADLINES: tuple[Column, ...] = (
+    TRAINING,
+    *(column for column in _OF_EVALS if not column.last),
+    *(column for column in _OF_EVALS if column.last),
 )
-
-
-@dataclass(frozen=True)
-class Headline:
-    """One column of the headline table.
-
-    Args:
-        label: the column's name.
-        eval: the eval that scores it.
-        metric: the metric's name in that eval.
-        minus: a metric of the same eval to subtract, for differences.
-        better: the better direction; None for what is no contest (a budget, an amount).
-        style: how its numbers are written.
-        meaning: what it is, with its unit, as a phrase.
-        reference: a metric of the same eval to name beside it: what no dictionary reaches by itself.
-        reference_is: what gives that, as a phrase.
-        optional: no column where nothing was scored; for evals that run only where a config asks for them.
-    """
-
-    label: str
-    eval: str
-    metric: str
-    style: Literal["count", "score", "percent"]
-    meaning: str
-    better: Literal["lower", "higher"] | None = None
-    minus: str | None = None
-    reference: str | None = None
-    reference_is: str = "the same probe on the raw activations"
-    optional: bool = False
-
-    @property
-    def arrow(self) -> str:
-        return ARROWS.get(self.better or "", "")
-
-    @property
-    def heading(self) -> str:
-        return f"{self.label} {self.arrow}".strip()
-
-
-HEADLINES = (
-    Headline("samples seen", "training", "samples_seen", "count", "activations used in training, repeats counted"),
-    Headline(
-        "FVU",
-        "heldout",
-        "fvu",
-        "score",
-        "fraction of variance unexplained: squared error over the variance of the activations "
-        "(no unit; 0 is perfect, 1 is no better than the mean)",
-        "lower",
-    ),
-    Headline(
-        "loss recovered",
-        "core",
-        "ce_loss_score",
-        "score",
-        "how much of the cross-entropy between the model with its activations zeroed and the untouched model "
-        "the reconstruction wins back (no unit; 1 is the untouched model, 0 is no better than zeros)",
-        "higher",
-    ),
-    Headline(
-        "KL",
-        "core",
-        "kl_div_with_sae",
-        "score",
-        "KL divergence between the model's next-token distributions with and without the reconstruction (nats a token)",
-        "lower",
-    ),
-    Headline(
-        "nats lost",
-        "core",
-        "ce_loss_with_sae",
-        "score",
-        "cross-entropy with the reconstruction minus that of the untouched model (nats a token)",
-        "lower",
-        minus="ce_loss_without_sae",
-    ),
-    Headline(
-        "probing top-1",
-        "sparse_probing",
-        "sae_top_1_test_accuracy",
-        "score",
-        "test accuracy of a linear probe on the single best latent (fraction of texts)",
-        "higher",
-        reference="llm_top_1_test_accuracy",
-    ),
-    Headline(
-        "probing top-5",
-        "sparse_probing",
-        "sae_top_5_test_accuracy",
-        "score",
-        "test accuracy of a linear probe on the five best latents (fraction of texts)",
-        "higher",
-        reference="llm_top_5_test_accuracy",
-    ),
-    *(
-        Headline(
-            f"sae-probes top-{k}",
-            "sparse_probing_sae_probes",
-            f"sae_top_{k}_test_accuracy",
-            "score",
-            f"test accuracy of a linear probe on the {latents} at a text's last token "
-            "(fraction of texts, mean over data sets)",
-            "higher",
-            reference="llm_test_accuracy",
-            reference_is="a probe on the whole activation",
-            optional=True,
-        )
-        for k, latents in ((1, "single best latent"), (5, "five best latents"))
-    ),
-    Headline(
-        "SCR top-20",
-        "scr",
-        "scr_metric_threshold_20",
-        "score",
-        "how much of a classifier's spurious gender bias goes when the 20 latents that carry it are zeroed "
-        "(fraction; below 0: bias was added)",
-        "higher",
-        optional=True,
-    ),
-    Headline(
-        "absorption",
-        "absorption",
-        "mean_absorption_fraction_score",
-        "score",
-        "how much of a word's first letter other latents carry where the letter's own do not "
-        "(fraction, mean over words, then letters)",
-        "lower",
-        optional=True,
-    ),
-    Headline(
-        "full absorption",
-        "absorption",
-        "mean_full_absorption_score",
-        "score",
-        "words on which the letter's own latents are silent and another latent stands in for them "
-        "(fraction of words, mean over letters)",
-        "lower",
-        optional=True,
-    ),
-    Headline(
-        "RAVEL",
-        "ravel",
-        "disentanglement_score",
-        "score",
-        "mean of cause and isolation: an attribute of an entity changed, its others kept (fraction of pairs)",
-        "higher",
-        optional=True,
-    ),
-    Headline(
-        "RAVEL cause",
-        "ravel",
-        "cause_score",
-        "score",
-        "how often swapping an attribute's latents brings the other entity's answer (fraction of pairs)",
-        "higher",
-        optional=True,
-    ),
-    Headline(
-        "RAVEL isolation",
-        "ravel",
-        "isolation_score",
-        "score",
-        "how often the answers to other attributes stay as they were (fraction of pairs)",
-        "higher",
-        optional=True,
-    ),
-    Headline(
-        "autointerp",
-        "autointerp",
-        "autointerp_score",
-        "score",
-        "how often a judge that explained a latent in words predicts from them whether it fires in a text "
-        "(fraction of texts, mean over latents)",
-        "higher",
-        optional=True,
-    ),
-    Headline(
-        "dead",
-        "heldout",
-        "dead_fraction",
-        "percent",
-        "latents that no token uses (% of d_sae; in the split view each sign of an atom counts by itself)",
-        "lower",
-    ),
-)
+# The evals in the order in which tables list them.
+EVALS = (TRAINING.eval, *(kind.name for kind in KINDS))
 
 # Columns that describe a dictionary rather than score it: (name, what it is).
 DESCRIPTIONS = {
@@ -224,8 +36,8 @@ def score_texts(values: Sequence[float]) -> list[str]:
     finite = [abs(value) for value in values if math.isfinite(value) and value != 0]
     decimals = max((2 - math.floor(math.log10(value)) for value in finite), default=3)
     texts = [_score_text(value, decimals) for value in values]
-    # Unequal scores that read the same get the fourth digit.
-    if len({*texts} - {MISSING}) < len({value for value in values if math.isfinite(value)}):
+    # Unequal scores that read the same get the fourth digit; what differs by rounding alone is equal.
+    if len({*texts} - {MISSING}) < len({f"{value:.6g}" for value in values if math.isfinite(value)}):
         texts = [_score_text(value, decimals + 1) for value in values]
     return texts
 
@@ -263,7 +75,7 @@ def percent_text(value: float) -> str:
 
 def column_texts(label: str, values: Sequence[float]) -> list[str]:
     """The numbers of the headline table's column ``label`` as text."""
-    style = {headline.label: headline.style for headline in HEADLINES}.get(label, "count")
+    style = {column.label: column.style for column in HEADLINES}.get(label, "count")
     if label == "L0":
         return [mean_count_text(value) for value in values]
     if label == "samples seen":
@@ -275,7 +87,7 @@ def column_texts(label: str, values: Sequence[float]) -> list[str]:
 
 def with_intervals(label: str, texts: Sequence[str], half_widths: Sequence[float]) -> list[str]:
     """A column's texts with ± half-widths to the decimals of their means; as they are where it is none or 0."""
-    percent = {headline.label: headline.style for headline in HEADLINES}.get(label) == "percent"
+    percent = {column.label: column.style for column in HEADLINES}.get(label) == "percent"
     return [
         f"{text} ± {_spread_text(text, 100 * width if percent else width)}"
         if math.isfinite(width) and width > 0

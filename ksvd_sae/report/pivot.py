@@ -4,21 +4,19 @@ Down a column the dictionary changes, along a row the coder: so one sees which o
 """
 
 import math
-from typing import Any
 
 import pandas as pd
 
-from ksvd_sae.methods.derived_config import DerivedConfig, LinearTopKConfig, RecodedConfig, has_signs, metric
-from ksvd_sae.methods.published.config import PublishedSAEConfig
-from ksvd_sae.report.headline import HEADLINES, MISSING, Headline, column_texts, with_intervals
+from ksvd_sae.evals.base import Column
+from ksvd_sae.methods.base import CODER_LABELS, Method
+from ksvd_sae.report.headline import HEADLINES, MISSING, column_texts, with_intervals
 from ksvd_sae.report.sections import Section
 from ksvd_sae.report.statistics import Estimate, estimate
 from ksvd_sae.report.tables import headline_scores
-from ksvd_sae.run.config import RunConfig, SAEConfig
+from ksvd_sae.run.config import RunConfig
 
 OWN, LINEAR = "own encoder", "linear TopK"
-_NAMES = {"mp": "MP", "mp_refit": "MP, refit", "omp": "OMP", "ormp": "ORMP"}
-_ORDER = (OWN, LINEAR, *_NAMES.values())
+_ORDER = (OWN, LINEAR, *CODER_LABELS.values())
 
 
 def coder_section(frame: pd.DataFrame, config: RunConfig) -> Section | None:
@@ -56,7 +54,7 @@ def coders(config: RunConfig) -> list[str]:
     return sorted({column for _, column in places(config).values()}, key=_rank)
 
 
-def coder_cells(frame: pd.DataFrame, config: RunConfig, headline: Headline) -> dict[tuple[str, str], Estimate]:
+def coder_cells(frame: pd.DataFrame, config: RunConfig, headline: Column) -> dict[tuple[str, str], Estimate]:
     """(dictionary, coder) -> a score over seeds; only those that have it."""
     found_at = places(config)
     found = {} if headline.eval == "training" else _estimates(frame, headline)
@@ -66,34 +64,25 @@ def coder_cells(frame: pd.DataFrame, config: RunConfig, headline: Headline) -> d
 
 def places(config: RunConfig) -> dict[str, tuple[str, str]]:
     """Row (whose atoms they are) and column (the coder) of each dictionary of those that are coded in several ways."""
-    taken = {c.of for c in config.dictionaries.values() if isinstance(c, DerivedConfig)}
+    taken = {method.source for method in config.dictionaries.values()}
     return {
-        name: (c.of if isinstance(c, DerivedConfig) else name, _coder(c, config))
-        for name, c in config.dictionaries.items()
-        if isinstance(c, DerivedConfig) or name in taken
+        name: (method.source or name, _coder(method, config.source_of(method)))
+        for name, method in config.dictionaries.items()
+        if method.source is not None or name in taken
     }
 
 
-def _coder(config: Any, run: RunConfig) -> str:
+def _coder(method: Method, source: Method | None) -> str:
     """The coder's name, with whatever else differs from the dictionary that it codes with."""
-    if isinstance(config, SAEConfig | PublishedSAEConfig):
-        return OWN
-    if not isinstance(config, DerivedConfig):
-        coder = getattr(config, "coder", "projection")
-        return _NAMES.get(coder, coder)
-    of: Any = run.dictionaries[config.of]
-    name = LINEAR
-    signed = has_signs(of)
-    if isinstance(config, RecodedConfig):
-        name, signed = _NAMES[config.coder], has_signs(config)
-    elif isinstance(config, LinearTopKConfig):
-        signed = bool(config.signed)
-    if config.k != of.k:
-        name += f", k = {config.k}"
-    if signed != has_signs(of):
-        name += ", with signs" if signed else ", without signs"
-    if config.weighting != metric(of):
-        name += f", in the metric {metric(config).kind}"
+    name = method.coder_label
+    if source is None:
+        return name
+    if method.budget != source.budget:
+        name += f", k = {method.budget}"
+    if method.uses_both_signs != source.uses_both_signs:
+        name += ", with signs" if method.uses_both_signs else ", without signs"
+    if method.metric != source.metric:
+        name += f", in the metric {method.metric.kind}"
     return name
 
 
@@ -103,7 +92,7 @@ def _rank(column: str) -> tuple[int, str]:
     return (max(known) if known else len(_ORDER), column)
 
 
-def _estimates(frame: pd.DataFrame, headline: Headline) -> dict[str, Estimate]:
+def _estimates(frame: pd.DataFrame, headline: Column) -> dict[str, Estimate]:
     """A score by dictionary."""
     found = {}
     for name, scored in headline_scores(frame, headline).groupby("dictionary", sort=False):

@@ -16,8 +16,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import ConnectionPatch, Rectangle
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.base import Column
 from ksvd_sae.report import style
-from ksvd_sae.report.headline import Headline, column_texts
+from ksvd_sae.report.headline import column_texts
 from ksvd_sae.report.tables import entry_labels, reference_value, shown_headlines, summary
 
 Colours = Mapping[str, str] | None
@@ -164,7 +165,7 @@ def metric_bars(
     return Path(path)
 
 
-def _bars(axes: Axes, table: pd.DataFrame, headline: Headline, colours: list[str]) -> None:
+def _bars(axes: Axes, table: pd.DataFrame, headline: Column, colours: list[str]) -> None:
     values = [float(value) for value in table[headline.label]]
     places = list(range(len(values)))
     lengths = [0.0 if math.isnan(value) else value for value in values]

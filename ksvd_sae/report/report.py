@@ -1,4 +1,4 @@
-"""One self-contained HTML page: the headline table, the figures, atoms, every score, and where it all came from.
+"""One self-contained HTML page: the headline table, the figures, atoms, scores by seed, and where it all came from.
 
 The page loads nothing: style, script and images are inside it, and its content policy forbids the rest.
 """
@@ -25,6 +25,8 @@ from ksvd_sae.store import atomic_path
 
 TEMPLATE = "report.html.j2"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# The config has a place of its own; file names by the hundred are in manifest.json.
+_NOT_IN_MANIFEST = ("config", "files", "examples")
 _BETTER = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 
 
@@ -48,6 +50,7 @@ def write_report(
     controls: frozenset[str] = frozenset(),
     sections: Sequence[Section] = (),
     atoms: Sequence[DictionaryAtoms] = (),
+    n_atoms_elsewhere: int = 0,
 ) -> Path:
     """Write the report.
 
@@ -57,15 +60,17 @@ def write_report(
         frame: the scores, see ``scores.COLUMNS``.
         plots: caption -> PNG, in order.
         notes: what a reader must know, a paragraph each.
-        manifest: the run's manifest; its config (at ``config`` or ``key.config``) is shown as YAML.
+        manifest: the run's manifest; its config (at ``config`` or ``key.config``) is shown as YAML, its lists of result
+            files are not.
         controls: dictionaries that are no contestants.
         sections: further tables, below the headline table.
         atoms: samples of the dictionaries' atoms, in order.
+        n_atoms_elsewhere: how many dictionaries' samples are in the raw results only.
     Raises:
         EvaluationError: the frame is no table of scores, or a plot is no PNG.
     """
     table, widths = tables.summary(frame), tables.intervals(frame)
-    typed = scores.typed_frame(frame)
+    typed, by_seed = scores.typed_frame(frame), tables.by_seed(frame)
     page = _environment().get_template(TEMPLATE)
     html = page.render(
         title=title,
@@ -84,12 +89,14 @@ def write_report(
         atoms=list(atoms),
         strata=STRATA,
         levels=LEVELS,
-        columns=[{"name": name, "number": name not in scores.TEXT_COLUMNS} for name in scores.COLUMNS],
-        scores=_score_rows(typed),
+        n_atoms_elsewhere=n_atoms_elsewhere,
+        seed_heads=[{"name": head, "number": head not in ("dictionary", "view")} for head in tables.headings(by_seed)],
+        seed_rows=_seed_rows(by_seed),
+        n_scores=f"{len(typed):,}",
         facts=_facts(typed, manifest),
         versions=_versions(manifest),
         config=_config_text(manifest),
-        manifest=_json(manifest),
+        manifest=_json({key: value for key, value in manifest.items() if key not in _NOT_IN_MANIFEST}),
     )
     with atomic_path(Path(path)) as temporary:
         temporary.write_text(html, encoding="utf-8")
@@ -167,20 +174,23 @@ def _plot(caption: str, png: Path) -> Plot:
     return Plot(caption, "data:image/png;base64," + base64.b64encode(content).decode("ascii"), width, height)
 
 
-def _score_rows(typed: pd.DataFrame) -> list[list[tuple[str, Any]]]:
-    """(text, sort key) of every cell of the full table; a missing value is n/a, a missing n is blank."""
+def _seed_rows(by_seed: pd.DataFrame) -> list[list[tuple[str, Any]]]:
+    """(text, sort key) of every cell of the table of trainings."""
+    styles = {headline.label: headline.style for headline in HEADLINES}
     rows = []
-    for record in typed.to_dict("records"):
+    for record in by_seed.to_dict("records"):
         row: list[tuple[str, Any]] = []
-        for name in scores.COLUMNS:
-            value = record[name]
-            if name in scores.TEXT_COLUMNS:
+        for name, value in record.items():
+            if name in ("dictionary", "view"):
                 row.append((value, value))
             elif pd.isna(value):
-                row.append((MISSING if name == "value" else "", ""))
+                row.append(("none" if name == "seed" else MISSING, ""))
+            elif name == "seed":
+                row.append((str(value), value))
+            elif styles.get(str(name)) == "count":
+                row.append((f"{value:,.0f}", f"{value:.9g}"))
             else:
-                real = name in scores.REAL_COLUMNS
-                row.append((f"{value:.6g}" if real else f"{value:,}", f"{value:.9g}" if real else value))
+                row.append((f"{value:.6g}", f"{value:.6g}"))
         rows.append(row)
     return rows
 
@@ -193,8 +203,8 @@ def _facts(typed: pd.DataFrame, manifest: Mapping[str, Any]) -> list[tuple[str, 
 
 
 def _versions(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = manifest.get("versions")
-    return [(str(name), str(value)) for name, value in found.items()] if isinstance(found, Mapping) else []
+    versions = manifest.get("versions")
+    return [(str(name), str(value)) for name, value in versions.items()] if isinstance(versions, Mapping) else []
 
 
 def _config_text(manifest: Mapping[str, Any]) -> str:

@@ -1,10 +1,9 @@
 """A further table of a comparison, for its Markdown and its page: a lead, columns, rows of texts, remarks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ksvd_sae.report.tables import markdown_text
+from ksvd_sae.report.markdown import markdown_table, markdown_text
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,10 @@ class Section:
 def section_markdown(section: Section) -> list[str]:
     """The section as lines of Markdown."""
     rows = [[markdown_text(text) for text in row] for row in section.rows]
-    widths = [max(len(head), *(len(row[i]) for row in rows)) for i, head in enumerate(section.heads)]
-    numbers = [head in section.numbers for head in section.heads]
-
-    def line(row: Sequence[str]) -> str:
-        parts = zip(row, widths, numbers, strict=True)
-        return "| " + " | ".join(text.rjust(wide) if right else text.ljust(wide) for text, wide, right in parts) + " |"
-
-    rule = ["-" * (wide - 1) + (":" if right else "-") for wide, right in zip(widths, numbers, strict=True)]
-    lines = [f"## {section.title}", "", markdown_text(section.lead), "", line(section.heads), line(rule)]
+    table = markdown_table(section.heads, rows, section.numbers).splitlines()
     remarks = [f"- {markdown_text(remark)}" for remark in section.remarks]
-    return [*lines, *map(line, rows), "", *remarks, *([""] if remarks else [])]
+    lead = [f"## {section.title}", "", markdown_text(section.lead), ""]
+    return [*lead, *table, "", *remarks, *([""] if remarks else [])]
 
 
 def section_context(section: Section) -> dict[str, Any]:

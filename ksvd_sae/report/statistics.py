@@ -34,9 +34,6 @@ class Estimate:
     over: Over
 
 
-UNKNOWN = Estimate(float("nan"), float("nan"), 0, "nothing")
-
-
 @dataclass(frozen=True)
 class Difference:
     """A dictionary's score minus a baseline's, seed by seed; better or worse if the 95 % interval leaves out 0."""
@@ -87,8 +84,8 @@ def difference(scores: pd.DataFrame, baseline: pd.DataFrame, better: Literal["lo
     if seedless:
         own = "seed_baseline" if scores["seed"].isna().all() else "seed"
         pairs["seed"] = pairs[own]
-    found = estimate(pairs.assign(value=pairs["value"] - pairs["value_baseline"])[[*SEEDS, "value"]])
-    return Difference(found, _verdict(found, better))
+    gap = estimate(pairs.assign(value=pairs["value"] - pairs["value_baseline"])[[*SEEDS, "value"]])
+    return Difference(gap, _verdict(gap, better))
 
 
 def _keyed(scores: pd.DataFrame) -> pd.DataFrame:
@@ -96,9 +93,9 @@ def _keyed(scores: pd.DataFrame) -> pd.DataFrame:
     return scores[[*SEEDS, "value"]].assign(**{name: scores[name].fillna(-1).astype("int64") for name in SEEDS})
 
 
-def _verdict(found: Estimate, better: Literal["lower", "higher"]) -> Verdict:
-    if not math.isfinite(found.half_width):
+def _verdict(gap: Estimate, better: Literal["lower", "higher"]) -> Verdict:
+    if not math.isfinite(gap.half_width):
         return "no error bar"
-    if abs(found.mean) <= found.half_width:
+    if abs(gap.mean) <= gap.half_width:
         return "within noise"
-    return "better" if (found.mean > 0) == (better == "higher") else "worse"
+    return "better" if (gap.mean > 0) == (better == "higher") else "worse"

@@ -1,4 +1,4 @@
-"""What a study found: a table with error bars over seeds and figures of error against behaviour."""
+"""What a study says: a table with error bars over seeds and figures of error against behaviour."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -7,8 +7,10 @@ import pandas as pd
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.report import style
+from ksvd_sae.report.differences import of_study, study_section
+from ksvd_sae.report.markdown import markdown_table
+from ksvd_sae.report.sections import Section, section_markdown
 from ksvd_sae.report.statistics import half_width
-from ksvd_sae.report.versus import against_saes, versus_markdown
 from ksvd_sae.run.study import Study
 from ksvd_sae.store import atomic_path
 
@@ -50,28 +52,27 @@ def summarise(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines).sort_values(["layer", "k", "nats_lost"]).reset_index(drop=True)
 
 
-def markdown(table: pd.DataFrame, study_name: str, versus: str = "") -> str:
+def markdown(table: pd.DataFrame, study_name: str, against: Section | None = None) -> str:
     """One table a layer and k, best behaviour first.
 
-    Args: versus: a section on the SAEs, see ``versus.versus_markdown``.
+    Args: against: the dictionaries against the SAEs, see ``differences.study_section``.
     """
     parts = [
         f"# {study_name}",
         "Mean ± half-width of the 95 % interval over training seeds (Student's t; none for one seed). Sorted by nats "
         "lost, the rise of the next-token loss when the reconstruction is spliced in. Fisher error: mean eᵀFe of the "
         "error e, the rise of the loss to second order if F = mean ggᵀ were its Hessian, times two. "
-        f"Made by `ksvd-sae study eval_configs/{study_name}.yaml` from `rows.jsonl`.",
+        f"Made by `ksvd-sae study {study_name}` from `rows.jsonl`.",
     ]
     for (layer, k), group in table.groupby(["layer", "k"], sort=True):
         heads = ["dictionary", "coded by", "samples seen", "seeds", *(name for name, _, _ in _METRICS.values())]
-        lines = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2)]
+        lines = []
         for row in group.to_dict("records"):
             coded = row["coding"] + ("" if row["coding_k"] == k else f", k = {row['coding_k']}")
             cells = [_text(row[m], row[f"{m}_ci"], digits) for m, (_, digits, _) in _METRICS.items()]
             lines.append([row["entry"], coded, f"{row['samples_seen']:,.0f}", str(row["seeds"]), *cells])
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"## Layer {layer}, k = {k}\n\n{body}")
-    parts += [versus] if versus else []
+        parts.append(f"## Layer {layer}, k = {k}\n\n{markdown_table(heads, lines, heads[2:])}")
+    parts += ["\n".join(section_markdown(against)).strip()] if against else []
     parts.append(_explained(table))
     return "\n\n".join(parts) + "\n"
 
@@ -92,13 +93,13 @@ def correlations(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _explained(table: pd.DataFrame) -> str:
-    lines = ["| layer | k | settings | FVU | Fisher error |", "|---:|---:|---:|---:|---:|"]
-    for row in correlations(table).to_dict("records"):
-        texts = ["n/a" if row[error] != row[error] else f"{row[error]:.3f}" for error in _ERRORS]
-        lines.append(f"| {row['layer']} | {row['k']} | {row['settings']} | {texts[0]} | {texts[1]} |")
-    return "## What goes with nats lost\n\nPearson correlation over the settings of a layer and k.\n\n" + "\n".join(
-        lines
-    )
+    heads = ["layer", "k", "settings", "FVU", "Fisher error"]
+    lines = [
+        [*(str(row[name]) for name in heads[:3]), *(_text(row[error], float("nan"), 3) for error in _ERRORS)]
+        for row in correlations(table).to_dict("records")
+    ]
+    lead = "## What goes with nats lost\n\nPearson correlation over the settings of a layer and k."
+    return f"{lead}\n\n{markdown_table(heads, lines, heads)}"
 
 
 def _text(mean: float, ci: float, digits: int) -> str:
@@ -170,7 +171,7 @@ def write_report(study: Study) -> Path:
     with atomic_path(study.folder / SUMMARY) as temporary:
         table.to_csv(temporary, index=False, float_format="%.6g")
     with atomic_path(study.folder / TABLE) as temporary:
-        temporary.write_text(markdown(table, study.config.name, versus_markdown(against_saes(rows))))
+        temporary.write_text(markdown(table, study.config.name, study_section(of_study(rows))))
     frontier_plot(table, study.folder / "frontier.png")
     if table["fisher_error"].notna().any():
         frontier_plot(table, study.folder / "fisher.png", "fisher_error")

@@ -13,21 +13,22 @@ import numpy as np
 import pandas as pd
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.base import Column
 from ksvd_sae.report.headline import (
     DESCRIPTIONS,
     HEADLINES,
-    Headline,
     column_texts,
     score_texts,
     with_intervals,
 )
+from ksvd_sae.report.markdown import markdown_table, markdown_text
 from ksvd_sae.report.scores import (
     FIRST_VIEWS,
     check_table,
     ranks,
     typed_frame,
 )
-from ksvd_sae.report.statistics import SEEDS, UNKNOWN, Estimate, estimate
+from ksvd_sae.report.statistics import SEEDS, estimate
 from ksvd_sae.store import atomic_path
 
 TITLE = "Comparison of dictionaries"
@@ -44,7 +45,7 @@ class Cell:
     best: bool = False
 
 
-def headline_data(frame: pd.DataFrame, headline: Headline) -> str | None:
+def headline_data(frame: pd.DataFrame, headline: Column) -> str | None:
     """The data set of a headline column: of those that score most dictionaries, the first in the frame."""
     rows = frame[(frame["eval"] == headline.eval) & (frame["metric"] == headline.metric)]
     if rows.empty:
@@ -53,7 +54,7 @@ def headline_data(frame: pd.DataFrame, headline: Headline) -> str | None:
     return str(pairs.idxmax())
 
 
-def shown_headlines(frame: pd.DataFrame) -> list[Headline]:
+def shown_headlines(frame: pd.DataFrame) -> list[Column]:
     """The headline columns of a table: optional ones only where they were scored."""
     return [headline for headline in HEADLINES if not headline.optional or headline_data(frame, headline) is not None]
 
@@ -68,7 +69,7 @@ def _pairs(typed: pd.DataFrame) -> list[Pair]:
     return sorted(pairs, key=lambda pair: (order[pair[0]], view_order[pair[1]]))
 
 
-def headline_scores(typed: pd.DataFrame, headline: Headline) -> pd.DataFrame:
+def headline_scores(typed: pd.DataFrame, headline: Column) -> pd.DataFrame:
     """Every score behind a headline column: dictionary, view, seed, eval_seed, value.
 
     A difference of two metrics is taken within seeds, before any mean. Training belongs to a dictionary whatever its
@@ -78,36 +79,69 @@ def headline_scores(typed: pd.DataFrame, headline: Headline) -> pd.DataFrame:
     rows = typed[(typed["eval"] == headline.eval) & (typed["data"] == headline_data(typed, headline))]
     if headline.eval == "training":
         rows = rows.assign(view="").drop_duplicates([*keys, "metric"])
-    found = rows.loc[rows["metric"] == headline.metric, [*keys, "value"]]
+    values = rows.loc[rows["metric"] == headline.metric, [*keys, "value"]]
     if headline.minus is None:
-        return found.reset_index(drop=True)
+        return values.reset_index(drop=True)
     # Missing seeds do not merge: −1 stands for them.
     filled = {name: lambda part, n=name: part[n].fillna(-1) for name in SEEDS}
     minus = rows.loc[rows["metric"] == headline.minus, [*keys, "value"]]
-    merged = pd.merge(found.assign(**filled), minus.assign(**filled), "left", keys, suffixes=("", "_minus"))
-    return found.assign(value=(merged["value"] - merged["value_minus"]).to_numpy()).reset_index(drop=True)
+    merged = pd.merge(values.assign(**filled), minus.assign(**filled), "left", keys, suffixes=("", "_minus"))
+    return values.assign(value=(merged["value"] - merged["value_minus"]).to_numpy()).reset_index(drop=True)
 
 
 def _constant(typed: pd.DataFrame, pair: Pair, name: str) -> float:
     """What a dictionary's rows agree on (its size, its budget)."""
     rows = typed[(typed["dictionary"] == pair[0]) & (typed["view"] == pair[1])]
-    found = sorted({int(value) for value in rows[name].dropna()})
-    if len(found) > 1:
+    values = sorted({int(value) for value in rows[name].dropna()})
+    if len(values) > 1:
         raise EvaluationError(
             f"summarising {pair[0]!r} ({pair[1]}): its rows give several {name}",
-            got=found,
+            got=values,
             cause="two dictionaries share a name",
             cure="give each its own name",
         )
-    return found[0] if found else float("nan")
+    return values[0] if values else float("nan")
 
 
-def _measured_l0(typed: pd.DataFrame, pair: Pair) -> Estimate:
-    """Mean nonzeros a token: as measured with the held-out scores, else with the first scores that say."""
+def _l0_scores(typed: pd.DataFrame, pair: Pair) -> pd.DataFrame:
+    """Mean nonzeros a token, seed by seed: as measured with the held-out scores, else with the first that say."""
     rows = typed[(typed["dictionary"] == pair[0]) & (typed["view"] == pair[1]) & typed["l0"].notna()]
     heldout = rows[rows["eval"] == "heldout"]
-    found = heldout if len(heldout) else rows
-    return estimate(found.drop_duplicates(SEEDS)[[*SEEDS, "l0"]].rename(columns={"l0": "value"}))
+    measured = heldout if len(heldout) else rows
+    return measured.drop_duplicates(SEEDS)[[*SEEDS, "l0"]].rename(columns={"l0": "value"})
+
+
+def _column_scores(typed: pd.DataFrame, pairs: Sequence[Pair]) -> dict[str, list[pd.DataFrame]]:
+    """Column -> the scores behind it of each pair: seed, eval_seed, value."""
+    columns = {"L0": [_l0_scores(typed, pair) for pair in pairs]}
+    none = pd.DataFrame({name: pd.Series(dtype="float64") for name in (*SEEDS, "value")})
+    for headline in shown_headlines(typed):
+        scores = dict(list(headline_scores(typed, headline).groupby(["dictionary", "view"], sort=False)))
+        keys = [(name, "") if headline.eval == "training" else (name, view) for name, view in pairs]
+        columns[headline.label] = [scores.get(key, none) for key in keys]
+    return columns
+
+
+def by_seed(frame: pd.DataFrame) -> pd.DataFrame:
+    """The headline scores training by training: one row a dictionary, view and training seed, in ``summary``'s order.
+
+    Returns: dictionary, view, seed (missing where a dictionary is learned without one), L0 and ``shown_headlines``,
+        means over evaluation seeds; NaN where there is no finite score.
+    """
+    check_table(frame)
+    typed = typed_frame(frame)
+    pairs = _pairs(typed)
+    columns = _column_scores(typed, pairs)
+    rows = []
+    for i, (name, view) in enumerate(pairs):
+        scored = typed[(typed["dictionary"] == name) & (typed["view"] == view)]
+        for seed in sorted(scored["seed"].fillna(-1).unique()):
+            row: dict[str, Any] = {"dictionary": name, "view": view, "seed": None if seed < 0 else int(seed)}
+            for label, scores in columns.items():
+                values = scores[i].loc[scores[i]["seed"].fillna(-1) == seed, "value"]
+                row[label] = values[np.isfinite(values)].mean()
+            rows.append(row)
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
 
 
 def summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -140,13 +174,9 @@ def _summarised(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         **{n: [_constant(typed, pair, n) for pair in pairs] for n in ("d_sae", "k")},
     }
     widths: dict[str, list[Any]] = {**named, "d_sae": nothing, "k": nothing}
-    columns = {"L0": [_measured_l0(typed, pair) for pair in pairs]}
-    for headline in shown_headlines(typed):
-        scores = dict(list(headline_scores(typed, headline).groupby(["dictionary", "view"], sort=False)))
-        keys = [(name, "") if headline.eval == "training" else (name, view) for name, view in pairs]
-        columns[headline.label] = [estimate(scores[key]) if key in scores else UNKNOWN for key in keys]
-    for name, found in columns.items():
-        means[name], widths[name] = [e.mean for e in found], [e.half_width for e in found]
+    for name, scores in _column_scores(typed, pairs).items():
+        estimates = [estimate(each) for each in scores]
+        means[name], widths[name] = [e.mean for e in estimates], [e.half_width for e in estimates]
     return pd.DataFrame(means), pd.DataFrame(widths)
 
 
@@ -195,27 +225,14 @@ def headings(table: pd.DataFrame) -> list[str]:
     return [named.get(str(name), str(name)) for name in table.columns]
 
 
-def markdown_text(text: str) -> str:
-    """Text that cannot end a cell, a line, or become a tag."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
-
-
 def to_markdown(table: pd.DataFrame, controls: frozenset[str] = frozenset(), widths: pd.DataFrame | None = None) -> str:
     """A summary as an aligned Markdown table, the best real method of each column in bold; arguments as ``cells``."""
-    heads = headings(table)
-    shown = [
+    rows = [
         [f"**{cell.text}**" if cell.best else markdown_text(cell.text) for cell in row]
         for row in cells(table, controls, widths)
     ]
-    sizes = [max(3, len(head), *(len(row[i]) for row in shown)) for i, head in enumerate(heads)]
-    left = [name in ("dictionary", "view") for name in table.columns]
-
-    def line(row: list[str]) -> str:
-        parts = zip(row, sizes, left, strict=True)
-        return "| " + " | ".join(text.ljust(wide) if flush else text.rjust(wide) for text, wide, flush in parts) + " |"
-
-    rule = ["-" * wide if flush else "-" * (wide - 1) + ":" for wide, flush in zip(sizes, left, strict=True)]
-    return "\n".join([line(heads), line(rule), *(line(row) for row in shown)]) + "\n"
+    heads = headings(table)
+    return markdown_table(heads, rows, set(heads) - {"dictionary", "view"}) + "\n"
 
 
 def legend(frame: pd.DataFrame) -> list[tuple[str, str]]:
@@ -241,7 +258,7 @@ def legend(frame: pd.DataFrame) -> list[tuple[str, str]]:
     return entries
 
 
-def reference_value(frame: pd.DataFrame, headline: Headline) -> float | None:
+def reference_value(frame: pd.DataFrame, headline: Column) -> float | None:
     """What the raw activations reach on a headline's metric; None if unknown or not one number."""
     if headline.reference is None:
         return None

@@ -1,153 +1,62 @@
-"""How many samples a dictionary needs: held-out error against samples seen, for DB-KSVD and SAEs on the same shards.
+"""How many samples a dictionary needs: held-out error against samples seen, for every kind on the same shards.
 
-A DB-KSVD dictionary is measured on its way: it has no schedule, so what it is after n samples is what training on n
-samples gives. A SAE's learning rate is warmed up and decayed over its training, so each of its points is a training of
-its own, the decay done: what a user with that many samples would get.
+A training without a schedule is measured on its way: what it is after n samples is what training on n samples gives.
+Where a learning rate is warmed up and decayed, each point is a training of its own, the decay done: what a user with
+that many samples would get.
 """
 
-import json
 import logging
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import pandas as pd
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
-from torch import Tensor
-
-from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.evals.heldout import heldout_metrics
-from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
-from ksvd_sae.methods.trainers import estimator
-from ksvd_sae.report import style
-from ksvd_sae.run.config import DBKSVDConfig, SAEConfig
+from ksvd_sae.evals.heldout.metrics import heldout_metrics
+from ksvd_sae.methods.base import Method
 from ksvd_sae.run.pipeline import Run
-from ksvd_sae.store import atomic_path, commit
+from ksvd_sae.run.replicas import Replica
+from ksvd_sae.run.rows import Rows
+from ksvd_sae.store import content_hash
 
 logger = logging.getLogger(__name__)
-_HELDOUT_BATCH = 16_384
-# Marks on the way of a DB-KSVD training: a factor of √2 apart.
-_STEP = 2**0.5
-_FVU_TICKS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)
+_BATCH = 16_384
+# Between the points on the way of a training.
+_SPACING = 2**0.5
 
 
-def measure_efficiency(run: Run, passes: list[int], path: Path) -> list[dict[str, Any]]:
-    """Rows (dictionary, samples_seen, seconds, fvu) of every DB-KSVD and SAE of the run, appended to ``path``.
+def measure_efficiency(run: Run, passes: list[int], rows: Rows) -> list[dict[str, Any]]:
+    """Rows (dictionary, samples_seen, seconds, fvu) of every dictionary of the run that learns in passes.
 
     Args:
-        passes: over the shards, one SAE training for each.
-    seconds: of training alone. What the file has rows of (by a hash of the training) is not measured again; rows of
-        trainings that are not asked for stay in the file and are not returned.
+        passes: over the shards, a training for each where a schedule asks for that.
+        rows: what has rows there is not measured again; rows of trainings that are not asked for stay there and are not
+            returned.
+    seconds: of training alone.
     """
-    train, heldout = run.shards("train"), run.shards("heldout")
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def add(name: str, key: str, samples: int, seconds: float, fvu: float) -> None:
-        row = {
-            "key": key,
-            "dictionary": name,
-            "samples_seen": samples,
-            "seconds": round(seconds, 2),
-            "fvu": fvu,
-            "commit": commit(),
-        }
-        rows.append(row)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-    done = {row["key"] for row in rows}
     wanted = set()
-    for name, config in run.config.dictionaries.items():
-        if isinstance(config, DBKSVDConfig):
-            key = run.training_key(config)
-            wanted.add(key)
-            if key not in done:
-                for samples, seconds, fvu in _trace(run, config, train, heldout):
-                    add(name, key, samples, seconds, fvu)
-        elif isinstance(config, SAEConfig):
-            for n_passes in passes:
-                own = config.model_copy(update={"passes": n_passes})
-                key = run.training_key(own)
-                wanted.add(key)
-                if key in done:
-                    continue
-                trained = run.train_one(f"{name}-{n_passes}-passes", own, train)
-                fvu = heldout_metrics(run.load_sae(trained), heldout.batches(_HELDOUT_BATCH)).scores["fvu"]
-                add(name, key, trained.manifest["samples_seen"], trained.manifest["seconds"], fvu)
-    return [row for row in rows if row["key"] in wanted]
+    for name, method in run.config.dictionaries.items():
+        if "passes" not in method.may_vary:
+            continue
+        variants = [method] if method.has_waypoints else [method.varied(passes=n) for n in passes]
+        for variant in variants:
+            training = run.content(Replica(name, variant, None, name))
+            wanted.add(training)
+            if any(row["training"] == training for row in rows.all().values()):
+                continue
+            # All of them first: a training with rows is not measured again.
+            for samples_seen, seconds, fvu in list(_points(run, name, variant)):
+                row = {"dictionary": name, "samples_seen": samples_seen, "seconds": round(seconds, 2), "fvu": fvu}
+                rows.append(content_hash([training, samples_seen]), {"training": training, **row})
+    return [row for row in rows.all().values() if row["training"] in wanted]
 
 
-def _trace(
-    run: Run, config: DBKSVDConfig, train: ActivationShards, heldout: ActivationShards
-) -> list[tuple[int, float, float]]:
-    """(samples seen, seconds of training, held-out FVU) on the way of one training."""
-    points: list[tuple[int, float, float]] = []
-    started, measuring = time.perf_counter(), 0.0
-
-    def on_batch(entry: BatchLog) -> None:
-        nonlocal measuring
-        last = entry.samples_seen >= config.passes * train.n_samples
-        if points and entry.samples_seen < _STEP * points[-1][0] and not last:
-            return
-        now = time.perf_counter()
-        fvu = _heldout_fvu(ksvd, config, heldout.batches(_HELDOUT_BATCH))
-        points.append((entry.samples_seen, now - started - measuring, fvu))
-        measuring += time.perf_counter() - now
-
-    ksvd = estimator(config, train, run.setting(config), on_batch=on_batch)
-    ksvd.fit(train)
-    return points
-
-
-def _heldout_fvu(ksvd: DoubleBatchKSVD, config: DBKSVDConfig, batches: Iterator[Tensor]) -> float:
-    dictionary = replace(Dictionary.from_estimator(ksvd), coder=config.coder)
-    error, variance = 0.0, 0.0
-    for x_BD in batches:
-        error += float((dictionary.decode(dictionary.encode(x_BD)) - x_BD).double().square().sum())
-        variance += float((x_BD - x_BD.mean(dim=0)).double().square().sum())
-    return error / variance
-
-
-def efficiency_plot(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Held-out FVU against samples seen and against seconds of training, both on log axes."""
-    frame = pd.DataFrame(rows).sort_values("samples_seen")
-    colours = style.palette(dict.fromkeys(frame["dictionary"]))
-    with style.figure(path, 10.0, 4.4) as drawn:
-        panels: list[tuple[str, str]] = [("samples_seen", "samples seen"), ("seconds", "seconds of training")]
-        for axes, (column, label) in zip(drawn.subplots(1, 2, sharey=True), panels, strict=True):
-            for index, (name, group) in enumerate(frame.groupby("dictionary", sort=False)):
-                marker = style.MARKERS[index % len(style.MARKERS)]
-                axes.plot(
-                    group[column], group["fvu"], marker=marker, markersize=4, color=colours[str(name)], label=str(name)
-                )
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=_FVU_TICKS))
-            axes.yaxis.set_minor_locator(NullLocator())
-            # Matplotlib's own labels of log axes are formulas, which the style leaves as text.
-            for which in ("x", "y"):
-                style.count_axis(axes, which)
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            axes.set_xlabel(label)
-        drawn.axes[0].set_ylabel("held-out FVU")
-        drawn.axes[0].set_title("Error against data")
-        drawn.axes[1].set_title("Error against time")
-        handles, labels = drawn.axes[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    return path
-
-
-def write_efficiency(run: Run, passes: list[int], folder: Path, say: Callable[[str], None]) -> Path:
-    """Measure, then rows.jsonl, table.md and efficiency.png in ``folder``; returns the plot's path."""
-    rows = measure_efficiency(run, passes, folder / "rows.jsonl")
-    lines = ["| dictionary | samples seen | seconds | held-out FVU |", "|---|---:|---:|---:|"]
-    for row in sorted(rows, key=lambda r: (r["dictionary"], r["samples_seen"])):
-        lines.append(f"| {row['dictionary']} | {row['samples_seen']:,} | {row['seconds']:.1f} | {row['fvu']:.4f} |")
-    with atomic_path(folder / "table.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n")
-    say(f"{len(rows)} points in {folder}")
-    return efficiency_plot(rows, folder / "efficiency.png")
+def _points(run: Run, name: str, method: Method) -> Iterator[tuple[int, float, float]]:
+    """(samples seen, seconds of training, held-out FVU) of one training."""
+    setting, heldout = run.setting(method), run.shards("heldout")
+    waypoints = method.waypoints(setting, _SPACING)
+    if waypoints is None:
+        trained = run.train_one(name, method)
+        fvu = heldout_metrics(run.load_sae(trained), heldout.batches(_BATCH)).scores["fvu"]
+        yield trained.manifest["samples_seen"], trained.manifest["seconds"], fvu
+        return
+    for point in waypoints:
+        fvu = heldout_metrics(setting.wrap(point.dictionary), heldout.batches(_BATCH)).scores["fvu"]
+        yield point.samples_seen, point.seconds, fvu

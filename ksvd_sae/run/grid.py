@@ -1,36 +1,34 @@
-"""A study as typed values: which dictionaries, at which layers, k and seeds, coded how.
+"""A study: a grid of runs. Which dictionaries, at which layers, k and seeds, coded how.
 
-The YAML names a base run (model, text, harvest) and axes. A cell is one training; every training is measured under each
-of its entry's codings. ``cells`` orders them so that a study that stops early has whole seeds.
+The YAML names a base run (model, text, harvest) and axes. Each layer becomes a run of its own: its dictionaries are the
+study's entries at each k, and again under each of an entry's codings.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.methods.derived_config import DerivedConfig, LinearTopKConfig, filled
-from ksvd_sae.run.config import DictionaryConfig, DictionaryName, RunConfig, SAEConfig, load_config, views
+from ksvd_sae.methods.base import Coder
+from ksvd_sae.run.config import DictionaryName, RunConfig, load_config, parse_config, seed_name
+from ksvd_sae.run.find_config import find_config
+from ksvd_sae.strict import Strict
 
-_DICTIONARY: TypeAdapter[Any] = TypeAdapter(DictionaryConfig)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+OWN_ENCODER = "own"
 
 
-class CodingVariant(_Strict):
+class CodingVariant(Strict):
     """A way to code with a trained dictionary by pursuit; what is left out is as trained.
 
     nonnegative: null: as the dictionary's own codes, so that of SAEs: true.
     """
 
-    coder: Literal["mp", "mp_refit", "omp", "ormp", "matryoshka"]
+    coder: Coder
     k: int | None = Field(None, ge=1)
     k_factor: float = Field(1.0, gt=0, description="times the k of training, if k is null")
     rtol: float = Field(0.0, ge=0)
@@ -39,12 +37,17 @@ class CodingVariant(_Strict):
     def k_of(self, trained_k: int) -> int:
         return self.k or max(1, round(self.k_factor * trained_k))
 
+    def recoded(self, of: str, trained_k: int) -> dict[str, Any]:
+        """As a dictionary of a run that takes its atoms from another."""
+        own = self.model_dump(exclude={"k", "k_factor"})
+        return {"kind": "recoded", "of": of, "k": self.k_of(trained_k), **own}
 
-class Entry(_Strict):
+
+class Entry(Strict):
     """One kind of dictionary.
 
-    dictionary: its config without k and seed; ``of`` names another entry, whose cell of the same layer, k and seed it
-        takes its atoms from.
+    dictionary: its config without k and seed; ``of`` names another entry, whose dictionary of the same layer, k and
+        seed it takes its atoms from.
     codings: by name; null, and none at all, for the dictionary's own encoder. SAEs can be coded by pursuit too.
     layers, k, seeds: where they differ from the study's.
     """
@@ -56,11 +59,11 @@ class Entry(_Strict):
     seeds: list[int] | None = None
 
 
-class StudyConfig(_Strict):
+class StudyConfig(Strict):
     """A study; its name is its folder under results/."""
 
     name: DictionaryName
-    base: str = Field(description="YAML of the run to start from, relative to the study's file")
+    base: str = Field(description="the run to start from: a YAML, relative to the study's file, or a config's name")
     overrides: list[str] = Field(default_factory=list, description="as --set, applied to the base")
     layers: list[int] = Field(min_length=1)
     k: list[int] = Field(min_length=1)
@@ -72,111 +75,109 @@ class StudyConfig(_Strict):
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and the codings to measure it under (None, and no coding: its own encoder).
+    """Where a dictionary of a layer's run stands in the grid.
 
-    of: the config of what it takes its atoms from, if it does.
+    trained: the entry's dictionary in that run, which this one is or takes its atoms from. k: that it is trained with.
     """
 
     entry: str
+    trained: str
+    coding: str
     layer: int
     k: int
-    seed: int
-    dictionary: Any
-    codings: dict[str, CodingVariant | None]
-    of: Any = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.entry}-l{self.layer}-k{self.k}-s{self.seed}"
 
 
-def load_study(path: Path) -> tuple[StudyConfig, dict[int, RunConfig]]:
-    """The study and the base run at each of its layers.
+@dataclass(frozen=True)
+class LayerRun:
+    """The run of one layer, and the place in the grid of each of its dictionaries that is to be measured."""
 
+    config: RunConfig
+    cells: dict[str, Cell]
+
+
+def load_study(path: str | Path) -> tuple[StudyConfig, dict[int, LayerRun]]:
+    """The study and the run of each of its layers.
+
+    Args: path: the study's YAML, or the name of a study that comes with the package.
     Raises: ConfigError: missing file, bad YAML, unknown key or value, an entry that is no dictionary.
     """
+    path = find_config(path)
     try:
         raw = yaml.safe_load(path.read_text())
         study = StudyConfig.model_validate({"name": path.stem, **raw})
-    except FileNotFoundError as error:
-        raise ConfigError(f"reading study {path}: no such file", cure="check the path") from error
-    except (yaml.YAMLError, TypeError, ValidationError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValidationError) as error:
         raise ConfigError(f"reading study {path}: {error}", cure="see eval_configs/study-engine.yaml") from error
-    list(cells(study))  # every entry must be a dictionary at every k
-    base = (path.parent / study.base).resolve()
-    runs = {}
-    for layer in study.layers:
-        hook = f"model.hook=blocks.{layer}.hook_resid_post"
-        runs[layer] = load_config(base, [*study.overrides, hook, f"name={study.name}"])
-    return study, runs
+    base = find_config(study.base, path.parent).resolve()
+    return study, {layer: layer_run(study, base, layer) for layer in study.layers}
 
 
-def cells(study: StudyConfig) -> Iterator[Cell]:
-    """Every training: seeds outermost, then k in the order given, layers, entries."""
-    for seed, k, layer in product(study.seeds, study.k, study.layers):
-        for name, entry in study.entries.items():
-            if (
-                seed in (entry.seeds or study.seeds)
-                and k in (entry.k or study.k)
-                and layer in (entry.layers or study.layers)
-            ):
-                yield _cell(study, name, layer, k, seed)
+def layer_run(study: StudyConfig, base: Path, layer: int) -> LayerRun:
+    """The run of one layer.
 
-
-def _cell(study: StudyConfig, name: str, layer: int, k: int, seed: int) -> Cell:
-    entry = study.entries[name]
-    dictionary, of = _dictionary(name, entry, k, seed), None
-    if isinstance(dictionary, DerivedConfig):
-        found = {name: dictionary}
-        if dictionary.of != name and dictionary.of in study.entries:
-            found[dictionary.of] = _dictionary(dictionary.of, study.entries[dictionary.of], k, seed)
-        try:
-            dictionary, of = filled(name, dictionary, found), found.get(dictionary.of)
-        except ValueError as error:
+    Raises: ConfigError: an entry that is no dictionary, or does not fit the base run.
+    """
+    hook = f"model.hook=blocks.{layer}.hook_resid_post"
+    start = load_config(base, [*study.overrides, hook, f"name={study.name}"])
+    dictionaries: dict[str, Any] = {}
+    cells: dict[str, Cell] = {}
+    for k, name in product(study.k, study.entries):
+        entry = study.entries[name]
+        if k in (entry.k or study.k) and layer in (entry.layers or study.layers):
+            for trained, seed in _trainings(study, name, k):
+                dictionaries[trained] = _dictionary(study, entry, k, seed)
+                for coding, coded, raw in _codings(entry, trained, k):
+                    dictionaries[coded] = raw or dictionaries[trained]
+                    cells[coded] = Cell(name, trained, coding, layer, k)
+    evaluation = {
+        "core": None,
+        "sparse_probing": None,
+        "loss": {"contexts": study.contexts, "context_tokens": study.context_tokens},
+    }
+    raw = {
+        **start.model_dump(mode="json", exclude={"dictionaries", "evaluation", "report"}),
+        "training_seeds": study.seeds,
+        "dictionaries": dictionaries,
+        "evaluation": evaluation,
+        "report": {"atoms": 0},
+    }
+    config = parse_config(raw, f"study {study.name}, layer {layer}")
+    for name, method in config.dictionaries.items():
+        if method.views != ("signed",):
             raise ConfigError(
-                f"study entry {name!r}: {error}",
-                limit=f"entries: {', '.join(study.entries)}",
-                cure="let of name an entry that is learned",
-            ) from error
-    for coding, variant in entry.codings.items():
-        _check_coding(name, dictionary, coding, variant)
-    return Cell(name, layer, k, seed, dictionary, entry.codings, of)
+                f"study entry {cells[name].entry!r}: a study measures codes as they come",
+                got=f"views: {', '.join(method.views)}",
+                cause="error and behaviour are the same in every view",
+                cure="leave view out",
+            )
+    return LayerRun(config, cells)
 
 
-def _check_coding(name: str, dictionary: Any, coding: str, variant: CodingVariant | None) -> None:
-    if variant is None:
-        return
-    if isinstance(dictionary, LinearTopKConfig):
-        raise ConfigError(
-            f"study entry {name!r}: coding {coding!r} would leave the fitted encoder out",
-            cure=f"give the coding to {dictionary.of!r}, whose atoms these are",
-        )
-    if isinstance(dictionary, SAEConfig) and variant.coder == "matryoshka":
-        raise ConfigError(
-            f"study entry {name!r}: coding {coding!r} needs the groups of a DB-KSVD dictionary", cure="coder: omp"
-        )
-    if variant.coder == "ormp" and isinstance(dictionary, SAEConfig) and variant.nonnegative is not False:
-        raise ConfigError(
-            f"study entry {name!r}: coding {coding!r}: coder 'ormp' has signs, the SAE's codes have none",
-            cure="coder: omp, or nonnegative: false to let the codes have signs",
-        )
+def _trainings(study: StudyConfig, name: str, k: int) -> list[tuple[str, int | None]]:
+    """Names of an entry's dictionaries at a k, each with the seed that it has of its own.
+
+    Where an entry has the study's seeds, one dictionary is trained once for each; else one dictionary has each seed.
+    """
+    own, trained = study.entries[name].seeds, f"{name}-k{k}"
+    if own is None or own == study.seeds:
+        return [(trained, None)]
+    return [(trained if len(own) == 1 else seed_name(trained, seed), seed) for seed in own]
 
 
-def _dictionary(name: str, entry: Entry, k: int, seed: int) -> Any:
+def _dictionary(study: StudyConfig, entry: Entry, k: int, seed: int | None) -> dict[str, Any]:
+    """Its config for a run."""
     raw = {**entry.dictionary, "k": k}
-    if raw.get("kind") not in ("pca", "random", "recoded"):
+    if seed is not None:
         raw["seed"] = seed
-    try:
-        found = _DICTIONARY.validate_python(raw)
-    except ValidationError as error:
-        raise ConfigError(
-            f"study entry {name!r}: {error}", cure="see the dictionary configs in ksvd_sae/config.py"
-        ) from error
-    if views(found) != ("signed",):
-        raise ConfigError(
-            f"study entry {name!r}: a study measures codes as they come",
-            got=f"view: {found.view}",
-            cause="error and behaviour are the same in every view",
-            cure="leave view out",
-        )
-    return found
+    if (of := raw.get("of")) in study.entries:
+        sources = {own: trained for trained, own in _trainings(study, str(of), k)}
+        raw["of"] = sources.get(seed, next(iter(sources.values())))
+    return raw
+
+
+def _codings(entry: Entry, trained: str, k: int) -> Iterator[tuple[str, str, dict[str, Any] | None]]:
+    """(coding, name in the run, config) of all that is measured of a training; None: as it was trained."""
+    for coding, variant in (entry.codings or {OWN_ENCODER: None}).items():
+        if variant is None:
+            yield coding, trained, None
+        else:
+            yield coding, f"{trained}-{coding}", variant.recoded(trained, k)

@@ -1,15 +1,15 @@
-"""The stages in order, from one config: harvest, train, evaluate, compare.
+"""The stages of a run in order, from one config: harvest, train, evaluate.
 
 Each stage finds its input by content hash and reuses its own finished output, so running a config again does only
-what is missing. Activations and dictionaries lie in the cache (``provenance.cache_dir``), results under results/.
+what is missing. Activations and dictionaries lie in the cache (``store.cache_dir``).
 """
 
 import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,37 +17,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ksvd_sae.activations.gradients import GradientMoments, gradients_key, open_gradients
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, run_harvest
+from ksvd_sae.activations.language import ActivationReader, load_model
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.device import resolve_device
-from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.errors import ConfigError, ManifestError
-from ksvd_sae.methods.derived_config import DerivedConfig, LinearTopKConfig, metric
-from ksvd_sae.methods.options import View
-from ksvd_sae.methods.published.config import PublishedSAEConfig
-from ksvd_sae.methods.recoding import Source, derive_dictionary
-from ksvd_sae.methods.trainers import (
-    ALGORITHM,
-    TRAIN_LOG,
-    TrainingSetting,
-    clear_unfinished,
-    train_dictionary,
-    training_fields,
-)
-from ksvd_sae.offline import bbc_news
-from ksvd_sae.offline.eval_data import write_eval_data
-from ksvd_sae.offline.gemma import GGUF_SHA256, MODEL_NAME, prepare_gemma
-from ksvd_sae.run.config import DictionaryConfig, RunConfig, SAEConfig, views
-from ksvd_sae.run.replicas import Replica, other_training, replicas
+from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist
+from ksvd_sae.evals.llm_cache import TensorCache
+from ksvd_sae.methods.base import Method, Source, TrainingSetting
+from ksvd_sae.run.config import RunConfig
+from ksvd_sae.run.replicas import Replica, replicas, source_training
 from ksvd_sae.run.trained import TrainedDictionary
 from ksvd_sae.store import cache_dir, content_hash, is_finished, read_manifest, write_manifest
 
 if TYPE_CHECKING:
-    from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist
+    from sae_lens.saes.sae import SAE
 
 logger = logging.getLogger(__name__)
 TRAIN_STAGE = "train"
 EVALUATE_STAGE = "evaluate"
+
+
+@dataclass
+class Scores:
+    """What a run has scored so far.
+
+    rows: of the comparison. results: of evals, as they came. news: what came last, its eval's name or a dictionary's.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    results: list[EvalResults] = field(default_factory=list)
+    news: str = ""
 
 
 class Run:
@@ -70,61 +70,32 @@ class Run:
 
     def prepare(self) -> None:
         """Make the model findable. Comes before anything that imports the Hub libraries."""
-        model = self.config.model
-        if model.source == "offline":
-            if model.name != MODEL_NAME:
-                raise ConfigError(
-                    f"model.source offline has no model {model.name!r}",
-                    limit=MODEL_NAME,
-                    cure=f"set model.name to {MODEL_NAME} or model.source to hub",
-                )
-            prepare_gemma()
+        self.config.model.prepare()
 
     # ------------------------------------------------------------ harvest
 
     @cached_property
     def _harvest_key(self) -> dict[str, Any]:
-        sources = {}
-        if self.config.model.source == "offline":
-            sources["model"] = GGUF_SHA256
-        if self.config.text.source == "bbc-news":
-            sources["text"] = bbc_news.corpus_hash()
-        if self.config.text.source == "folder":
-            from ksvd_sae.activations.text import text_folder_hash
+        return self.config.harvested.key
 
-            sources["text"] = text_folder_hash(Path(str(self.config.text.dataset)).expanduser())
-        return harvest_key(self.config, sources)
-
-    @property
+    @cached_property
     def harvest_folder(self) -> Path:
-        return harvest_folder(self.cache, self._harvest_key)
+        return self.config.harvested.folder(self.cache)
 
     def harvest(self) -> ActivationShards:
-        """Activations of the run, and gradient moments if asked for, collected or reused."""
-        from ksvd_sae.activations.text import documents
+        """Activations of the run, and gradient moments if asked for, collected or reused.
 
-        self.fetch_published()
-
-        def texts() -> Iterator[str]:
-            return documents(self.config.text, self.config.seed)
-
-        return run_harvest(self.config, self.harvest_folder, self._harvest_key, self._reader, texts)
-
-    def _reader(self) -> Any:
-        from ksvd_sae.activations.language import ActivationReader, load_model
-
-        return ActivationReader(load_model(self.config.model, self.device), self.config.model.hook)
-
-    def fetch_published(self) -> None:
-        """Download the published SAEs that are not here yet, and check their model and hook.
-
-        Raises: HubError, ConfigError, DictionaryError: before the model is loaded.
+        Raises: whatever a dictionary needs from elsewhere and is not there, before the model is loaded; else as
+            ``run_harvest``.
         """
-        for config in self.config.dictionaries.values():
-            if isinstance(config, PublishedSAEConfig) and not self._is_trained(config):
-                from ksvd_sae.methods.published.saes import check_fetched
+        model = self.config.model
+        for method in self.config.dictionaries.values():
+            if not self._is_trained(method):
+                method.check_elsewhere(model.name, model.hook)
+        return run_harvest(self.config.harvested, self.harvest_folder, self._reader)
 
-                check_fetched(config, model_name=self.config.model.name, hook_name=self.config.model.hook)
+    def _reader(self) -> ActivationReader:
+        return ActivationReader(load_model(self.config.model, self.device), self.config.model.hook)
 
     def shards(self, part: str = "train") -> ActivationShards:
         """The finished harvest; ManifestError if there is none."""
@@ -142,157 +113,192 @@ class Run:
 
     def train(self) -> list[TrainedDictionary]:
         """Every training of the config, done or reused, in the config's order."""
-        shards = self.shards()
-        return [self._train(replica, shards) for replica in replicas(self.config)]
+        return [self.train_replica(replica) for replica in replicas(self.config)]
 
     def trained(self) -> list[TrainedDictionary]:
         """Every training of the config; ManifestError if one has not been done."""
-        return [
-            TrainedDictionary(r.name, r.config, folder, read_manifest(folder, TRAIN_STAGE, key), r.seed, r.label)
-            for r in replicas(self.config)
-            for folder, key in [self._training(r.config)]
-        ]
+        return [self._opened(replica) for replica in replicas(self.config)]
 
-    def _training(self, config: DictionaryConfig, of: DictionaryConfig | None = None) -> tuple[Path, dict[str, Any]]:
+    def _training(self, method: Method, source: Method | None) -> tuple[Path, dict[str, Any]]:
+        """Where a training is, and everything that it follows from."""
         key: dict[str, Any] = {
             "harvest": content_hash(self._harvest_key),
-            "dictionary": training_fields(config),
-            "seed": self._seed(config),
+            "dictionary": method.key(),
+            "seed": self._seed(method),
         }
-        if config.kind in ALGORITHM:
-            key["algorithm"] = ALGORITHM[config.kind]
-        if metric(config).kind.startswith("fisher"):
+        if method.metric.needs_gradients:
             key["gradients"] = content_hash(self._gradients_key)
-        if isinstance(config, DerivedConfig):
-            key["of"] = content_hash(self._training(of or other_training(self.config, config))[1])
-        return self.cache / "dictionaries" / f"{config.kind}-{content_hash(key)}", key
+        if source is not None:
+            key["of"] = content_hash(self._training(source, None)[1])
+        return self.cache / "dictionaries" / f"{method.kind}-{content_hash(key)}", key
 
-    def _is_trained(self, config: DictionaryConfig) -> bool:
-        folder, key = self._training(config)
+    def _is_trained(self, method: Method) -> bool:
+        folder, key = self._training(method, source_training(self.config, method))
         return is_finished(folder, TRAIN_STAGE, key)
 
-    def training_key(self, config: DictionaryConfig) -> str:
-        """Short name of what the dictionary follows from: config, activations, algorithm."""
-        return self._training(config)[0].name
+    def _seed(self, method: Method) -> int:
+        return self.config.seed if method.own_seed is None else method.own_seed
 
-    def _seed(self, config: DictionaryConfig) -> int:
-        own: int | None = getattr(config, "seed", None)
-        return self.config.seed if own is None else own
+    def train_one(self, name: str, method: Method) -> TrainedDictionary:
+        """One dictionary, learned or reused; it need not be in the config, but what it is derived from must be."""
+        return self.train_replica(Replica(name, method, self._seed(method), name))
 
-    def train_one(
-        self, name: str, config: DictionaryConfig, shards: ActivationShards, of: DictionaryConfig | None = None
-    ) -> TrainedDictionary:
-        """One dictionary, learned or reused; it need not be in the config.
-
-        Args: of: what a derived one takes its atoms from, learned first; None: found in the config by its name.
-        """
-        return self._train(Replica(name, config, self._seed(config), name), shards, of)
-
-    def _train(
-        self, replica: Replica, shards: ActivationShards, of: DictionaryConfig | None = None
-    ) -> TrainedDictionary:
-        name, config = replica.label, replica.config
-        folder, key = self._training(config, of)
+    def train_replica(self, replica: Replica) -> TrainedDictionary:
+        """One training, done or reused."""
+        method, source = replica.method, source_training(self.config, replica.method)
+        folder, key = self._training(method, source)
         if is_finished(folder, TRAIN_STAGE, key):
-            logger.info("train %s: reusing %s", name, folder)
-        else:
-            clear_unfinished(folder)
-            started = time.perf_counter()
-            if isinstance(config, DerivedConfig):
-                other = self.train_one(config.of, of or other_training(self.config, config), shards)
-                source = Source(other.config, other.folder, other.manifest["samples_seen"])
-                # The time that the other took is its own.
-                started = time.perf_counter()
-                facts = derive_dictionary(config, source, shards, folder, self.setting(config))
-            else:
-                facts = train_dictionary(config, shards, folder, self.setting(config))
-            facts.setdefault("seconds", round(time.perf_counter() - started, 1))
-            write_manifest(folder, TRAIN_STAGE, key, name=name, device=str(self.device), **facts)
-            logger.info("train %s: %.1f s, %s", name, facts["seconds"], folder)
-        manifest = read_manifest(folder, TRAIN_STAGE, key)
-        return TrainedDictionary(replica.name, config, folder, manifest, replica.seed, replica.label)
+            logger.info("train %s: reusing %s", replica.label, folder)
+            return self._opened(replica)
+        taken_from = None
+        if source is not None and method.source is not None:
+            other = self.train_one(method.source, source)
+            taken_from = Source(other.method, other.folder, other.manifest["samples_seen"])
+        setting = self.setting(method)
+        method.clear_unfinished(folder)
+        started = time.perf_counter()
+        facts = method.train(setting, folder, taken_from).manifest(time.perf_counter() - started)
+        write_manifest(folder, TRAIN_STAGE, key, name=replica.label, device=str(self.device), **facts)
+        logger.info("train %s: %s s, %s", replica.label, facts["seconds"], folder)
+        return self._opened(replica)
 
-    def setting(self, config: DictionaryConfig | None = None) -> TrainingSetting:
-        """What a training gets besides its config (None: one without a seed of its own) and the activations."""
+    def _opened(self, replica: Replica) -> TrainedDictionary:
+        folder, key = self._training(replica.method, source_training(self.config, replica.method))
+        manifest = read_manifest(folder, TRAIN_STAGE, key)
+        return TrainedDictionary(replica.name, replica.method, folder, manifest, replica.seed, replica.label)
+
+    def content(self, replica: Replica) -> str:
+        """Hash of a dictionary as it codes, known before it is trained."""
+        key = self._training(replica.method, source_training(self.config, replica.method))[1]
+        return TrainedDictionary.content_of(content_hash(key), replica.method, "signed")
+
+    def trained_seconds(self, replica: Replica) -> float | None:
+        """What it took to learn the atoms, whoever's they are; None where nobody did here."""
+        source = source_training(self.config, replica.method)
+        folder, key = self._training(source or replica.method, None)
+        seconds: float | None = read_manifest(folder, TRAIN_STAGE, key)["seconds"]
+        return seconds
+
+    def setting(self, method: Method | None = None) -> TrainingSetting:
+        """What a training gets besides its options (None: one without a seed of its own)."""
         model = self.config.model
         return TrainingSetting(
             model_name=model.name,
             hook=model.hook,
             context_tokens=self.config.harvest.context_tokens,
-            seed=self.config.seed if config is None else self._seed(config),
+            seed=self.config.seed if method is None else self._seed(method),
             device=self.device,
             harvest_hash=content_hash(self._harvest_key),
+            shards=self.shards(),
             gradient_moments=self.gradient_moments,
         )
 
-    def wrap(self, dictionary: Dictionary, view: View = "signed") -> Any:
-        """The dictionary as a SAELens SAE of this run's model and hook."""
-        return self.setting().wrap(dictionary, view)
-
-    def load_sae(self, trained: TrainedDictionary) -> Any:
+    def load_sae(self, trained: TrainedDictionary) -> "SAE[Any]":
         """The trained dictionary as a SAELens SAE in its view, with the coder that the config asks for."""
-        if isinstance(trained.config, SAEConfig | LinearTopKConfig | PublishedSAEConfig):
-            from ksvd_sae.methods.sae.training import load_sae
-
-            return load_sae(trained.folder, self.device)
-        dictionary = Dictionary.load(trained.folder)
-        coder = getattr(trained.config, "coder", dictionary.coder)
-        sae = self.wrap(replace(dictionary, coder=coder), trained.view)
-        # Evals give activations with the heads flattened.
-        sae.turn_off_forward_pass_hook_z_reshaping()
-        return sae
+        return trained.method.load(self.setting(trained.method), trained.folder, trained.view)
 
     # ------------------------------------------------------------ evaluate
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, show: Callable[[Scores], None] | None = None, *, train: bool = False) -> dict[str, Any]:
         """Every eval of the config on every view of every dictionary, each result computed once.
 
+        Args:
+            show: called with what there is whenever scores have come in.
+            train: train what has not been trained yet, each dictionary right before its first scores.
         Returns: the stage's manifest.
         Raises: EvaluationError if a score is missing (finished ones are kept), ManifestError if a stage before is.
         """
         if is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
+            if train:
+                self.train()
             logger.info("evaluate: reusing %s", self._evaluation_folder)
             return self.evaluated()
-        from ksvd_sae.evals.panel import evaluate_heldout, evaluate_saebench, result_files, tidy_rows
+        from ksvd_sae.evals.panel import result_files
 
-        started, evaluation = time.perf_counter(), self.config.evaluation
-        trained, panel, setting = self._viewed(), self.panel(), self.eval_setting()
-        output = self.cache / "evaluations"
-        heldout = evaluate_heldout(panel, self.shards("heldout"), content_hash(self._harvest_key), output / "heldout")
-        results = [replace(heldout, data=self.heldout_name)]
-        results += evaluate_saebench(panel, evaluation, setting, self.heldout_name, output)
-        facts = {t.panelist: t.facts(heldout.metrics[t.panelist]["l0"]) for t in trained}
-        trained_on = self.heldout_name.removesuffix("-heldout")
-        rows = [row for result in results for row in tidy_rows(result, facts)]
-        rows += [row for t in trained for row in t.training_rows(facts[t.panelist], trained_on)]
+        started, scores = time.perf_counter(), Scores()
+        for scores in self._scored(train=train):
+            if show is not None:
+                show(scores)
         return write_manifest(
             self._evaluation_folder,
             EVALUATE_STAGE,
             self._evaluation_key,
-            rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in rows],
-            files=result_files(results),
-            examples={name: path.name for name, path in self._examples(output / "examples").items()},
-            config=self.config.model_dump(mode="json"),
+            rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in scores.rows],
+            files=result_files(scores.results),
+            examples={name: path.name for name, path in self._examples().items()},
+            config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
         )
 
-    def panel(self) -> "list[Panelist]":
+    def _scored(self, *, train: bool) -> Iterator[Scores]:
+        """What there is, whenever a dictionary has been scored by the evals that are had at once, or the panel by
+        another."""
+        from ksvd_sae.evals.panel import run_evals, tidy_rows
+
+        if not train:
+            self.trained()
+        evaluation, setting, output = self.config.evaluation, self.eval_setting, self.evaluations
+        scores, facts, panel = Scores(), dict[str, dict[str, Any]](), list[Panelist]()
+        failures: dict[str, KsvdSaeError] = {}
+        for replica in replicas(self.config):
+            try:
+                trained = self.train_replica(replica)
+                results = self.at_once(trained)
+            except KsvdSaeError as error:
+                logger.error("%s failed: %s", replica.label, error.what)
+                failures[replica.label] = error
+                continue
+            panel += [self._panelist(view) for view in trained.in_views()]
+            l0 = {name: scores["l0"] for r in results for name, scores in r.metrics.items() if "l0" in scores}
+            facts |= {view.panelist: view.facts(l0.get(view.panelist)) for view in trained.in_views()}
+            scores.results += results
+            scores.rows += [row for result in results for row in tidy_rows(result, facts)]
+            for view in trained.in_views():
+                scores.rows += view.training_rows(facts[view.panelist], self.config.text.name)
+            scores.news = replica.label
+            yield scores
+        # What the evals above keep, such as a model, they need no more.
+        setting.between_calls.clear()
+        if not panel:
+            raise next(iter(failures.values()))
+        for result in run_evals(panel, (s for s in evaluation.seeded() if not s.at_once), setting, output):
+            scores.results.append(result)
+            scores.rows += tidy_rows(result, facts)
+            scores.news = result.eval
+            yield scores
+        if len(failures) > 1:
+            raise EvaluationError(
+                f"{len(failures)} dictionaries could not be learned or scored; what the others gave is kept",
+                cause="\n".join(f"{label}: {failure}" for label, failure in failures.items()),
+                cure="mend what they say and run again",
+            )
+        for failure in failures.values():
+            raise failure
+
+    def at_once(self, trained: TrainedDictionary) -> list[EvalResults]:
+        """Scores of a dictionary, in all of its views, by the evals that are cheap."""
+        panel = [self._panelist(view) for view in trained.in_views()]
+        sections = [section for section in self.config.evaluation.seeded() if section.at_once]
+        return [section.run(panel, self.eval_setting, self.evaluations) for section in sections]
+
+    @property
+    def evaluations(self) -> Path:
+        """Holds a folder of result files for each eval."""
+        return self.cache / "evaluations"
+
+    def panel(self) -> list[Panelist]:
         """Every view of every finished training, as evals take them; ManifestError if one has not been done."""
-        from ksvd_sae.evals.saebench.runner import Panelist
+        return [self._panelist(viewed) for trained in self.trained() for viewed in trained.in_views()]
 
-        return [Panelist(t.panelist, t.content, partial(self.load_sae, t)) for t in self._viewed()]
+    def _panelist(self, trained: TrainedDictionary) -> Panelist:
+        return Panelist(trained.panelist, trained.content, partial(self.load_sae, trained))
 
-    def _viewed(self) -> list[TrainedDictionary]:
-        return [viewed for t in self.trained() for viewed in t.in_views()]
-
-    def eval_setting(self) -> "EvalSetting":
-        """What SAEBench's evals read and where they keep what can be used again."""
-        from ksvd_sae.evals.llm_cache import TensorCache
-        from ksvd_sae.evals.saebench.runner import EvalSetting
-
-        evaluation = self.config.evaluation
-        data_folder, data_hash = self.local_data()
+    @cached_property
+    def eval_setting(self) -> EvalSetting:
+        """What evals read and where they keep what can be used again."""
+        evaluation, asked = self.config.evaluation, bool(self.config.harvest.gradient_tokens)
+        data_folder, data_hash = self._local_data()
         return EvalSetting(
             model_name=self.config.model.name,
             dtype=self.config.model.dtype,
@@ -302,52 +308,55 @@ class Run:
             artifacts=self.cache / "artifacts",
             cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
             memory_bytes=int(evaluation.llm_memory_gb * 1e9),
+            heldout=Heldout(
+                self.heldout_name,
+                self.shards("heldout"),
+                self._reader,
+                self.gradient_moments if asked else None,
+                content_hash(self._gradients_key) if asked else None,
+            ),
         )
 
-    def _examples(self, output: Path) -> dict[str, Path]:
+    def _examples(self) -> dict[str, Path]:
         """Atoms in context of the first training of every dictionary, in the codes that it gives itself."""
         from ksvd_sae.evals.atoms.examples import run_examples
-        from ksvd_sae.evals.saebench.runner import Panelist
 
         first = {t.name: t for t in reversed(self.trained())}
         chosen = [first[name] for name in self.config.dictionaries]
         panel = [Panelist(t.name, t.content, partial(self.load_sae, t)) for t in chosen]
-        return run_examples(panel, self.config, self.shards("heldout"), self._reader, output)
+        heldout = self.eval_setting.heldout
+        assert heldout is not None
+        return run_examples(
+            panel, self.config.report, self.config.harvest, self.config.seed, heldout, self.evaluations / "examples"
+        )
 
     @property
     def _evaluation_key(self) -> dict[str, Any]:
-        # Left out where there is none: evaluations from before there were views stay finished.
-        other_views = {name: views(c) for name, c in self.config.dictionaries.items() if views(c) != ("signed",)}
         return {
             "harvest": content_hash(self._harvest_key),
             "evaluation": self.config.evaluation.model_dump(mode="json"),
-            "dictionaries": {r.label: content_hash(self._training(r.config)[1]) for r in replicas(self.config)},
-            "coders": {name: getattr(c, "coder", None) for name, c in self.config.dictionaries.items()},
-            **({"views": {name: list(found) for name, found in other_views.items()}} if other_views else {}),
-            **({"report": self.config.report.model_dump(mode="json")} if self.config.report.atoms else {}),
+            "dictionaries": {
+                r.label: [
+                    content_hash(self._training(r.method, source_training(self.config, r.method))[1]),
+                    r.method.choices(),
+                    list(r.method.views),
+                ]
+                for r in replicas(self.config)
+            },
+            "report": self.config.report.model_dump(mode="json"),
         }
 
     @property
     def _evaluation_folder(self) -> Path:
-        return self.cache / "evaluations" / f"{self.config.name}-{content_hash(self._evaluation_key)}"
+        return self.evaluations / f"{self.config.name}-{content_hash(self._evaluation_key)}"
 
     def evaluated(self) -> dict[str, Any]:
         """Manifest of the finished evaluation; ManifestError if there is none."""
         return read_manifest(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key)
 
-    # ------------------------------------------------------------ compare
-
-    def compare(self) -> Path:
-        """Tables, plots and report from a finished evaluation; returns the report's path."""
-        from ksvd_sae.report.compare import write_comparison
-
-        manifest = self.evaluated()
-        logs = {t.label: t.folder / TRAIN_LOG for t in self.trained() if (t.folder / TRAIN_LOG).exists()}
-        return write_comparison(self.results, self.config, manifest, self.cache / "evaluations", logs)
-
     # ------------------------------------------------------------ data for evals
 
-    def local_data(self) -> tuple[Path, str]:
+    def _local_data(self) -> tuple[Path, str]:
         """Folder with the local data sets that evals read by name, and a hash of them."""
         folder = self.cache / "data" / content_hash(self._harvest_key)
         heldout = self.harvest_folder / HELDOUT_DOCUMENTS
@@ -356,7 +365,8 @@ class Run:
         target = folder / self.heldout_name / "train.jsonl"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(heldout, target)
-        write_eval_data(folder, self.config.evaluation)
+        for section in self.config.evaluation.evals():
+            section.write_data(folder)
         digest = hashlib.sha256()
         for path in sorted(folder.rglob("*.jsonl")):
             digest.update(path.read_bytes())
@@ -365,6 +375,4 @@ class Run:
     @property
     def heldout_name(self) -> str:
         """True name of the held-out documents as a data set."""
-        text = self.config.text
-        source = text.source if text.source == "bbc-news" else Path(str(text.dataset)).name
-        return f"{source}-heldout"
+        return f"{self.config.text.name}-heldout"

@@ -1,45 +1,32 @@
-"""Run a study: train each cell, measure it, append a row; what has a row is not done again."""
+"""Run a study: train and measure what has no row yet, dictionary by dictionary."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
-from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError, TextError
-from ksvd_sae.evals.heldout import heldout_metrics
-from ksvd_sae.evals.loss import SpliceEvaluator
-from ksvd_sae.methods.recoding import as_dictionary
-from ksvd_sae.methods.trainers import ALGORITHM, training_fields
-from ksvd_sae.run.config import RunConfig
-from ksvd_sae.run.grid import Cell, CodingVariant, StudyConfig, cells
+from ksvd_sae.errors import EvaluationError, KsvdSaeError
+from ksvd_sae.evals.loss import LossEval
+from ksvd_sae.run.grid import Cell, LayerRun, StudyConfig
 from ksvd_sae.run.pipeline import Run
-from ksvd_sae.run.trained import TrainedDictionary
-from ksvd_sae.store import commit, content_hash
+from ksvd_sae.run.replicas import Replica, replicas
+from ksvd_sae.run.rows import Rows
+from ksvd_sae.store import content_hash
 
 logger = logging.getLogger(__name__)
-ROWS = "rows.jsonl"
-OWN_ENCODER = "own"
-_HELDOUT_BATCH = 16_384
 
 
 @dataclass
 class Study:
     """A study and its rows on disk.
 
-    Args: runs: the base run at each layer.  results: folder that holds results/<name>.
+    Args: layers: the run of each layer.  results: folder that holds results/<name>.
     """
 
     config: StudyConfig
-    runs: dict[int, RunConfig]
+    layers: dict[int, LayerRun]
     results: Path = Path("results")
     cache: Path | None = None
 
@@ -47,210 +34,89 @@ class Study:
     def folder(self) -> Path:
         return self.results / self.config.name
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows measured so far, of any version of the study; the last of the same key counts."""
-        path = self.folder / ROWS
-        if not path.exists():
-            return []
-        found: dict[str, dict[str, Any]] = {}
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ManifestError(
-                    f"reading {path}: line {number} is no row",
-                    cause="a write that was cut off",
-                    cure="delete that line",
-                ) from error
-            found[row["key"]] = row
-        return list(found.values())
+    @property
+    def _rows(self) -> Rows:
+        return Rows(self.folder / "rows.jsonl")
 
-    def missing(self) -> Iterator[tuple[Cell, dict[str, CodingVariant | None]]]:
-        """Cells with the codings that have no row yet."""
-        done = {row["key"] for row in self.rows()}
-        for cell in cells(self.config):
-            codings = cell.codings or {OWN_ENCODER: None}
-            left = {name: variant for name, variant in codings.items() if self._key(cell, variant) not in done}
-            if left:
-                yield cell, left
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows measured so far, of any version of the study."""
+        return list(self._rows.all().values())
+
+    def missing(self, layer: int) -> list[Replica]:
+        """Trainings of a layer that have no row yet."""
+        run, done = self._run(layer), self._rows.all()
+        return [replica for replica, _ in self._measured(layer) if self._key(run, replica) not in done]
 
     def run(self, minutes: float | None = None, layer: int | None = None) -> int:
         """Train and measure what is missing; returns how many rows came.
 
-        Args: minutes: begin no new cell after this time.  layer: only this one, so that processes can share a study;
+        Args: minutes: begin nothing new after this time.  layer: only this one, so that processes can share a study;
             None: all.
-        Raises: EvaluationError that names the cells that could not be trained or measured, after all others are done;
-            anything that is not one of our errors at once. Rows so far are on disk.
+        Raises: EvaluationError that names what could not be trained or measured, after all else is done; anything that
+            is not one of our errors at once. Rows so far are on disk.
         """
-        started, n_rows = time.monotonic(), 0
-        failures: list[str] = []
-        benches: dict[int, _Bench] = {}
-        for cell, codings in list(self.missing()):
-            if layer not in (None, cell.layer):
-                continue
-            if minutes is not None and time.monotonic() - started > 60 * minutes:
-                logger.info("study %s: %g minutes are over, %d rows this time", self.config.name, minutes, n_rows)
-                break
-            if cell.layer not in benches:
-                # One layer's activations, logits and model at a time.
-                benches.clear()
-                benches[cell.layer] = _Bench(self.config, self.runs[cell.layer], self.cache)
-            try:
-                for row in self._rows_of(cell, codings, benches[cell.layer]):
-                    self._append(row)
-                    n_rows += 1
-            except KsvdSaeError as error:
-                logger.error("%s failed: %s", cell.name, error.what)
-                failures.append(f"{cell.name}: {error}")
+        started, n_rows, failures = time.monotonic(), 0, list[str]()
+        for own in self.layers if layer is None else [layer]:
+            # One layer's activations and model at a time.
+            run, is_ready = self._run(own), False
+            for replica in self.missing(own):
+                if minutes is not None and time.monotonic() - started > 60 * minutes:
+                    logger.info("study %s: %g minutes are over, %d rows this time", self.config.name, minutes, n_rows)
+                    break
+                if not is_ready:
+                    run.prepare()
+                    run.harvest()
+                    is_ready = True
+                try:
+                    row = self._row(run, replica, self.layers[own].cells[replica.name])
+                except KsvdSaeError as error:
+                    logger.error("%s failed: %s", replica.label, error.what)
+                    failures.append(f"layer {own}, {replica.label}: {error}")
+                    continue
+                self._rows.append(self._key(run, replica), row)
+                n_rows += 1
         if failures:
             raise EvaluationError(
-                f"study {self.config.name}: {len(failures)} dictionaries have no rows, or not all; the others are done",
+                f"study {self.config.name}: {len(failures)} dictionaries have no rows; the others are done",
                 cause="\n".join(failures),
                 cure="change these entries of the study and run it again",
             )
         return n_rows
 
-    def _rows_of(
-        self, cell: Cell, codings: dict[str, CodingVariant | None], bench: "_Bench"
-    ) -> Iterator[dict[str, Any]]:
-        trained = bench.run.train_one(cell.name, cell.dictionary, bench.train, cell.of)
-        for name, variant in codings.items():
-            row = {"key": self._key(cell, variant), **_identity(cell, name, variant)}
-            row |= bench.measure(trained, variant) | _training(trained)
-            logger.info("%s, %s: FVU %.4f, nats lost %.4f", cell.name, name, row["fvu"], row["nats_lost"])
-            yield {**row, "commit": commit()}
+    def _run(self, layer: int) -> Run:
+        return Run(self.layers[layer].config, self.results, self.cache)
 
-    def _key(self, cell: Cell, variant: CodingVariant | None) -> str:
-        """What a row's numbers follow from."""
-        run = self.runs[cell.layer]
-        coding = None if variant is None else variant.model_dump(mode="json")
-        # Left out where there is none: rows from before an entry could take another's atoms stay valid.
-        of = {} if cell.of is None else {"of": [training_fields(cell.of, seed=True), ALGORITHM.get(cell.of.kind)]}
-        return content_hash(
-            {
-                **of,
-                "model": run.model.model_dump(mode="json"),
-                "text": run.text.model_dump(mode="json"),
-                "harvest": run.harvest.model_dump(mode="json"),
-                "dictionary": training_fields(cell.dictionary, seed=True),
-                "algorithm": ALGORITHM.get(cell.dictionary.kind),
-                "coding": coding,
-                "contexts": [self.config.contexts, self.config.context_tokens],
-            }
-        )
+    def _measured(self, layer: int) -> Iterator[tuple[Replica, Cell]]:
+        """Whole seeds first, so that a study that stops early has them."""
+        grid = self.layers[layer]
+        chosen = [replica for replica in replicas(grid.config) if replica.name in grid.cells]
+        for replica in sorted(chosen, key=lambda replica: -1 if replica.seed is None else replica.seed):
+            yield replica, grid.cells[replica.name]
 
-    def _append(self, row: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
-        with (self.folder / ROWS).open("a") as file:
-            file.write(json.dumps(clean) + "\n")
+    def _key(self, run: Run, replica: Replica) -> str:
+        evals = {section.name: section.model_dump(mode="json") for section in run.config.evaluation.evals()}
+        return content_hash({"dictionary": run.content(replica), "evals": evals})
 
-
-def _identity(cell: Cell, name: str, variant: CodingVariant | None) -> dict[str, Any]:
-    config = cell.dictionary
-    weighting = getattr(config, "weighting", None)
-    return {
-        "entry": cell.entry,
-        "kind": config.kind,
-        "weighting": weighting.kind if weighting is not None else "none",
-        "layer": cell.layer,
-        "k": cell.k,
-        "seed": cell.seed,
-        "coding": name,
-        "coding_k": cell.k if variant is None else variant.k_of(cell.k),
-        "n_atoms": getattr(config if cell.of is None else cell.of, "n_atoms", cell.k),
-    }
-
-
-def _training(trained: TrainedDictionary) -> dict[str, Any]:
-    return {"samples_seen": trained.manifest["samples_seen"], "train_seconds": trained.manifest["seconds"]}
-
-
-class _Bench:
-    """One layer's run, model, held-out activations and contexts."""
-
-    def __init__(self, study: StudyConfig, config: RunConfig, cache: Path | None):
-        self.run = Run(config, cache=cache)
-        self.run.prepare()
-        self._study = study
-        self.run.harvest()
-        self.train, self._heldout = self.run.shards("train"), self.run.shards("heldout")
-
-    @cached_property
-    def _splice(self) -> SpliceEvaluator:
-        from ksvd_sae.activations.language import load_model
-        from ksvd_sae.activations.text import contexts
-
-        model = load_model(self.run.config.model, self.run.device)
-        path = self.run.harvest_folder / HELDOUT_DOCUMENTS
-        texts = (json.loads(line)["text"] for line in path.read_text().splitlines())
-        wanted = self._study.contexts
-        tokens = list(islice(contexts(texts, model.tokenizer, self._study.context_tokens), wanted))
-        if len(tokens) < wanted:
-            raise TextError(
-                f"study: the held-out documents have {len(tokens)} contexts of {self._study.context_tokens} tokens",
-                limit=f"contexts: {wanted}",
-                cure="hold out more tokens (harvest.heldout_tokens), or ask for fewer contexts",
-            )
-        limit = self._heldout.manifest["statistics"]["outlier_limit"]
-        # Every token zeroed, as SAEBench's core does: else loss recovered is of another scale than in its tables.
-        hook = self.run.config.model.hook
-        return SpliceEvaluator(model, hook, torch.stack(tokens), norm_limit=limit, ablation="all")
-
-    @cached_property
-    def _fisher_DD(self) -> Tensor | None:
-        """Mean g gᵀ of the loss's gradient, raw units, if the harvest has it."""
-        if not self.run.config.harvest.gradient_tokens:
-            return None
-        return self.run.gradient_moments().outer_DD
-
-    def measure(self, trained: TrainedDictionary, variant: CodingVariant | None) -> dict[str, float]:
-        """Error and behaviour of one dictionary under one coding, on held-out tokens and contexts."""
-        sae = self.run.load_sae(trained)
-        if variant is not None:
-            dictionary = as_dictionary(trained.config, trained.folder, self.train, self.run.setting())
-            changes: dict[str, Any] = {"coder": variant.coder, "rtol": variant.rtol, "k": variant.k_of(dictionary.k)}
-            if variant.nonnegative is not None:
-                changes["nonnegative"] = variant.nonnegative
-            if changes["k"] != dictionary.k:
-                changes["max_steps"] = None
-            if variant.coder != "matryoshka":
-                changes["groups"] = None
-            sae = self.run.wrap(replace(dictionary, **changes))
-        held = heldout_metrics(sae, self._heldout.batches(_HELDOUT_BATCH))
-
-        def reconstruct(x_ND: Tensor) -> Tensor:
-            rebuilt_ND: Tensor = sae.decode(sae.encode(x_ND)).detach()
-            return rebuilt_ND
-
-        scores = self._splice.score(reconstruct, trained.name)
+    def _row(self, run: Run, replica: Replica, cell: Cell) -> dict[str, Any]:
+        trained = run.train_replica(replica)
+        results = run.at_once(trained)
+        scores = {name: value for r in results for name, value in r.metrics[trained.panelist].items()}
+        logger.info("%s: FVU %.4f, nats lost %.4f", replica.label, scores["fvu"], scores["nats_lost"])
+        entered = run.config.dictionaries[cell.trained]
+        learned = run.config.source_of(entered) or entered
         return {
-            **{name: held.scores[name] for name in ("fvu", "l0", "dead_fraction")},
-            **self._error_anatomy(reconstruct),
-            "loss_recovered": scores.loss_recovered,
-            "nats_lost": scores.nats_lost,
-            "nats_lost_error": scores.nats_lost_error,
-            "kl": scores.kl,
-            "ce_clean": scores.ce_clean,
-            "ce_ablated": scores.ce_ablated,
-            "n_predictions": scores.n_tokens,
+            "entry": cell.entry,
+            "kind": entered.kind,
+            "sae": entered.is_sae,
+            "weighting": entered.metric.kind,
+            "layer": cell.layer,
+            "k": cell.k,
+            "seed": replica.seed,
+            "coding": cell.coding,
+            "coding_k": trained.manifest["k"],
+            "n_atoms": learned.size or trained.manifest["d_sae"],
+            **scores,
+            "n_predictions": next(r.averaged_over(trained.panelist) for r in results if r.eval == LossEval.name),
+            "samples_seen": trained.manifest["samples_seen"],
+            "train_seconds": run.trained_seconds(replica),
         }
-
-    def _error_anatomy(self, reconstruct: Any) -> dict[str, float]:
-        """Where the error lies, on held-out tokens.
-
-        fisher_error: mean eᵀFe, the error as the loss sees it to second order (twice the nats, were F the Hessian).
-        shrinkage: Σ⟨x̂, x⟩ / Σ‖x‖², centred: below 1 if reconstructions are too short.
-        bias: ‖mean error‖² / mean ‖error‖².
-        """
-        centre_D = self._heldout.centre_D.float()
-        x_BD = next(self._heldout.batches(4096))
-        error_BD = (reconstruct(x_BD) - x_BD).double()
-        x_BD = (x_BD - centre_D).double()
-        anatomy = {
-            "shrinkage": 1 + float((error_BD * x_BD).sum() / x_BD.square().sum()),
-            "bias": float(error_BD.mean(dim=0).square().sum() / error_BD.square().sum(dim=1).mean()),
-        }
-        if self._fisher_DD is not None:
-            anatomy["fisher_error"] = float(((error_BD @ self._fisher_DD) * error_BD).sum(dim=1).mean())
-        return anatomy

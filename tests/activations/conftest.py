@@ -1,6 +1,7 @@
 """A tiny GPT-NeoX with its tokenizer, made in this process: nothing is looked up by name, so no Hub cache is read."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.harvest import Harvest
 from ksvd_sae.activations.shards import (
     STAGE,
     STATISTICS_FILE,
@@ -17,7 +19,7 @@ from ksvd_sae.activations.shards import (
     write_statistics,
 )
 from ksvd_sae.activations.statistics import RunningStatistics
-from ksvd_sae.activations.transformers_5 import make_loadable
+from ksvd_sae.activations.transformers_5 import loadable
 from ksvd_sae.store import write_manifest
 from tests import tiny_models
 
@@ -61,10 +63,10 @@ def model(neox_folder: Path, hf_model: Any, tokenizer: Any) -> Any:
     from transformer_lens.loading_from_pretrained import get_pretrained_model_config
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
 
-    make_loadable()
     config = get_pretrained_model_config(str(neox_folder), device="cpu", dtype=torch.float32)
     hooked = HookedTransformer(config, tokenizer=tokenizer)
-    weights = {name: weight.clone() for name, weight in convert_neox_weights(hf_model, config).items()}
+    with loadable():
+        weights = {name: weight.clone() for name, weight in convert_neox_weights(hf_model, config).items()}
     hooked.load_state_dict(weights, strict=False)
     return hooked.eval()
 
@@ -92,3 +94,15 @@ def store_harvest(tmp_path: Path) -> StoreHarvest:
         return ActivationShards.open(folder, key=KEY)
 
     return store
+
+
+@dataclass(frozen=True)
+class GivenTexts(Harvest):
+    """A harvest of these documents, whatever its text says; of None, opening the text is an error."""
+
+    documents: tuple[str, ...] | None = None
+
+    def texts(self) -> Iterator[str]:
+        if self.documents is None:
+            raise AssertionError("the text was opened")
+        return iter(self.documents)

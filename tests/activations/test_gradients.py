@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from ksvd_sae.activations.gradients import (
     open_gradients,
     read_gradients,
 )
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
-from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, HarvestConfig, run_harvest
+from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.activations.text import contexts
+from ksvd_sae.activations.text import TextConfig, contexts
 from ksvd_sae.errors import ActivationError, HookError, ManifestError, ShapeError, ShardError, TextError
-from ksvd_sae.run.config import RunConfig, parse_config
 from ksvd_sae.store import MANIFEST, content_hash
 from tests import tiny_models, tolerances
+from tests.activations.conftest import GivenTexts
 from tests.strategies import generator
 
 HOOK = "blocks.8.hook_resid_post"
@@ -325,17 +325,20 @@ def test_damaged_file(tmp_path: Path, store_harvest: Any, damage: str) -> None:
 TEXTS = tiny_models.documents(100)
 
 
-def run_config(gradient_tokens: int = 0, gradient_batch_contexts: int = 4, **settings: Any) -> RunConfig:
+def harvest_of(
+    gradient_tokens: int = 0,
+    gradient_batch_contexts: int = 4,
+    texts: list[str] | None = TEXTS,
+    **settings: Any,
+) -> GivenTexts:
     sizes = {"train_tokens": 600, "heldout_tokens": 100, "context_tokens": CONTEXT_TOKENS, "shard_tokens": 256}
     gradient = {"gradient_tokens": gradient_tokens, "gradient_batch_contexts": gradient_batch_contexts}
-    return parse_config(
-        {
-            "name": "test",
-            "model": {"name": "tiny", "hook": HOOK},
-            "text": {"source": "folder", "dataset": "none"},
-            "harvest": {**sizes, **gradient, **settings},
-            "dictionaries": {"pca": {"kind": "pca", "k": 1}},
-        }
+    return GivenTexts(
+        ModelConfig(name="tiny", hook=HOOK),
+        TextConfig(source="hub", dataset="none"),
+        HarvestConfig(**{**sizes, **gradient, **settings}),
+        0,
+        None if texts is None else tuple(texts),
     )
 
 
@@ -357,28 +360,20 @@ def refuse(*_: Any) -> Any:
     raise AssertionError("activations were collected, the model loaded or the text opened")
 
 
-def harvest(folder: Path, config: RunConfig, loader: Any, texts: list[str] | None = None) -> ActivationShards:
-    def documents() -> Iterator[str]:
-        return iter(TEXTS if texts is None else texts)
-
-    return run_harvest(config, folder, harvest_key(config, {}), loader, documents)
+def moments_of(folder: Path, harvest: GivenTexts) -> GradientMoments:
+    return open_gradients(folder, gradients_key(content_hash(harvest.key), harvest.config))
 
 
-def moments_of(folder: Path, config: RunConfig) -> GradientMoments:
-    return open_gradients(folder, gradients_key(content_hash(harvest_key(config, {})), config.harvest))
-
-
-def own_folder(folder: Path, config: RunConfig) -> Path:
-    return gradients_folder(folder, gradients_key(content_hash(harvest_key(config, {})), config.harvest))
+def own_folder(folder: Path, harvest: GivenTexts) -> Path:
+    return gradients_folder(folder, gradients_key(content_hash(harvest.key), harvest.config))
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_key_of_the_activations_is_what_it_was(tmp_path: Path) -> None:
-    """Harvests from before there were gradients keep their names."""
-    key = harvest_key(run_config(), {})
+def test_the_key_of_the_activations_knows_no_gradients(tmp_path: Path) -> None:
+    key = harvest_of().key
     assert set(key["harvest"]) == {
         "train_tokens",
         "heldout_tokens",
@@ -388,8 +383,8 @@ def test_the_key_of_the_activations_is_what_it_was(tmp_path: Path) -> None:
         "outlier_factor",
         "dtype",
     }
-    assert harvest_key(run_config(100, 2), {}) == key
-    assert harvest_folder(tmp_path, key).name == f"tiny-{HOOK}-{content_hash(key)}"
+    assert harvest_of(100, 2).key == key
+    assert harvest_of().folder(tmp_path).name == f"tiny-{HOOK}-{content_hash(key)}"
 
 
 # 1.05: a limit that leaves out many tokens.
@@ -397,10 +392,10 @@ def test_the_key_of_the_activations_is_what_it_was(tmp_path: Path) -> None:
 def test_gradients_are_added_to_a_finished_harvest(
     tmp_path: Path, model: Any, tokenizer: Any, outlier_factor: float | None
 ) -> None:
-    plain = harvest(tmp_path, run_config(outlier_factor=outlier_factor), Loader(model))
+    plain = run_harvest(harvest_of(outlier_factor=outlier_factor), tmp_path, Loader(model))
     before = files(tmp_path)
-    config, loader = run_config(200, outlier_factor=outlier_factor), Loader(model, only_gradients=True)
-    shards = harvest(tmp_path, config, loader)
+    config, loader = harvest_of(200, outlier_factor=outlier_factor), Loader(model, only_gradients=True)
+    shards = run_harvest(config, tmp_path, loader)
     assert loader.calls == 1
     assert shards.manifest == plain.manifest
     after = files(tmp_path)
@@ -427,21 +422,21 @@ def test_gradients_are_added_to_a_finished_harvest(
 
 
 def test_finished_gradients_are_reused(tmp_path: Path, model: Any) -> None:
-    config, loader = run_config(200), Loader(model)
-    harvest(tmp_path, config, loader)
+    config, loader = harvest_of(200), Loader(model)
+    run_harvest(config, tmp_path, loader)
     assert loader.calls == 1, "one model for the activations and the gradients"
     before = files(tmp_path)
-    run_harvest(config, tmp_path, harvest_key(config, {}), refuse, refuse)
+    run_harvest(replace(config, documents=None), tmp_path, refuse)
     assert files(tmp_path) == before
 
 
 def test_other_gradients_of_the_same_harvest(tmp_path: Path, model: Any) -> None:
-    harvest(tmp_path, run_config(100), Loader(model))
+    run_harvest(harvest_of(100), tmp_path, Loader(model))
     before = files(tmp_path)
-    for config in (run_config(300), run_config(100, 3)):
-        harvest(tmp_path, config, Loader(model, only_gradients=True))
+    for config in (harvest_of(300), harvest_of(100, 3)):
+        run_harvest(config, tmp_path, Loader(model, only_gradients=True))
     assert {name: content for name, content in files(tmp_path).items() if name in before} == before
-    n_tokens = [moments_of(tmp_path, config).n_tokens for config in (run_config(100), run_config(300))]
+    n_tokens = [moments_of(tmp_path, config).n_tokens for config in (harvest_of(100), harvest_of(300))]
     assert n_tokens[0] < 300 <= n_tokens[1]
     assert len(list(tmp_path.glob("gradients-*"))) == 3
 
@@ -453,15 +448,15 @@ def test_stopped_gradients_are_collected_again(
     def stop(*_: Any, **__: Any) -> None:
         raise StoppedError
 
-    config = run_config(200)
+    config = harvest_of(200)
     with monkeypatch.context() as patch:
         patch.setattr(gradients, where, stop)
         with pytest.raises(StoppedError):
-            harvest(tmp_path, config, Loader(model))
-    shards = ActivationShards.open(tmp_path, key=harvest_key(config, {}))
+            run_harvest(config, tmp_path, Loader(model))
+    shards = ActivationShards.open(tmp_path, key=config.key)
     with pytest.raises(ManifestError, match="none were collected"):
         moments_of(tmp_path, config)
-    harvest(tmp_path, config, Loader(model, only_gradients=True))
+    run_harvest(config, tmp_path, Loader(model, only_gradients=True))
     assert moments_of(tmp_path, config).n_tokens >= 200
     assert ActivationShards.open(tmp_path).manifest == shards.manifest
 
@@ -469,14 +464,14 @@ def test_stopped_gradients_are_collected_again(
 def test_too_little_text_for_gradients_leaves_the_activations(tmp_path: Path, model: Any) -> None:
     with pytest.raises(TextError, match=r"harvest\.gradient_tokens"):
         # The tokenizer takes 64 documents at once for the held-out part.
-        harvest(tmp_path, run_config(10**6), Loader(model), TEXTS[:70])
-    run_harvest(run_config(), tmp_path, harvest_key(run_config(), {}), refuse, refuse)
+        run_harvest(harvest_of(10**6, texts=TEXTS[:70]), tmp_path, Loader(model))
+    run_harvest(harvest_of(texts=None), tmp_path, refuse)
 
 
 def test_none_were_collected(tmp_path: Path, model: Any) -> None:
-    harvest(tmp_path, run_config(), Loader(model))
+    run_harvest(harvest_of(), tmp_path, Loader(model))
     with pytest.raises(ManifestError, match=r"gradient_tokens = 0\n  cure: set harvest\.gradient_tokens"):
-        moments_of(tmp_path, run_config())
+        moments_of(tmp_path, harvest_of())
 
 
 @pytest.mark.parametrize(
@@ -484,8 +479,8 @@ def test_none_were_collected(tmp_path: Path, model: Any) -> None:
     [("altered file", ShardError), ("missing file", ShardError), ("altered manifest", ManifestError)],
 )
 def test_damaged_gradients_are_refused(tmp_path: Path, model: Any, damage: str, error: type[Exception]) -> None:
-    config = run_config(100)
-    harvest(tmp_path, config, Loader(model))
+    config = harvest_of(100)
+    run_harvest(config, tmp_path, Loader(model))
     folder = own_folder(tmp_path, config)
     if damage == "altered file":
         GradientMoments(100, torch.eye(tiny_models.D_MODEL, dtype=torch.float64)).save(folder / GRADIENTS_FILE)
@@ -498,13 +493,13 @@ def test_damaged_gradients_are_refused(tmp_path: Path, model: Any, damage: str, 
     with pytest.raises(error):
         moments_of(tmp_path, config)
     with pytest.raises(error):
-        harvest(tmp_path, config, refuse)
+        run_harvest(config, tmp_path, refuse)
     assert files(tmp_path) == before
 
 
 def test_without_the_list_of_heldout_documents(tmp_path: Path, model: Any) -> None:
     """Where the training text starts is then not known, and the held-out text must not be used."""
-    harvest(tmp_path, run_config(), Loader(model))
+    run_harvest(harvest_of(), tmp_path, Loader(model))
     (tmp_path / HELDOUT_DOCUMENTS).unlink()
     with pytest.raises(ManifestError, match=r"heldout_documents\.jsonl is missing"):
-        harvest(tmp_path, run_config(100), Loader(model, only_gradients=True))
+        run_harvest(harvest_of(100), tmp_path, Loader(model, only_gradients=True))

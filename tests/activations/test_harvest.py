@@ -7,7 +7,7 @@ are of; the last one reads with a real model.
 import json
 import random
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations import harvest as harvesting
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key, run_harvest
-from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, HarvestConfig, run_harvest
+from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.activations.text import contexts
+from ksvd_sae.activations.text import TextConfig, contexts
 from ksvd_sae.errors import ActivationError, DiskSpaceError, ManifestError, TextError
-from ksvd_sae.run.config import RunConfig, parse_config
 from ksvd_sae.store import MANIFEST
 from tests import tiny_models, tolerances
+from tests.activations.conftest import GivenTexts
 
 BOS = 0
 WORDS = 1000  # a token is document · WORDS + word, words from 1
@@ -84,7 +84,9 @@ def numbered_texts(n: int, seed: int = 0) -> list[str]:
 TEXTS = numbered_texts(200)
 
 
-def run_config(*, model: dict[str, Any] | None = None, seed: int = 0, **settings: Any) -> RunConfig:
+def harvest_of(
+    texts: list[str] | None, *, model: dict[str, Any] | None = None, seed: int = 0, **settings: Any
+) -> GivenTexts:
     sizes = {
         "train_tokens": TRAIN_TOKENS,
         "heldout_tokens": HELDOUT_TOKENS,
@@ -92,35 +94,23 @@ def run_config(*, model: dict[str, Any] | None = None, seed: int = 0, **settings
         "batch_contexts": BATCH_CONTEXTS,
         "shard_tokens": SHARD_TOKENS,
     }
-    return parse_config(
-        {
-            "name": "test",
-            "seed": seed,
-            "model": model or {"name": "stand-in", "hook": "blocks.0.hook_resid_post"},
-            "text": {"source": "folder", "dataset": "none"},
-            "harvest": {**sizes, **settings},
-            "dictionaries": {"pca": {"kind": "pca", "k": 1}},
-        }
+    return GivenTexts(
+        ModelConfig(**(model or {"name": "stand-in", "hook": "blocks.0.hook_resid_post"})),
+        TextConfig(source="hub", dataset="none"),
+        HarvestConfig(**{**sizes, **settings}),
+        seed,
+        None if texts is None else tuple(texts),
     )
 
 
 def run(
     folder: Path, reader: Callable[[], ActivationReader], texts: list[str] | None = None, **settings: Any
 ) -> ActivationShards:
-    config = run_config(**settings)
-
-    def documents() -> Iterator[str]:
-        return iter(TEXTS if texts is None else texts)
-
-    return run_harvest(config, folder, harvest_key(config, {}), reader, documents)
+    return run_harvest(harvest_of(TEXTS if texts is None else texts, **settings), folder, reader)
 
 
 def no_reader() -> ActivationReader:
     raise AssertionError("the model was loaded")
-
-
-def no_texts() -> Iterator[str]:
-    raise AssertionError("the text was opened")
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -314,10 +304,9 @@ def test_a_damaged_raw_part_is_collected_again(
 
 
 def test_a_finished_harvest_is_reused(tmp_path: Path) -> None:
-    config = run_config()
     run(tmp_path, Reader())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    run_harvest(config, tmp_path, harvest_key(config, {}), no_reader, no_texts)
+    run_harvest(harvest_of(None), tmp_path, no_reader)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -353,7 +342,7 @@ def test_text_too_short_says_the_same_when_asked_again(tmp_path: Path) -> None:
 
 def test_fewer_tokens_are_another_harvest(tmp_path: Path) -> None:
     """They are another content, so another folder, and what was collected before stays where it is."""
-    folders = [harvest_folder(tmp_path, harvest_key(run_config(train_tokens=n), {})) for n in (600, 300)]
+    folders = [harvest_of(None, train_tokens=n).folder(tmp_path) for n in (600, 300)]
     assert folders[0] != folders[1]
     with pytest.raises(TextError):
         run(folders[0], Reader(), TEXTS[:110])

@@ -158,7 +158,7 @@ def test_unknown_model_name(name: str, near: str) -> None:
 LOAD = """
 import json, sys, time, torch, transformer_lens
 from ksvd_sae.activations.language import load_model
-from ksvd_sae.run.config import ModelConfig
+from ksvd_sae.activations.language import ModelConfig
 from ksvd_sae.errors import KsvdSaeError
 
 started, error = time.perf_counter(), None

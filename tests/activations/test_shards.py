@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STATISTICS_FILE, ActivationShards, write_shard
 from ksvd_sae.errors import KsvdSaeError, ManifestError, ShapeError, ShardError
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
 from ksvd_sae.store import MANIFEST
 from tests.activations.conftest import KEY, StoreHarvest
+from tests.learners import learner
 from tests.strategies import generator
 
 
@@ -117,10 +117,7 @@ def test_order_is_that_of_the_batches(store_harvest: StoreHarvest, seed: int) ->
 def test_kept_on_the_device_changes_no_bit(store_harvest: StoreHarvest) -> None:
     x_ND = torch.randn(90, 6, generator=generator(1))
     shards = store_harvest(*x_ND.split([30, 50, 10]))
-    fitted = [
-        DoubleBatchKSVD(12, 2, passes=3, batch_samples=32, keep_on_device=keep, device="cpu").fit(shards)
-        for keep in (False, True)
-    ]
+    fitted = [learner(12, 2, passes=3, batch_samples=32, keep_on_device=keep).fit(shards) for keep in (False, True)]
     assert torch.equal(fitted[0].atoms_MD, fitted[1].atoms_MD)
 
 

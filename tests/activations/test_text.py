@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ksvd_sae.activations.text import contexts, documents
+from ksvd_sae.activations.text import TextConfig, contexts, documents
 from ksvd_sae.errors import HubError, TextError
-from ksvd_sae.run.config import TextConfig
 from tests import tiny_models
 
 BOS = 0

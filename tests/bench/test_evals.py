@@ -22,9 +22,11 @@ from ksvd_sae.bench.evals import EVALS, SAE_BENCH, TOGETHER, Panel, compare, lar
 from ksvd_sae.bench.rows import OURS, append
 from ksvd_sae.bench.settings import Settings
 from ksvd_sae.errors import ConfigError, EvaluationError
-from ksvd_sae.evals.config import EvaluationConfig
+from ksvd_sae.evals.absorption import AbsorptionEval
+from ksvd_sae.evals.base import Eval, EvalSetting, Panelist
+from ksvd_sae.evals.core import CoreEval
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist
+from ksvd_sae.evals.sparse_probing import SparseProbingEval
 from ksvd_sae.offline import bbc_news
 from tests.tiny_letters import (
     MODEL_NAME,
@@ -42,25 +44,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning"),
 ]
 TEXT = "letters-heldout"
-EVALUATION = EvaluationConfig.model_validate(
-    {
-        "core": {
-            "dataset": "heldout",
-            "context_tokens": 12,
-            "batch_contexts": 4,
-            "reconstruction_batches": 2,
-            "sparsity_batches": 2,
-        },
-        "sparse_probing": {
-            "datasets": [bbc_news.NAME],
-            "train_set_size": 20,
-            "test_set_size": 10,
-            "context_tokens": 12,
-            "k_values": [1, 2],
-        },
-        "absorption": {"max_k_value": 2, "k_sparse_probe_num_epochs": 5, "precalc_k_sparse_probe_sae_acts": True},
-    }
-)
+ASKED: dict[str, Eval] = {
+    "core": CoreEval(dataset=TEXT, context_tokens=12, batch_contexts=4, reconstruction_batches=2, sparsity_batches=2),
+    "sparse_probing": SparseProbingEval(
+        datasets=[bbc_news.NAME], train_set_size=20, test_set_size=10, context_tokens=12, k_values=[1, 2]
+    ),
+    "absorption": AbsorptionEval(max_k_value=2, k_sparse_probe_num_epochs=5, precalc_k_sparse_probe_sae_acts=True),
+}
 Row = dict[str, Any]
 
 
@@ -104,7 +94,7 @@ def panel(block_runs: list[int], tmp_path: Path) -> Panel:
     setting = EvalSetting(MODEL_NAME, "float32", "cpu", tmp_path / "data", "0123", tmp_path / "not-used", cache)
     makers = {"db-ksvd": letters_db_ksvd_sae, "topk-sae": letters_topk_sae}
     panelists = [Panelist(name, name, make) for name, make in makers.items()]
-    return Panel(panelists, {"n": 2, "d": 32, "m": 64, "k": 4}, EVALUATION, setting, TEXT, "letters")
+    return Panel(panelists, {"n": 2, "d": 32, "m": 64, "k": 4}, ASKED, setting, "letters")
 
 
 def test_both_give_the_same_scores_and_ours_asks_the_model_less(
@@ -150,7 +140,7 @@ def test_a_score_that_differs_is_seen(panel: Panel, tmp_path: Path, monkeypatch:
         return kept and {name: 1.001 * tensor for name, tensor in kept.items()}
 
     monkeypatch.setattr(TensorCache, "get", altered)
-    only_core = replace(panel, evaluation=EvaluationConfig(core=EVALUATION.core, sparse_probing=None))
+    only_core = replace(panel, evals={"core": ASKED["core"]})
     rows = compare(only_core, Settings(), tmp_path, [])
     assert [row["case"] for row in rows] == ["core", "core"]
     assert rows[0]["largest_difference"] == rows[1]["largest_difference"] > 1e-4

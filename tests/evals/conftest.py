@@ -18,10 +18,10 @@ from sae_bench.evals.scr_and_tpp import main as scr
 from sae_bench.evals.sparse_probing import main as probing
 from transformer_lens import HookedTransformer
 
-from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist
+from ksvd_sae.evals.base import EvalSetting, Panelist
+from ksvd_sae.evals.scr.run import PROFESSIONS
+from ksvd_sae.evals.sparse_probing.run import LABELS
 from tests.tiny_saes import COLOURS, METALS, MODEL_NAME, TREES, WORDS, one_thread, tiny_model
-from tests.tiny_shards import raw_activations, write_harvest
 
 TEXT = "tiny-text"
 ONE_TEXT = "one-text"
@@ -29,7 +29,6 @@ ONE_TEXT = "one-text"
 LONG_TEXT = "long-text"
 CLASSES = "three-classes"
 BIASED = "tiny-bias_in_bios"
-PROFESSIONS = {"nurse": 3, "professor": 7}
 # Fills a context of 12 tokens behind <bos>, so all contexts of ONE_TEXT are the same.
 THE_TEXT = " ".join(WORDS[:11])
 COMMIT = "c0ffee" + 34 * "0"
@@ -39,13 +38,6 @@ COMMIT = "c0ffee" + 34 * "0"
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> ActivationShards:
-    """2,000 training and 500 held-out samples of one planted dictionary; read only."""
-    x_ND = raw_activations(2500)
-    return write_harvest(tmp_path_factory.mktemp("harvest"), {"made": "by hand"}, x_ND[:2000], x_ND[2000:])
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -73,7 +65,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         biased = [
             {"hard_text": " ".join([*draw.choices(work, k=3), *draw.choices(marks, k=2), *draw.choices(TREES, k=3)])}
             | {"profession": number, "gender": gender}
-            for number, work in zip(PROFESSIONS.values(), (COLOURS[:3], COLOURS[3:]), strict=True)
+            for number, work in zip((3, 7), (COLOURS[:3], COLOURS[3:]), strict=True)
             for gender, marks in enumerate((METALS[:3], METALS[3:]))
             for _ in range(n)
         ]
@@ -100,7 +92,9 @@ def model_loads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture
-def setting(data_folder: Path, tmp_path: Path, model_loads: list[str]) -> EvalSetting:
+def setting(data_folder: Path, tmp_path: Path, model_loads: list[str], monkeypatch: pytest.MonkeyPatch) -> EvalSetting:
+    monkeypatch.setitem(LABELS, CLASSES, ["0", "1", "2"])
+    monkeypatch.setitem(PROFESSIONS, BIASED, {"nurse": 3, "professor": 7})
     return EvalSetting(
         model_name=MODEL_NAME,
         dtype="float32",

@@ -25,15 +25,17 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.absorption import AbsorptionEval
 from ksvd_sae.evals.absorption import probes as absorption_probes
 from ksvd_sae.evals.absorption.adapters import WordActivations, own_words, stopped_at_the_hook
 from ksvd_sae.evals.absorption.run import run_absorption, words_scored
 from ksvd_sae.evals.absorption.vocabulary import Vocabulary
-from ksvd_sae.evals.config import AbsorptionConfig, EvaluationConfig
+from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.evals.panel import evaluate_saebench
-from ksvd_sae.evals.saebench.adapters import random_states_kept, replaced, seed_all
-from ksvd_sae.evals.saebench.runner import EvalSetting, read_metrics
+from ksvd_sae.evals.panel import run_evals
+from ksvd_sae.evals.saebench.adapters import random_states_kept, seed_all
+from ksvd_sae.evals.saebench.runner import read_metrics
+from ksvd_sae.replaced import replaced
 from ksvd_sae.sae import DBKSVDSAE
 from tests import tiny_models
 from tests.evals.conftest import CountedPanel
@@ -50,10 +52,11 @@ from tests.tiny_letters import (
     spaced_tokenizer,
 )
 from tests.tolerances import SAEBENCH_SCORE
+from tests.upstream import mended, still_raises
 
 # A latent that never fires has no precision: sklearn says so of most of them.
 pytestmark = pytest.mark.filterwarnings(f"ignore::{UndefinedMetricWarning.__module__}.UndefinedMetricWarning")
-CONFIG = AbsorptionConfig(max_k_value=2, k_sparse_probe_num_epochs=20, precalc_k_sparse_probe_sae_acts=True)
+CONFIG = AbsorptionEval(max_k_value=2, k_sparse_probe_num_epochs=20, precalc_k_sparse_probe_sae_acts=True)
 PANEL = {"db-ksvd": letters_db_ksvd_sae, "topk-sae": letters_topk_sae}
 PACKAGE = Path(sae_bench.__path__[0])
 SCORES = ("mean_absorption_fraction_score", "mean_full_absorption_score")
@@ -100,10 +103,10 @@ class Run:
         self.setting = EvalSetting(MODEL_NAME, "float32", "cpu", folder, "0123456789ab", folder / "artifacts", cache)
 
     def __call__(
-        self, makers: dict[str, Any] | CountedPanel = PANEL, config: AbsorptionConfig = CONFIG, **setting: Any
+        self, makers: dict[str, Any] | CountedPanel = PANEL, config: AbsorptionEval = CONFIG, **setting: Any
     ) -> dict[str, Path]:
         counted = makers if isinstance(makers, CountedPanel) else CountedPanel(makers)
-        return run_absorption(counted.panelists(), config, replace(self.setting, **setting), self.folder / "absorption")
+        return run_absorption(counted.panelists(), config, replace(self.setting, **setting), self.folder).files
 
     @property
     def probes(self) -> list[Path]:
@@ -139,10 +142,10 @@ def test_results(finished: tuple[Run, dict[str, Path], Any]) -> None:
         result = json.loads(path.read_text())
         assert result["eval_type_id"] == "absorption_first_letter"
         assert len(result["eval_result_details"]) >= CONFIG.min_feats_for_eval
-        found = read_metrics(path)
-        assert {name for name in found if not name.startswith("std_dev")} == {*SCORES, "mean_num_split_features"}
-        assert all(value is not None and math.isfinite(value) for value in found.values())
-        assert all(0 <= found[score] <= 1 for score in SCORES)
+        scores = read_metrics(path)
+        assert {name for name in scores if not name.startswith("std_dev")} == {*SCORES, "mean_num_split_features"}
+        assert all(value is not None and math.isfinite(value) for value in scores.values())
+        assert all(0 <= scores[score] <= 1 for score in SCORES)
     assert all(0 < read_metrics(files["topk-sae"])[score] < 1 for score in SCORES), (
         "the case must have what is absorbed"
     )
@@ -179,7 +182,7 @@ def test_results_name_no_place_of_this_machine(finished: tuple[Run, dict[str, Pa
         assert str(Path.home()) not in path.read_text()
 
 
-def saebench_itself(folder: Path, words: list[str], config: AbsorptionConfig, model: Any) -> dict[str, Any]:
+def saebench_itself(folder: Path, words: list[str], config: AbsorptionEval, model: Any) -> dict[str, Any]:
     """SAEBench's own run of the whole model for each SAE: only told its words and folders, and seeded three times."""
     probe, absorb = stock.run_k_sparse_probing_experiment, stock.run_feature_absortion_experiment
     tables = {"sparse_probing_experiment_dir": folder / "tables", "probes_dir": folder / "probes"}
@@ -218,6 +221,9 @@ def test_scores_are_saebenchs(finished: tuple[Run, dict[str, Path], Any], model:
     results = saebench_itself(tmp_path, words, CONFIG, model)
     for name, path in files.items():
         ours, theirs = json.loads(path.read_text()), results[f"{name}_custom_sae"]
+        assert theirs["eval_result_unstructured"] is None, mended(
+            "sae_bench.evals.absorption.main.AbsorptionEvalOutput"
+        )
         assert read_metrics(path) == pytest.approx(theirs["eval_result_metrics"]["mean"], abs=SAEBENCH_SCORE)
         assert len(ours["eval_result_details"]) == len(theirs["eval_result_details"])
         for own, other in zip(ours["eval_result_details"], theirs["eval_result_details"], strict=True):
@@ -226,12 +232,14 @@ def test_scores_are_saebenchs(finished: tuple[Run, dict[str, Path], Any], model:
 
 
 def test_saebench_stops_at_an_odd_word(model: Any, tmp_path: Path) -> None:
-    """The reason to leave such words out; if this fails, SAEBench has learned to."""
+    """The reason to leave such words out."""
     words = [*vocabulary(model.tokenizer).words[:60], ODD]
     calculator = feature_absorption.FeatureAbsorptionCalculator(
         model=model, icl_word_list=words[:12], max_icl_examples=10, base_template=CONFIG.prompt_template
     )
-    with pytest.raises(ValueError, match="same token length"):
+    module = "sae_bench.evals.absorption."
+    targets = (module + "common.get_alpha_tokens", module + "feature_absorption.get_alpha_tokens")
+    with still_raises(ValueError, "same token length", *targets):
         calculator.calculate_absorption(letters_topk_sae(), [words[20], ODD], torch.ones(32), [0], 0)
 
 
@@ -240,7 +248,7 @@ def test_defaults_are_saebenchs() -> None:
     renamed = {"min_GT_probe_f1": "min_gt_probe_f1", "llm_batch_size": "llm_batch_contexts", "random_seed": "seed"}
     for field in fields(theirs):
         if field.name not in ("model_name", "llm_dtype"):
-            ours = getattr(AbsorptionConfig(), renamed.get(field.name, field.name))
+            ours = getattr(AbsorptionEval(), renamed.get(field.name, field.name))
             assert ours == getattr(theirs, field.name), field.name
 
 
@@ -299,7 +307,8 @@ def test_what_is_found_again_was_made_from_the_same(
     folders: list[Path] = []
 
     def scored(config: AbsorptionEvalConfig, saes: list[Any], device: str, output: str) -> None:
-        (Path(output) / f"{saes[0][0]}_custom_sae_eval_results.json").write_text('{"eval_result_metrics": {}}')
+        empty = {"eval_result_metrics": {}, "eval_result_details": []}
+        (Path(output) / f"{saes[0][0]}_custom_sae_eval_results.json").write_text(json.dumps(empty))
 
     original = absorption_probes.LetterProbes
     monkeypatch.setattr(stock, "run_eval", scored)
@@ -334,7 +343,7 @@ def test_probes_of_an_interrupted_run_are_made_again(
             raise KeyboardInterrupt
 
         monkeypatch.setattr(common, "save_probe_and_data", interrupt)
-        with own_words(lambda tokenizer: words), pytest.raises(KeyboardInterrupt):
+        with replaced(own_words(lambda tokenizer: words)), pytest.raises(KeyboardInterrupt):
             probes.make_ready(model, 0)
         monkeypatch.setattr(common, "save_probe_and_data", original)
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
@@ -345,11 +354,11 @@ def test_probes_of_an_interrupted_run_are_made_again(
         broken.unlink()
         if left != "no data":
             broken.write_bytes(half)
-    with own_words(lambda tokenizer: words):
+    with replaced(own_words(lambda tokenizer: words)):
         probes.make_ready(model, 0)
     assert {p.name for p in target.iterdir()} == {"probe.pth", "data.npz", "train_df.csv", "test_df.csv"}
-    found, wanted = (common.load_probe(MODEL_NAME, 0, folder) for folder in (tmp_path, whole.parent.parent))
-    assert torch.equal(found.weights, wanted.weights)
+    made_again, wanted = (common.load_probe(MODEL_NAME, 0, folder) for folder in (tmp_path, whole.parent.parent))
+    assert torch.equal(made_again.weights, wanted.weights)
     assert (target / "test_df.csv").read_text() == (whole / "test_df.csv").read_text()
 
 
@@ -400,7 +409,7 @@ def test_too_few_letters(run: Run, model: Any, loads: list[str], monkeypatch: py
 
 
 def test_a_letter_without_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SAEBench would train all letters' probes to NaN."""
+    """It is said before the LLM runs; SAEBench would end with a KeyError afterwards."""
     tokenizer = letters_tokenizer(tuple(word for word in WORDS if word[0] != "x"))
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     assert "X" in backend["model"]["vocab"]
@@ -466,8 +475,8 @@ def test_words_stay_as_they_are_behind_a_tokenizer_that_drops_spaces() -> None:
     parse = partial(
         lambda: common._parse_probe_data_split(tokenizer, torch.zeros(2, 1), split_labels=[0, 13], df=table)
     )
-    assert parse()[1][0] == ("apple", 0), "the case must be one where SAEBench changes the word"
-    with own_words(lambda tokenizer: []):
+    assert parse()[1][0] == ("apple", 0), mended("sae_bench.evals.absorption.common._parse_probe_data_split")
+    with replaced(own_words(lambda tokenizer: [])):
         assert parse()[1] == [(" apple", 0), ("nan", 13)]
 
 
@@ -480,7 +489,7 @@ def test_a_pass_that_is_stopped_gives_the_same(model: HookedTransformer, monkeyp
     later: list[Any] = []
     handle = model.blocks[1].register_forward_hook(lambda *arguments: later.append(arguments))
     try:
-        with stopped_at_the_hook():
+        with replaced(stopped_at_the_hook()):
             stopped = model.run_with_cache(prompts, names_filter=[HOOK])[1][HOOK]
             assert torch.equal(stopped, whole)
             assert later == []
@@ -549,14 +558,12 @@ def test_tokenizers_whose_words_carry_their_space(
 
 
 @pytest.mark.parametrize("leave", ["normally", "by exception"])
-def test_what_was_changed_is_put_back(leave: str) -> None:
-    owner = SimpleNamespace(value=1)
+def test_random_states_are_put_back(leave: str) -> None:
     seed_all(3)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     def inside() -> None:
-        with replaced(owner, "value", 2), random_states_kept():
-            assert owner.value == 2
+        with random_states_kept():
             seed_all(4)
             if leave == "by exception":
                 raise RuntimeError("out")
@@ -566,7 +573,6 @@ def test_what_was_changed_is_put_back(leave: str) -> None:
     else:
         with pytest.raises(RuntimeError, match="out"):
             inside()
-    assert owner.value == 1
     assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
@@ -577,14 +583,13 @@ def test_what_was_changed_is_put_back(leave: str) -> None:
 def test_in_a_panel(sample: int | None, data: str, finished: tuple[Run, dict[str, Path], Any]) -> None:
     place, files, _ = finished
     absorption = CONFIG.model_copy(update={"vocabulary_sample": sample})
-    config = EvaluationConfig(core=None, sparse_probing=None, absorption=absorption)
     counted = CountedPanel({"topk-sae": letters_topk_sae})
-    (found,) = evaluate_saebench(counted.panelists(), config, place.setting, "heldout", place.folder)
-    assert (found.eval, found.data) == ("absorption", data)
-    assert (found.files["topk-sae"] == files["topk-sae"]) == (sample is None)
-    assert found.metrics["topk-sae"] == read_metrics(found.files["topk-sae"])
-    result = json.loads(found.files["topk-sae"].read_text())
+    (results,) = run_evals(counted.panelists(), [absorption], place.setting, place.folder)
+    assert (results.eval, results.data) == ("absorption", data)
+    assert (results.files["topk-sae"] == files["topk-sae"]) == (sample is None)
+    assert results.metrics["topk-sae"] == read_metrics(results.files["topk-sae"])
+    result = json.loads(results.files["topk-sae"].read_text())
     n_words = result["eval_result_unstructured"]["words_used"]
     assert n_words == (sample or n_words)
     # A fifth of the words is for the test; the probes do not find all letters.
-    assert n_words / 10 < found.n <= n_words / 5 + 1
+    assert n_words / 10 < results.n <= n_words / 5 + 1

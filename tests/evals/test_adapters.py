@@ -1,9 +1,8 @@
-"""What is changed around SAEBench is there inside, and is gone afterwards, also after an exception."""
+"""What stands around SAEBench is there inside, and is gone afterwards, also after an exception."""
 
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from pathlib import Path
 
 import datasets
@@ -11,13 +10,11 @@ import pytest
 import torch
 from sae_bench.sae_bench_utils import dataset_info, dataset_utils, get_sae_bench_version
 
+from ksvd_sae.evals.autointerp.adapters import activations_kept
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.evals.saebench.adapters import (
-    activations_kept,
-    collected_errors,
-    labelled_text_datasets,
-    working_directory,
-)
+from ksvd_sae.evals.saebench.adapters import collected_errors, working_directory
+from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets
+from ksvd_sae.replaced import replaced
 from tests.evals.conftest import CLASSES, COMMIT
 from tests.tiny_saes import COLOURS, HOOK, METALS, tiny_model
 
@@ -66,7 +63,7 @@ def test_saebench_does_not_take_the_callers_commit_for_its_version(checkout: Pat
 
 def test_labelled_texts_are_read(data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with working_directory(data_folder), labelled_text_datasets(LABELS):
+    with working_directory(data_folder), replaced(labelled_text_datasets(LABELS)):
         assert dataset_info.chosen_classes_per_dataset[CLASSES] == ["0", "1", "2"]
         train, test = dataset_utils.get_multi_label_train_test_data(CLASSES, 40, 20, 0)
     assert {label: len(texts) for label, texts in train.items()} == {"0": 20, "1": 20, "2": 20}
@@ -81,33 +78,13 @@ def test_other_names_still_go_to_saebench(monkeypatch: pytest.MonkeyPatch) -> No
         return name, train_set_size, test_set_size, random_seed
 
     monkeypatch.setattr(dataset_utils, "get_multi_label_train_test_data", original)
-    with labelled_text_datasets(LABELS):
+    with replaced(labelled_text_datasets(LABELS)):
         assert dataset_utils.get_multi_label_train_test_data("fancyzhx/ag_news", 8, 4, 1) == (
             "fancyzhx/ag_news",
             8,
             4,
             1,
         )
-
-
-# A name of SAEBench's own comes back as SAEBench had it.
-@pytest.mark.parametrize("classes", [LABELS, {}, {"fancyzhx/ag_news": ["0"]}], ids=["new", "none", "saebench's"])
-@pytest.mark.parametrize("leave", ["normally", "by exception"])
-def test_registration_is_undone(classes: dict[str, list[str]], leave: str) -> None:
-    known, reader = deepcopy(dataset_info.chosen_classes_per_dataset), dataset_utils.get_multi_label_train_test_data
-    try:
-        if leave == "normally":
-            with labelled_text_datasets(classes):
-                assert classes.items() <= dataset_info.chosen_classes_per_dataset.items()
-        else:
-            with pytest.raises(BoomError):
-                fails(labelled_text_datasets(classes))
-        assert known == dataset_info.chosen_classes_per_dataset
-        assert dataset_utils.get_multi_label_train_test_data is reader
-    finally:
-        # A failure here is not to spread to the tests that come after.
-        dataset_info.chosen_classes_per_dataset.update(known)
-        dataset_utils.get_multi_label_train_test_data = reader
 
 
 # ---------------------------------------------------------------- collected_errors
@@ -146,7 +123,7 @@ def test_no_handler_is_left(leave: Callable[[AbstractContextManager[object]], No
 def test_other_questions_go_to_the_model(form: str, tmp_path: Path) -> None:
     cache, model = TensorCache(tmp_path, 10**6), tiny_model()
     tokens, names = model.to_tokens("red iron oak"), HOOK
-    with activations_kept(cache):
+    with replaced(activations_kept(cache)):
         if form == "another filter":
             output, acts = model.run_with_cache(tokens, stop_at_layer=1, names_filter=lambda name: name == names)
         elif form == "whole model":
@@ -162,7 +139,7 @@ def test_another_model_or_other_tokens_are_asked_for_anew(tmp_path: Path) -> Non
     cache, model = TensorCache(tmp_path, 10**6), tiny_model()
     tokens = model.to_tokens("red iron oak")
     plain = {"stop_at_layer": 1, "names_filter": HOOK}
-    with activations_kept(cache):
+    with replaced(activations_kept(cache)):
         first = model.run_with_cache(tokens, **plain)[1][HOOK]
         again = model.run_with_cache(tokens, **plain)
         assert again[0] is None, "from the cache"

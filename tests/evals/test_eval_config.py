@@ -9,7 +9,7 @@ import yaml
 from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.evals.config import AutoInterpConfig
+from ksvd_sae.evals.autointerp import AutoInterpEval
 from ksvd_sae.run.config import dump_config, load_config, parse_config
 
 KEY = "sk-Secret_4711"
@@ -28,14 +28,14 @@ def run_of(autointerp: dict[str, Any]) -> Any:
 
 
 def test_defaults_are_saebenchs() -> None:
-    ours, theirs = AutoInterpConfig(), AutoInterpEvalConfig()
+    ours, theirs = AutoInterpEval(), AutoInterpEvalConfig()
     names = {
         "dataset": "dataset_name",
         "context_tokens": "llm_context_size",
         "seed": "random_seed",
     }
     own = {"judge", "endpoint", "min_latents", "llm_batch_contexts"}
-    compared = set(AutoInterpConfig.model_fields) - own
+    compared = set(AutoInterpEval.model_fields) - own
     assert len(compared) > 10
     for name in compared:
         assert getattr(ours, name) == getattr(theirs, names.get(name, name)), name

@@ -11,14 +11,13 @@ import pytest
 import torch
 from transformer_lens import HookedTransformer
 
-from ksvd_sae.evals.config import EvaluationConfig
-from ksvd_sae.evals.panel import evaluate_saebench
+from ksvd_sae.evals.base import EvalSetting
+from ksvd_sae.evals.panel import run_evals
 from ksvd_sae.evals.saebench.loaded_model import LoadedModel
-from ksvd_sae.evals.saebench.runner import EvalSetting
-from ksvd_sae.offline import bbc_news
-from tests.evals.conftest import CLASSES, CountedPanel
-from tests.evals.test_saebench import CORE, LABELS, PROBING, run_core_on, run_probing_on
+from tests.evals.conftest import CountedPanel
+from tests.evals.test_saebench import CORE, PROBING, run_core_on, run_probing_on
 from tests.tiny_saes import MODEL_NAME, tiny_db_ksvd_sae, tiny_model, tiny_topk_sae
+from tests.upstream import mended
 
 # SAEBench's core pre-tokenises nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
@@ -106,19 +105,15 @@ def test_loaded_in_inference_mode_may_still_have_gradients(loaded: LoadedModel) 
     assert not any(weight.is_inference() for weight in load().state_dict().values())
 
 
-def test_scores_of_evals_that_share_the_model(
-    setting: EvalSetting, model_loads: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_scores_of_evals_that_share_the_model(setting: EvalSetting, model_loads: list[str], tmp_path: Path) -> None:
     """Two evals load it once and score as each does by itself."""
-    monkeypatch.setattr(bbc_news, "NAME", CLASSES)
-    monkeypatch.setattr(bbc_news, "CLASSES", LABELS[CLASSES])
     panel = CountedPanel({"topk": tiny_topk_sae, "ours": tiny_db_ksvd_sae})
-    config = EvaluationConfig(core=CORE, sparse_probing=PROBING)
     alone = [run_core_on(panel, setting, tmp_path / "core"), run_probing_on(panel, setting, tmp_path / "probing")]
-    assert len(model_loads) == 2
+    loader = "transformer_lens.HookedTransformer.from_pretrained_no_processing"
+    assert len(model_loads) == 2, mended(loader)
     model_loads.clear()
     elsewhere = replace(setting, artifacts=tmp_path / "elsewhere")
-    results = evaluate_saebench(panel.panelists(), config, elsewhere, "heldout", tmp_path / "together")
+    results = list(run_evals(panel.panelists(), [CORE, PROBING], elsewhere, tmp_path / "together"))
     assert model_loads == [MODEL_NAME]
     assert [r.eval for r in results] == ["core", "sparse_probing"]
     for result, files in zip(results, alone, strict=True):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import KsvdSaeError, ShapeError
-from ksvd_sae.evals import heldout as metrics
-from ksvd_sae.evals.heldout import coherence, heldout_metrics
+from ksvd_sae.evals.heldout import metrics
+from ksvd_sae.evals.heldout.metrics import coherence, heldout_metrics
+from ksvd_sae.learning.coding import Coding
 from ksvd_sae.sae import sae_from_dictionary
 from tests.strategies import generator, unit_atoms
 from tests.tiny_saes import D_MODEL, identity_sae, tiny_db_ksvd_sae, tiny_topk_sae
@@ -89,7 +90,7 @@ def test_dead_latents() -> None:
     """Samples that vary in 10 dimensions never use the atoms along the other 6."""
     x_BD = samples()
     x_BD[:, 10:] = 0
-    dictionary = Dictionary(torch.eye(D_MODEL), torch.zeros(D_MODEL), 3)
+    dictionary = Dictionary(torch.eye(D_MODEL), torch.zeros(D_MODEL), Coding(3))
     sae = sae_from_dictionary(dictionary, model_name="tiny", hook_name="blocks.0.hook_resid_post")
     found = heldout_metrics(sae, iter([x_BD]))
     assert found.scores["dead_fraction"] >= 6 / 16

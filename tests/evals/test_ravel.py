@@ -6,6 +6,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,22 +21,23 @@ from sae_bench.evals.ravel import intervention, mdbm
 from sae_bench.evals.ravel import main as stock
 from sae_bench.evals.ravel.eval_config import RAVELEvalConfig
 from sae_bench.evals.ravel.instance import RAVELInstance
-from sae_bench.sae_bench_utils import activation_collection
+from sae_bench.sae_bench_utils import activation_collection, general_utils
 from torch import Tensor, nn
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.config import EvaluationConfig, RavelConfig
-from ksvd_sae.evals.panel import evaluate_saebench
+from ksvd_sae.evals.base import EvalSetting
+from ksvd_sae.evals.panel import run_evals
+from ksvd_sae.evals.ravel import RavelEval
 from ksvd_sae.evals.ravel import adapters as adapters
 from ksvd_sae.evals.ravel.run import run_ravel, scored_pairs
-from ksvd_sae.evals.saebench.runner import EvalSetting, read_metrics
-from ksvd_sae.offline.eval_data import write_eval_data
+from ksvd_sae.evals.saebench.runner import read_metrics
+from ksvd_sae.replaced import replaced
 from ksvd_sae.sae import DBKSVDSAE
 from tests.evals.conftest import CountedPanel
 from tests.tiny_ravel import ARCHITECTURES, DATASET, ENTITIES, KIND, PROMPTS, tiny_language_model, write_prompts
 from tests.tiny_saes import MODEL_NAME, identity_sae, one_thread, tiny_db_ksvd_sae, tiny_tokenizer, tiny_topk_sae
 
-CONFIG = RavelConfig(
+CONFIG = RavelEval(
     dataset=DATASET,
     attributes={KIND: list(PROMPTS)},
     pairs_per_attribute=20,
@@ -54,11 +56,13 @@ class Models:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.made: list[Any] = []
         self.architecture = "gpt_neox"
 
     def model(self, name: str, **options: Any) -> Any:
         self.asked.append("model")
-        return tiny_language_model(self.architecture)
+        self.made.append(tiny_language_model(self.architecture))
+        return self.made[-1]
 
     def tokenizer(self, name: str) -> Any:
         self.asked.append("tokenizer")
@@ -66,13 +70,13 @@ class Models:
 
 
 def offered(patch: pytest.MonkeyPatch) -> Models:
-    found = Models()
-    patch.setattr(stock, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=found.model))
-    patch.setattr(stock, "AutoTokenizer", SimpleNamespace(from_pretrained=found.tokenizer))
+    models = Models()
+    patch.setattr(stock, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=models.model))
+    patch.setattr(stock, "AutoTokenizer", SimpleNamespace(from_pretrained=models.tokenizer))
     # SAEBench collects garbage all the time: a second each, in a process with so many modules.
     for module in (stock, mdbm):
         patch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0))
-    return found
+    return models
 
 
 @pytest.fixture
@@ -124,7 +128,7 @@ def once(prompts: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactor
 def finished(once: Path, tmp_path: Path, setting: EvalSetting) -> dict[str, float | None]:
     """The test's own folder as after a run of the TopK SAE; its scores."""
     shutil.copytree(once, tmp_path, dirs_exist_ok=True)
-    (path,) = (tmp_path / "out").glob("topk-sae-*.json")
+    (path,) = (tmp_path / "out").rglob("topk-sae-*.json")
     return read_metrics(path)
 
 
@@ -133,13 +137,29 @@ def counted() -> CountedPanel:
     return CountedPanel({"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae})
 
 
-def run(counted: CountedPanel, setting: EvalSetting, output: Path, config: RavelConfig = CONFIG) -> dict[str, Path]:
-    return run_ravel(counted.panelists(), config, setting, output)
+def stock_config(kept: Path, config: RavelEval = CONFIG) -> RAVELEvalConfig:
+    """``config`` as SAEBench takes it; what it keeps goes to ``kept``, where the prompts are."""
+    return RAVELEvalConfig(
+        entity_attribute_selection=config.attributes,
+        num_pairs_per_attribute=config.pairs_per_attribute,
+        learning_rate=config.learning_rate,
+        num_epochs=config.epochs,
+        n_generated_tokens=config.n_generated_tokens,
+        llm_batch_size=config.llm_batch_prompts,
+        model_name=MODEL_NAME,
+        llm_dtype="float32",
+        random_seed=config.seed,
+        artifact_dir=str(kept),
+    )
+
+
+def run(counted: CountedPanel, setting: EvalSetting, output: Path, config: RavelEval = CONFIG) -> dict[str, Path]:
+    return run_ravel(counted.panelists(), config, setting, output).files
 
 
 def by_attribute(path: Path) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads(path.read_text())["eval_result_unstructured"][f"{KIND}_results"]
-    return found
+    scores: dict[str, dict[str, float]] = json.loads(path.read_text())["eval_result_unstructured"][f"{KIND}_results"]
+    return scores
 
 
 # ---------------------------------------------------------------- the numbers
@@ -147,17 +167,19 @@ def by_attribute(path: Path) -> dict[str, dict[str, float]]:
 
 def test_results(setting: EvalSetting, models: Models, tmp_path: Path) -> None:
     makers = {"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae, "identity": identity_sae}
-    files = run(CountedPanel(makers), setting, tmp_path / "ravel")
+    files = run(CountedPanel(makers), setting, tmp_path)
     assert models.asked == ["model", "tokenizer"]
     scores = {}
     for name, path in files.items():
         assert path.parent == tmp_path / "ravel"
         result = json.loads(path.read_text())
         assert result["eval_type_id"] == "ravel"
-        found = scores[name] = read_metrics(path)
-        assert set(found) == METRICS
-        assert all(value is not None and 0 <= value <= 1 for value in found.values())
-        assert found["disentanglement_score"] == pytest.approx((found["cause_score"] + found["isolation_score"]) / 2)
+        metrics = scores[name] = read_metrics(path)
+        assert set(metrics) == METRICS
+        assert all(value is not None and 0 <= value <= 1 for value in metrics.values())
+        assert metrics["disentanglement_score"] == pytest.approx(
+            (metrics["cause_score"] + metrics["isolation_score"]) / 2
+        )
         assert set(by_attribute(path)) == {f"{KIND}_{attribute}" for attribute in PROMPTS}
         # 40 pairs of each attribute, 12 of them not for training.
         assert scored_pairs(path) == 2 * 12
@@ -193,23 +215,11 @@ def test_scores_are_those_of_stock_saebench(
     kept = tmp_path / "stock-artifacts"
     write_prompts(kept, tiny_language_model(architecture))
     monkeypatch.setitem(stock.LLM_NAME_MAP, MODEL_NAME, MODEL_NAME)
-    config = RAVELEvalConfig(
-        entity_attribute_selection=CONFIG.attributes,
-        num_pairs_per_attribute=CONFIG.pairs_per_attribute,
-        learning_rate=CONFIG.learning_rate,
-        num_epochs=options.epochs,
-        n_generated_tokens=CONFIG.n_generated_tokens,
-        llm_batch_size=CONFIG.llm_batch_prompts,
-        model_name=MODEL_NAME,
-        llm_dtype="float32",
-        random_seed=CONFIG.seed,
-        artifact_dir=str(kept),
-    )
     with adapters.seeded(0), torch.set_grad_enabled(torch.is_grad_enabled()):
+        config = stock_config(kept, options)
         stock.run_eval(config, [("sae", make())], "cpu", str(tmp_path), artifacts_path=str(kept))
     (theirs,) = tmp_path.glob("*_eval_results.json")
-    wanted, found = read_metrics(theirs), read_metrics(ours)
-    assert found == pytest.approx(wanted, abs=1e-5)
+    assert read_metrics(ours) == pytest.approx(read_metrics(theirs), abs=1e-5)
     for attribute, scores in by_attribute(theirs).items():
         assert by_attribute(ours)[attribute].items() >= scores.items()
 
@@ -254,9 +264,9 @@ def test_activations_are_those_of_the_hooks_layer(architecture: str, layer: int)
     # transformers 5 leaves hooks of its own.
     before = [dict(module._forward_hooks) for module in model.modules()]
     kept: dict[str, Tensor] = {}
-    with adapters.hooks_on_any_decoder(), adapters.activations_kept(kept):
-        found = activation_collection.get_layer_activations(model, layer, inputs, position_B)
-    torch.testing.assert_close(found, torch.stack([hidden[0, -1], hidden[1, -2]]), rtol=0, atol=1e-6)
+    with ExitStack() as hooks, replaced(adapters.hooks_on_any_decoder(hooks), adapters.activations_kept(kept)):
+        rows_BD = activation_collection.get_layer_activations(model, layer, inputs, position_B)
+    torch.testing.assert_close(rows_BD, torch.stack([hidden[0, -1], hidden[1, -2]]), rtol=0, atol=1e-6)
     assert len(kept) == 1
     assert [dict(module._forward_hooks) for module in model.modules()] == before
 
@@ -269,7 +279,7 @@ def test_a_hook_changes_what_any_decoders_layer_gives_out(architecture: str) -> 
     def zero(module: nn.Module, _: Any, outputs: Any) -> Any:
         return (torch.zeros_like(outputs[0]), *outputs[1:])
 
-    with torch.no_grad(), adapters.hooks_on_any_decoder():
+    with torch.no_grad(), ExitStack() as hooks, replaced(adapters.hooks_on_any_decoder(hooks)):
         before = model(**inputs).logits
         handle = activation_collection.get_module(model, 2).register_forward_hook(zero)
         during = model(**inputs).logits
@@ -285,8 +295,8 @@ def test_layers_of_no_decoder() -> None:
         adapters.decoder_layers(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("bos", [True, False], ids=["<bos>", "no <bos>"])
-def test_position_is_the_entitys_last_token(bos: bool) -> None:
+def entity_tokens(build: Callable[[Any, Any], list[Any]], bos: bool) -> list[tuple[str, str, int]]:
+    """Of four prompts: the token at the position of the entity, the entity's last word, and the position."""
     tokenizer = tiny_tokenizer()
     if not bos:
         encode = tokenizer.encode
@@ -297,13 +307,24 @@ def test_position_is_the_entitys_last_token(bos: bool) -> None:
     instance.attribute_type_to_templates = {"Tree": templates}
     instance.template_splits = dict.fromkeys(templates, "train")
     instance.entity_splits = dict.fromkeys(instance.entityLBL_attrTYP_attrLBL, "train")
-    with adapters.entity_positions_without_bos():
-        found = instance.build_and_tokenize_prompts(tokenizer)
-    assert len(found) == 4
-    for prompt in found:
-        token = prompt.input_ids[prompt.final_entity_token_pos]
-        assert tiny_tokenizer().decode([token]) == prompt.entity_label.split()[-1]
-        assert prompt.final_entity_token_pos < 0, "prompts are padded on the left"
+    return [
+        (
+            tiny_tokenizer().decode([prompt.input_ids[prompt.final_entity_token_pos]]),
+            prompt.entity_label.split()[-1],
+            prompt.final_entity_token_pos,
+        )
+        for prompt in build(instance, tokenizer)
+    ]
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["<bos>", "no <bos>"])
+def test_position_is_the_entitys_last_token(bos: bool) -> None:
+    with replaced(adapters.entity_positions_without_bos()):
+        prompts = entity_tokens(RAVELInstance.build_and_tokenize_prompts, bos)
+    assert len(prompts) == 4
+    for token, last_word, position in prompts:
+        assert token == last_word
+        assert position < 0, "prompts are padded on the left"
 
 
 def test_completions_that_end_early_are_of_full_length() -> None:
@@ -314,14 +335,18 @@ def test_completions_that_end_early_are_of_full_length() -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return input_ids
 
-    found = adapters._for_inference(Ends()).generate(input_ids=torch.tensor([[5, 6], [7, 8]]), max_new_tokens=3)
-    assert found.tolist() == [[5, 6, 9, 9, 9], [7, 8, 9, 9, 9]]
+    completions_BL = adapters.ModelForInference(Ends()).generate(
+        input_ids=torch.tensor([[5, 6], [7, 8]]), max_new_tokens=3
+    )
+    assert completions_BL.tolist() == [[5, 6, 9, 9, 9], [7, 8, 9, 9, 9]]
 
 
 def test_dropout_stays_off_and_weights_get_no_gradient() -> None:
-    model = adapters._for_inference(tiny_language_model("gpt_neox"))
-    outer = nn.ModuleList([model])
-    outer.train()
+    model = adapters.ModelForInference(tiny_language_model("gpt_neox"))
+    _, sae, _ = general_utils.load_and_format_sae("topk-sae", tiny_topk_sae(), "cpu")
+    # SAEBench puts the mask into training before each epoch.
+    mask = mdbm.MDBM(model, tiny_tokenizer(), RAVELEvalConfig(llm_batch_size=1), sae).train()
+    assert mask.training
     assert not any(module.training for module in model.modules())
     assert not any(weight.requires_grad for weight in model.parameters())
     assert model(input_ids=torch.tensor([[2, 5, 6]])).logits.shape[:2] == (1, 1)
@@ -364,7 +389,7 @@ def test_what_depends_on_no_dictionary_is_computed_once(
 
 @pytest.mark.usefixtures("finished")
 def test_second_call_reuses(setting: EvalSetting, models: Models, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "ravel").iterdir()}
     counted = CountedPanel({"topk-sae": tiny_topk_sae})
     assert list(run(counted, setting, tmp_path / "out").values()) == list(before)
     assert (counted.loads, models.asked) == ([], [])
@@ -384,7 +409,7 @@ def test_another_input_is_another_result(change: str, setting: EvalSetting, work
         path.write_text(json.dumps({name: known[name] for name in ENTITIES[:-1]}))
         setting = replace(setting, data_folder=tmp_path)
     run(counted, setting, tmp_path / "out", config)
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "ravel").iterdir())) == 2
     assert counted.loads == ["topk-sae"]
     assert work["completions"] == 1
 
@@ -396,7 +421,7 @@ def test_half_written_files_are_made_again(
     """SAEBench writes them in place, so a process that is stopped leaves half a file."""
     (broken,) = setting.artifacts.rglob(f"*_{kind}.json")
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    next((tmp_path / "out").iterdir()).unlink()
+    next((tmp_path / "out" / "ravel").iterdir()).unlink()
     if kind == "unfiltered_full_instance":
         # Read only where the prompts are not chosen yet.
         next(setting.artifacts.rglob("*_filtered_dataset.json")).unlink()
@@ -421,7 +446,7 @@ def test_too_few_right_answers(counted: CountedPanel, setting: EvalSetting, mode
     assert f"{needed} and 2" in message
     assert "evaluation.ravel.downsample" in message
     assert models.asked == ["model", "tokenizer"]
-    assert not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out" / "ravel").iterdir())
 
 
 def test_one_answer_for_all(setting: EvalSetting, tmp_path: Path) -> None:
@@ -454,9 +479,9 @@ def test_no_pairs_of_a_kind(kept: list[bool], monkeypatch: pytest.MonkeyPatch) -
     def loader(same: list[bool]) -> list[Any]:
         return [(None, None, None, None, torch.zeros(len(same)), 1 - torch.tensor(same).float(), [], [])]
 
-    with adapters.no_score_of_no_pairs():
-        found = stock.run_eval_single_cause_attribute(dataset, "Tree", loader([True, False, False]))
-        assert found == {"cause_score": 0.25, "isolation_score": 0.5, "cause_pairs": 2, "isolation_pairs": 1}
+    with replaced(adapters.no_score_of_no_pairs()):
+        scores = stock.run_eval_single_cause_attribute(dataset, "Tree", loader([True, False, False]))
+        assert scores == {"cause_score": 0.25, "isolation_score": 0.5, "cause_pairs": 2, "isolation_pairs": 1}
         with pytest.raises(EvaluationError, match=rf"(?s){KIND} / Tree.*0 (cause|isolation) pairs"):
             stock.run_eval_single_cause_attribute(dataset, "Tree", loader(kept))
     assert stock.run_eval_single_cause_attribute is evaluate
@@ -477,8 +502,8 @@ def test_one_that_fails_leaves_the_others_result(
         run(CountedPanel({name: makers[name] for name in order}), setting, tmp_path / "out")
     assert "topk-sae" not in str(caught.value).splitlines()[0]
     assert models.asked == ["model", "tokenizer"]
-    (kept,) = (tmp_path / "out").iterdir()
-    assert read_metrics(kept) == read_metrics(next((once / "out").iterdir()))
+    (kept,) = (tmp_path / "out" / "ravel").iterdir()
+    assert read_metrics(kept) == read_metrics(next((once / "out" / "ravel").iterdir()))
 
 
 def test_another_hook_is_refused(setting: EvalSetting, tmp_path: Path) -> None:
@@ -560,11 +585,11 @@ def test_saebench_is_left_as_it_was(make: Callable[[], Any], setting: EvalSettin
 )
 def test_config_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RavelConfig(**change)
+        RavelEval(**change)
 
 
 def test_defaults_are_saebenchs() -> None:
-    ours, theirs = RavelConfig(), RAVELEvalConfig()
+    ours, theirs = RavelEval(), RAVELEvalConfig()
     assert ours.attributes == theirs.entity_attribute_selection
     assert ours.top_n_entities == theirs.top_n_entities
     assert ours.downsample == theirs.full_dataset_downsample
@@ -577,14 +602,13 @@ def test_defaults_are_saebenchs() -> None:
 
 
 def test_panel_names_the_data_and_counts_pairs(counted: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
-    config = EvaluationConfig(core=None, sparse_probing=None, ravel=CONFIG)
-    (found,) = evaluate_saebench(counted.panelists(), config, setting, "unused", tmp_path)
-    assert (found.eval, found.data, found.n) == ("ravel", DATASET, {"db-ksvd": 24, "topk-sae": 24})
-    assert all(set(metrics) == METRICS for metrics in found.metrics.values())
+    (results,) = run_evals(counted.panelists(), [CONFIG], setting, tmp_path)
+    assert (results.eval, results.data, results.n) == ("ravel", DATASET, {"db-ksvd": 24, "topk-sae": 24})
+    assert all(set(metrics) == METRICS for metrics in results.metrics.values())
 
 
 def test_own_set_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
-    for name, ravel in {"none": None, "hub": RavelConfig(), "own": RavelConfig(dataset="own-ravel")}.items():
-        write_eval_data(tmp_path / name, EvaluationConfig(core=None, sparse_probing=None, ravel=ravel))
+    for name, ravel in {"hub": RavelEval(), "own": RavelEval(dataset="own-ravel")}.items():
+        ravel.write_data(tmp_path / name)
         assert (tmp_path / name).exists() == (name == "own")
     assert len(list((tmp_path / "own" / "own-ravel" / "base").iterdir())) == 8

@@ -15,10 +15,11 @@ from sae_probes import generate_model_activations, generate_sae_activations, run
 from sklearn.exceptions import ConvergenceWarning
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.config import EvaluationConfig, SaeProbesConfig
-from ksvd_sae.evals.panel import evaluate_saebench
-from ksvd_sae.evals.sae_probes.run import data_sets_probed, run_sae_probes
-from ksvd_sae.evals.saebench.runner import EvalSetting, read_metrics
+from ksvd_sae.evals.base import EvalSetting
+from ksvd_sae.evals.panel import run_evals
+from ksvd_sae.evals.sae_probes import SaeProbesEval
+from ksvd_sae.evals.sae_probes.run import run_sae_probes
+from ksvd_sae.evals.saebench.runner import read_metrics
 from tests.evals.conftest import CountedPanel
 from tests.tiny_saes import COLOURS, METALS, MODEL_NAME, TREES, identity_sae, tiny_db_ksvd_sae, tiny_topk_sae
 
@@ -31,7 +32,7 @@ pytestmark = [
 ]
 COLOUR, METAL = "1_colour", "2_metal"
 N_TEXTS = 160
-CONFIG = SaeProbesConfig(datasets=[COLOUR, METAL], k_values=[1, 5])
+CONFIG = SaeProbesEval(datasets=[COLOUR, METAL], k_values=[1, 5])
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def stock_scores(sae: Any, folder: Path, seed: int = 42) -> dict[str, Any]:
 
 
 def test_scores_are_stock_saebench_s(panel: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
-    files = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "ours")
+    files = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "ours").files
     for name, make in panel.makers.items():
         ours, theirs = json.loads(files[name].read_text()), stock_scores(make(), tmp_path / name)
         assert ours["eval_result_metrics"] == theirs["eval_result_metrics"], name
@@ -95,8 +96,9 @@ def test_scores_are_stock_saebench_s(panel: CountedPanel, setting: EvalSetting, 
 
 
 def test_what_a_result_holds(panel: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
-    files = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "ours")
-    metrics = {name: read_metrics(path) for name, path in files.items()}
+    results = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "ours")
+    files, metrics = results.files, results.metrics
+    assert metrics == {name: read_metrics(path) for name, path in files.items()}
     # The last word tells the class, and the model adds it to what it read.
     assert {name: found["llm_test_accuracy"] for name, found in metrics.items()} == dict.fromkeys(metrics, 1.0)
     for found in metrics.values():
@@ -105,15 +107,15 @@ def test_what_a_result_holds(panel: CountedPanel, setting: EvalSetting, tmp_path
         assert top_5 is not None
         assert 0.5 < top_1 <= top_5
         assert None not in found.values()
-    assert data_sets_probed(files["db-ksvd"]) == 2
+    assert results.n == 2
     assert str(tmp_path) not in files["db-ksvd"].read_text(), "a result names no folder of this machine"
 
 
 def test_the_model_runs_once_for_a_panel_and_its_seeds(
     panel: CountedPanel, setting: EvalSetting, model_loads: list[str], tmp_path: Path
 ) -> None:
-    evaluation = EvaluationConfig(core=None, sparse_probing=None, sparse_probing_sae_probes=CONFIG, seeds=[1, 2])
-    results = evaluate_saebench(panel.panelists(), evaluation, setting, "heldout", tmp_path)
+    evals = [CONFIG.with_seed(seed) for seed in (1, 2)]
+    results = list(run_evals(panel.panelists(), evals, setting, tmp_path))
     assert model_loads == [MODEL_NAME]
     assert [(r.seed, r.n, r.data) for r in results] == [(s, 2, "2 of the data sets of sae-probes") for s in (1, 2)]
     theirs = stock_scores(tiny_topk_sae(), tmp_path / "stock", seed=2)["eval_result_metrics"]
@@ -123,14 +125,14 @@ def test_the_model_runs_once_for_a_panel_and_its_seeds(
 def test_files_that_an_interrupted_run_left_are_made_again(
     panel: CountedPanel, setting: EvalSetting, tmp_path: Path
 ) -> None:
-    whole = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "whole")
+    whole = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "whole").files
     wanted = read_metrics(whole["db-ksvd"])
     broken = [*setting.artifacts.rglob("*_l1.json"), *setting.artifacts.rglob("*_logreg.json")]
     broken += [path for path in setting.artifacts.rglob("*.pt") if "activations" in path.parent.name]
     assert len(broken) == 3 * 2 + 2 + 2
     for path in broken:
         path.write_bytes(path.read_bytes()[:20])
-    again = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "again")
+    again = run_sae_probes(panel.panelists(), CONFIG, setting, tmp_path / "again").files
     assert read_metrics(again["db-ksvd"]) == wanted
 
 
@@ -160,4 +162,4 @@ def test_a_mean_over_fewer_data_sets_is_an_error(
 )
 def test_what_saebench_cannot_do_is_refused(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=option):
-        SaeProbesConfig.model_validate({option: value})
+        SaeProbesEval.model_validate({option: value})

@@ -20,21 +20,24 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.config import CoreConfig, ScrConfig, SparseProbingConfig
+from ksvd_sae.evals.base import EvalSetting
+from ksvd_sae.evals.core import CoreEval
 from ksvd_sae.evals.core.run import run_core
-from ksvd_sae.evals.saebench.runner import EvalSetting, read_metrics
+from ksvd_sae.evals.saebench.runner import read_metrics
+from ksvd_sae.evals.scr import ScrEval
 from ksvd_sae.evals.scr.run import run_scr
+from ksvd_sae.evals.sparse_probing import SparseProbingEval
 from ksvd_sae.evals.sparse_probing.run import run_sparse_probing
 from ksvd_sae.sae import DBKSVDSAE
-from tests.evals.conftest import BIASED, CLASSES, COMMIT, ONE_TEXT, PROFESSIONS, TEXT, THE_TEXT, CountedPanel
+from tests.evals.conftest import BIASED, CLASSES, COMMIT, ONE_TEXT, TEXT, THE_TEXT, CountedPanel
 from tests.tiny_saes import CONTEXT_TOKENS, HOOK, identity_sae, tiny_db_ksvd_sae, tiny_model, tiny_topk_sae
 from tests.tolerances import SPLICED_LOSS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
-CORE = CoreConfig(
+CORE = CoreEval(
     dataset=TEXT, context_tokens=CONTEXT_TOKENS, batch_contexts=3, reconstruction_batches=1, sparsity_batches=2
 )
-PROBING = SparseProbingConfig(
+PROBING = SparseProbingEval(
     datasets=[CLASSES],
     train_set_size=40,
     test_set_size=20,
@@ -42,7 +45,7 @@ PROBING = SparseProbingConfig(
     llm_batch_contexts=16,
     k_values=[1, 5],
 )
-SCR = ScrConfig(
+SCR = ScrEval(
     datasets=[BIASED],
     pairs={BIASED: [("professor", "nurse")]},
     train_set_size=40,
@@ -52,24 +55,21 @@ SCR = ScrConfig(
     probe_epochs=3,
     n_values=[2, 5, 20],
 )
-LABELS = {CLASSES: ["0", "1", "2"]}
 Runner = Callable[..., dict[str, Path]]
 
 
-def run_core_on(
-    counted: CountedPanel, setting: EvalSetting, output: Path, config: CoreConfig = CORE
-) -> dict[str, Path]:
-    return run_core(counted.panelists(), config, config.dataset, setting, output)
+def run_core_on(counted: CountedPanel, setting: EvalSetting, output: Path, config: CoreEval = CORE) -> dict[str, Path]:
+    return run_core(counted.panelists(), config, setting, output).files
 
 
 def run_probing_on(
-    counted: CountedPanel, setting: EvalSetting, output: Path, config: SparseProbingConfig = PROBING
+    counted: CountedPanel, setting: EvalSetting, output: Path, config: SparseProbingEval = PROBING
 ) -> dict[str, Path]:
-    return run_sparse_probing(counted.panelists(), config, LABELS, setting, output)
+    return run_sparse_probing(counted.panelists(), config, setting, output).files
 
 
-def run_scr_on(counted: CountedPanel, setting: EvalSetting, output: Path, config: ScrConfig = SCR) -> dict[str, Path]:
-    return run_scr(counted.panelists(), config, {BIASED: PROFESSIONS}, setting, output)
+def run_scr_on(counted: CountedPanel, setting: EvalSetting, output: Path, config: ScrEval = SCR) -> dict[str, Path]:
+    return run_scr(counted.panelists(), config, setting, output).files
 
 
 CACHED = (run_probing_on, run_scr_on)
@@ -125,7 +125,7 @@ def spliced(sae: Any) -> Callable[[Tensor], Tensor]:
 def test_core_scores_are_the_losses_by_hand(setting: EvalSetting, tmp_path: Path) -> None:
     makers = {"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae, "identity": identity_sae}
     config = CORE.model_copy(update={"dataset": ONE_TEXT})
-    files = run_core_on(CountedPanel(makers), setting, tmp_path / "core", config)
+    files = run_core_on(CountedPanel(makers), setting, tmp_path, config)
     clean, ablated = loss_by_hand(lambda x: x), loss_by_hand(torch.zeros_like)
     assert abs(clean - ablated) > 100 * SPLICED_LOSS
     for name, make in makers.items():
@@ -143,7 +143,7 @@ def test_core_scores_are_the_losses_by_hand(setting: EvalSetting, tmp_path: Path
 def test_core_reads_the_split_view_whole(setting: EvalSetting, tmp_path: Path) -> None:
     """The same losses; but what core counts by codes above 0 it gets by half from the signed view."""
     makers = {"ours": tiny_db_ksvd_sae, "ours.split": lambda: tiny_db_ksvd_sae(view="split")}
-    files = run_core_on(CountedPanel(makers), setting, tmp_path / "core")
+    files = run_core_on(CountedPanel(makers), setting, tmp_path)
     assert re.fullmatch(r"ours\.split-[0-9a-f]{12}_custom_sae_eval_results\.json", files["ours.split"].name)
     signed, split = (read_metrics(files[name]) for name in makers)
     for name in ("ce_loss_score", "ce_loss_with_sae", "kl_div_with_sae", "l0", "mse", "cossim"):
@@ -163,7 +163,7 @@ def test_core_reads_the_split_view_whole(setting: EvalSetting, tmp_path: Path) -
 
 
 def test_core_results(counted: CountedPanel, setting: EvalSetting, model_loads: list[str], tmp_path: Path) -> None:
-    files = run_core_on(counted, setting, tmp_path / "core")
+    files = run_core_on(counted, setting, tmp_path)
     assert sorted(files) == ["db-ksvd", "topk-sae"]
     assert model_loads == ["tiny"]
     for name, path in files.items():

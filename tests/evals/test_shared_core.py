@@ -3,7 +3,6 @@
 ``stock`` runs SAEBench's functions as they are: the judge.
 """
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,20 +21,23 @@ from torch.nn.functional import normalize
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 
-from ksvd_sae.evals.config import CoreConfig
+from ksvd_sae.activations import splicing
+from ksvd_sae.evals.base import EvalSetting
+from ksvd_sae.evals.core import CoreEval
 from ksvd_sae.evals.core import shared as shared_core
 from ksvd_sae.evals.core.run import run_core
 from ksvd_sae.evals.core.shared import shared_core_runs
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.evals.saebench.runner import EvalSetting
+from ksvd_sae.replaced import replaced
 from tests import tiny_models
 from tests.evals.conftest import TEXT, CountedPanel
 from tests.evals.test_splice import CASES, MODELS, random_tokens
 from tests.strategies import generator
 from tests.tiny_saes import CONTEXT_TOKENS, tiny_db_ksvd_sae, tiny_model, tiny_topk_sae
 from tests.tolerances import SHARED_CORE
+from tests.upstream import mended
 
-CORE = CoreConfig(
+CORE = CoreEval(
     dataset=TEXT, context_tokens=CONTEXT_TOKENS, batch_contexts=3, reconstruction_batches=2, sparsity_batches=2
 )
 MEMORY = 1 << 20
@@ -78,12 +80,12 @@ def recons_loss(model: Any, sae: Any, tokens_BL: Tensor, special: set[int | None
     )
 
 
-def agree(found: Loss, wanted: Loss) -> None:
-    assert found.keys() == wanted.keys()
+def agree(shared: Loss, wanted: Loss) -> None:
+    assert shared.keys() == wanted.keys()
     for name, value in wanted.items():
-        assert found[name].shape == value.shape, name
+        assert shared[name].shape == value.shape, name
         torch.testing.assert_close(
-            found[name], value, **SHARED_CORE, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
+            shared[name], value, **SHARED_CORE, equal_nan=True, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 
@@ -93,10 +95,10 @@ def test_losses_are_saebenchs(model_name: str, hook: str, tokenizer: Any, tmp_pa
     model = MODELS[model_name](tokenizer)
     saes, tokens_BL = [sae_at(hook, width_at(model, hook), seed) for seed in (0, 1)], random_tokens()
     stock = [recons_loss(model, sae, tokens_BL, {0}, exclude) for sae in saes for exclude in (True, False)]
-    with shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY):
+    with replaced(shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY)):
         shared = [recons_loss(model, sae, tokens_BL, {0}, exclude) for sae in saes for exclude in (True, False)]
-    for found, wanted in zip(shared, stock, strict=True):
-        agree(found, wanted)
+    for ours, wanted in zip(shared, stock, strict=True):
+        agree(ours, wanted)
     assert not torch.equal(shared[0]["kl_div_with_sae"], shared[2]["kl_div_with_sae"]), "two SAEs, two scores"
 
 
@@ -105,13 +107,11 @@ def test_losses_are_saebenchs(model_name: str, hook: str, tokenizer: Any, tmp_pa
 def test_chunks_and_memory_do_not_change_losses(
     memory_bytes: int, chunk_tokens: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ksvd_sae.evals.core import shared as shared_core
-
-    monkeypatch.setattr(shared_core, "_LOGITS_AT_ONCE", chunk_tokens * tiny_models.VOCABULARY_SIZE)
+    monkeypatch.setattr(splicing, "LOGITS_AT_ONCE", chunk_tokens * tiny_models.VOCABULARY_SIZE)
     model, hook = MODELS["gemma-2"](tokenizer), "blocks.1.hook_resid_post"
     sae, tokens_BL = sae_at(hook, 24), random_tokens()
     wanted = recons_loss(model, sae, tokens_BL, {0}, True)
-    with shared_core_runs(TensorCache(tmp_path, 10**8), memory_bytes):
+    with replaced(shared_core_runs(TensorCache(tmp_path, 10**8), memory_bytes)):
         for _ in range(2):
             agree(recons_loss(model, sae, tokens_BL, {0}, True), wanted)
 
@@ -126,7 +126,7 @@ def test_probabilities_that_underflow_are_infinite_as_in_saebench(tokenizer: Any
     assert not torch.isfinite(wanted["kl_div_with_sae"]).all()
     assert torch.isfinite(wanted["ce_loss_with_sae"]).all()
     assert wanted["ce_loss_with_sae"].max() > 110
-    with shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY):
+    with replaced(shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY)):
         agree(recons_loss(model, sae, tokens_BL, {0}, True), wanted)
 
 
@@ -145,7 +145,7 @@ def test_sixteen_bits(tokenizer: Any, tmp_path: Path) -> None:
     model = MODELS["gemma-2"](tokenizer).to(torch.bfloat16)
     sae, tokens_BL = sae_at("blocks.1.hook_resid_post", 24).to(torch.bfloat16), random_tokens()
     wanted = recons_loss(model, sae, tokens_BL, {0}, True)
-    with shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY):
+    with replaced(shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY)):
         agree(recons_loss(model, sae, tokens_BL, {0}, True), wanted)
 
 
@@ -153,18 +153,10 @@ def test_single_head_goes_saebenchs_way(tokenizer: Any, tmp_path: Path) -> None:
     model, hook = MODELS["gpt-2"](tokenizer), "blocks.1.attn.hook_z"
     sae = sae_at(hook, 8, head=1)
     wanted = recons_loss(model, sae, random_tokens(), {0}, True)
-    with shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY):
-        found = recons_loss(model, sae, random_tokens(), {0}, True)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with replaced(shared_core_runs(TensorCache(tmp_path, 10**8), MEMORY)):
+        shared = recons_loss(model, sae, random_tokens(), {0}, True)
+    assert all(torch.equal(shared[name], wanted[name]) for name in wanted)
     assert not list(tmp_path.iterdir())
-
-
-def test_everything_is_put_back(tmp_path: Path) -> None:
-    before = core.get_recons_loss, core.get_sparsity_and_variance_metrics
-    with contextlib.suppress(RuntimeError), shared_core_runs(TensorCache(tmp_path, 0), 0):
-        assert core.get_recons_loss is not before[0]
-        raise RuntimeError
-    assert (core.get_recons_loss, core.get_sparsity_and_variance_metrics) == before
 
 
 # ---------------------------------------------------------------- the whole eval
@@ -195,10 +187,10 @@ MAKERS: dict[str, Callable[[], Any]] = {
 
 def scores(folder: Path, setting: EvalSetting, *names: str) -> dict[str, Any]:
     panel = CountedPanel({name: MAKERS[name] for name in names}).panelists()
-    files = run_core(panel, CORE, TEXT, setting, folder)
-    found = {name: json.loads(path.read_text()) for name, path in files.items()}
+    files = run_core(panel, CORE, setting, folder).files
+    results = {name: json.loads(path.read_text()) for name, path in files.items()}
     return {
-        name: {key: one[key] for key in ("eval_result_metrics", "eval_result_details")} for name, one in found.items()
+        name: {key: one[key] for key in ("eval_result_metrics", "eval_result_details")} for name, one in results.items()
     }
 
 
@@ -226,7 +218,9 @@ def test_panel_has_saebenchs_scores_and_runs_the_model_once(
     batches = CORE.reconstruction_batches + CORE.sparsity_batches
     # Block 0 holds the hook: what comes before and in it runs for the first SAE alone.
     assert block_runs.count(0) == batches
-    assert n_stock == len(MAKERS) * (3 * CORE.reconstruction_batches + CORE.sparsity_batches)
+    assert n_stock == len(MAKERS) * (3 * CORE.reconstruction_batches + CORE.sparsity_batches), mended(
+        "sae_bench.evals.core.main.get_recons_loss", "sae_bench.evals.core.main.get_sparsity_and_variance_metrics"
+    )
     # Block 1 comes after the hook: as it is, zeroed, and spliced for each.
     assert block_runs.count(1) == CORE.reconstruction_batches * (2 + len(MAKERS))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.errors import ActivationError, ConfigError, EvaluationError, HookError, ShapeError
-from ksvd_sae.evals.loss import SpliceEvaluator
+from ksvd_sae.evals.loss.splice import SpliceEvaluator
 from tests import tiny_models
 from tests.strategies import generator
 from tests.tiny_saes import HOOK, tiny_model, tiny_topk_sae

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ksvd_sae.errors import ActivationError, ManifestError, ShapeError
-from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
+from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner
 from ksvd_sae.learning.weighting import weighting_by_std
+from tests.learners import learner
 from tests.strategies import generator, planted
 
 X_ND = planted(600, 12, 20, 3, noise=0.1).x_BD + 0.5
@@ -34,20 +35,19 @@ def stop_after(n_batches: int) -> Callable[[BatchLog], None]:
     return on_batch
 
 
-def estimator(folder: Path, **options: Any) -> DoubleBatchKSVD:
+def learner_in(folder: Path, **options: Any) -> DictionaryLearner:
     defaults: dict[str, Any] = {
         "passes": PASSES,
         "batch_samples": 150,
-        "device": "cpu",
         "seed": 3,
         "checkpoint_path": folder / "run" / "training.safetensors",
         "checkpoint_every": 1,
         "log_path": folder / "run" / "train.jsonl",
     }
-    return DoubleBatchKSVD(20, 3, **{**defaults, **options})
+    return learner(20, 3, **{**defaults, **options})
 
 
-def lines(ksvd: DoubleBatchKSVD) -> list[dict[str, Any]]:
+def lines(ksvd: DictionaryLearner) -> list[dict[str, Any]]:
     """The log in memory, which must be the one on disk, without the times."""
     assert ksvd.log_path is not None
     on_disk = [json.loads(line) for line in ksvd.log_path.read_text().splitlines()]
@@ -86,10 +86,10 @@ class TestResumed:
     @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
     def test_is_uninterrupted(self, tmp_path: Path, options: dict[str, Any], stopped_after: int) -> None:
         """StopError in the first pass, at its end, in a later one and before the last batch."""
-        whole = estimator(tmp_path / "whole", **options).fit(X_ND)
+        whole = learner_in(tmp_path / "whole", **options).fit(X_ND)
         with pytest.raises(StopError):
-            estimator(tmp_path / "part", on_batch=stop_after(stopped_after), **options).fit(X_ND)
-        resumed = estimator(tmp_path / "part", **options).fit(X_ND, resume=True)
+            learner_in(tmp_path / "part", on_batch=stop_after(stopped_after), **options).fit(X_ND)
+        resumed = learner_in(tmp_path / "part", **options).fit(X_ND, resume=True)
         assert torch.equal(resumed.atoms_MD, whole.atoms_MD)
         assert torch.equal(resumed.centre_D, whole.centre_D)
         assert lines(resumed) == lines(whole)
@@ -100,10 +100,10 @@ class TestResumed:
     @pytest.mark.parametrize("samples", [Source(), stream], ids=["source", "stream"])
     @pytest.mark.parametrize("stopped_after", [2, 5])
     def test_from_other_sources(self, tmp_path: Path, samples: Any, stopped_after: int) -> None:
-        whole = estimator(tmp_path / "whole").fit(samples)
+        whole = learner_in(tmp_path / "whole").fit(samples)
         with pytest.raises(StopError):
-            estimator(tmp_path / "part", on_batch=stop_after(stopped_after)).fit(samples)
-        resumed = estimator(tmp_path / "part").fit(samples, resume=True)
+            learner_in(tmp_path / "part", on_batch=stop_after(stopped_after)).fit(samples)
+        resumed = learner_in(tmp_path / "part").fit(samples, resume=True)
         assert torch.equal(resumed.atoms_MD, whole.atoms_MD)
         assert lines(resumed) == lines(whole)
 
@@ -111,24 +111,24 @@ class TestResumed:
     def test_batches_after_the_last_checkpoint_are_learned_again(
         self, tmp_path: Path, every: int | None, stopped_after: int
     ) -> None:
-        whole = estimator(tmp_path / "whole").fit(X_ND)
+        whole = learner_in(tmp_path / "whole").fit(X_ND)
         with pytest.raises(StopError):
-            estimator(tmp_path / "part", checkpoint_every=every, on_batch=stop_after(stopped_after)).fit(X_ND)
+            learner_in(tmp_path / "part", checkpoint_every=every, on_batch=stop_after(stopped_after)).fit(X_ND)
         assert len((tmp_path / "part" / "run" / "train.jsonl").read_text().splitlines()) == stopped_after
         learned: list[BatchLog] = []
         # How often it is written may change: it is no part of the result.
-        resumed = estimator(tmp_path / "part", on_batch=learned.append).fit(X_ND, resume=True)
+        resumed = learner_in(tmp_path / "part", on_batch=learned.append).fit(X_ND, resume=True)
         checkpointed = stopped_after // (every or BATCHES) * (every or BATCHES)
         assert [line.batch for line in learned] == list(range(checkpointed, PASSES * BATCHES))
         assert torch.equal(resumed.atoms_MD, whole.atoms_MD)
         assert lines(resumed) == lines(whole)
 
     def test_twice(self, tmp_path: Path) -> None:
-        whole = estimator(tmp_path / "whole").fit(X_ND)
+        whole = learner_in(tmp_path / "whole").fit(X_ND)
         for stopped_after in (3, 7):
             with pytest.raises(StopError):
-                estimator(tmp_path / "part", on_batch=stop_after(stopped_after)).fit(X_ND, resume=True)
-        resumed = estimator(tmp_path / "part").fit(X_ND, resume=True)
+                learner_in(tmp_path / "part", on_batch=stop_after(stopped_after)).fit(X_ND, resume=True)
+        resumed = learner_in(tmp_path / "part").fit(X_ND, resume=True)
         assert torch.equal(resumed.atoms_MD, whole.atoms_MD)
         assert lines(resumed) == lines(whole)
 
@@ -140,46 +140,46 @@ class TestResumed:
             yield X_ND[:150] * float("nan")
 
         with pytest.raises(ActivationError):
-            estimator(tmp_path, passes=1).fit(broken)
-        resumed = estimator(tmp_path, passes=1).fit(lambda: iter([*stream(), X_ND[:150]]), resume=True)
+            learner_in(tmp_path, passes=1).fit(broken)
+        resumed = learner_in(tmp_path, passes=1).fit(lambda: iter([*stream(), X_ND[:150]]), resume=True)
         assert [line.batch for line in resumed.log] == [0, 1, 2, 3, 4]
 
     def test_more_passes_than_at_first(self, tmp_path: Path) -> None:
-        whole = estimator(tmp_path / "whole").fit(X_ND)
+        whole = learner_in(tmp_path / "whole").fit(X_ND)
         with pytest.raises(StopError):
-            estimator(tmp_path / "part", passes=2, on_batch=stop_after(7)).fit(X_ND)
-        resumed = estimator(tmp_path / "part").fit(X_ND, resume=True)
+            learner_in(tmp_path / "part", passes=2, on_batch=stop_after(7)).fit(X_ND)
+        resumed = learner_in(tmp_path / "part").fit(X_ND, resume=True)
         assert torch.equal(resumed.atoms_MD, whole.atoms_MD)
 
     def test_nothing_to_resume_is_a_start(self, tmp_path: Path) -> None:
         assert torch.equal(
-            estimator(tmp_path / "a").fit(X_ND, resume=True).atoms_MD, estimator(tmp_path / "b").fit(X_ND).atoms_MD
+            learner_in(tmp_path / "a").fit(X_ND, resume=True).atoms_MD, learner_in(tmp_path / "b").fit(X_ND).atoms_MD
         )
 
     def test_another_number_of_threads_is_said(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         with pytest.raises(StopError):
-            estimator(tmp_path, on_batch=stop_after(2)).fit(X_ND)
+            learner_in(tmp_path, on_batch=stop_after(2)).fit(X_ND)
         torch.set_num_threads(2)  # the fixture of these tests puts it back
         with caplog.at_level(logging.WARNING, "ksvd_sae"):
-            estimator(tmp_path).fit(X_ND, resume=True)
+            learner_in(tmp_path).fit(X_ND, resume=True)
         assert "1 threads on cpu, going on with 2 on cpu" in caplog.text
 
 
 class TestTheFile:
     def test_is_gone_after_the_end(self, tmp_path: Path) -> None:
-        estimator(tmp_path).fit(X_ND)
+        learner_in(tmp_path).fit(X_ND)
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["train.jsonl"]
 
     def test_paths_may_be_words(self, tmp_path: Path) -> None:
         paths = {"checkpoint_path": str(tmp_path / "a" / "c"), "log_path": str(tmp_path / "a" / "l")}
         with pytest.raises(StopError):
-            estimator(tmp_path, on_batch=stop_after(2), **paths).fit(X_ND)
-        resumed = estimator(tmp_path, **paths).fit(X_ND, resume=True)
+            learner_in(tmp_path, on_batch=stop_after(2), **paths).fit(X_ND)
+        resumed = learner_in(tmp_path, **paths).fit(X_ND, resume=True)
         assert len((tmp_path / "a" / "l").read_text().splitlines()) == len(resumed.log) == PASSES * BATCHES
 
     def test_holds_tensors_and_json(self, tmp_path: Path) -> None:
         with pytest.raises(StopError):
-            estimator(tmp_path, on_batch=stop_after(2)).fit(X_ND)
+            learner_in(tmp_path, on_batch=stop_after(2)).fit(X_ND)
         with safe_open(tmp_path / "run" / "training.safetensors", framework="pt") as file:
             assert {"atoms", "centre", "generator"} <= set(file.keys())
             facts = json.loads(file.metadata()["training"])
@@ -189,8 +189,8 @@ class TestTheFile:
 
     def test_a_fit_that_does_not_resume_starts_afresh(self, tmp_path: Path) -> None:
         with pytest.raises(StopError):
-            estimator(tmp_path, on_batch=stop_after(5)).fit(X_ND)
-        again = estimator(tmp_path).fit(X_ND)
+            learner_in(tmp_path, on_batch=stop_after(5)).fit(X_ND)
+        again = learner_in(tmp_path).fit(X_ND)
         assert len(again.log) == PASSES * BATCHES
         assert len(lines(again)) == PASSES * BATCHES
 
@@ -198,7 +198,7 @@ class TestTheFile:
         """StopError while writing the third: the second is still there, and nothing else."""
         from ksvd_sae.learning import checkpoint
 
-        whole = estimator(tmp_path / "whole").fit(X_ND)
+        whole = learner_in(tmp_path / "whole").fit(X_ND)
         save_file, calls = checkpoint.save_file, 0
 
         def failing(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -211,10 +211,10 @@ class TestTheFile:
 
         monkeypatch.setattr(checkpoint, "save_file", failing)
         with pytest.raises(StopError):
-            estimator(tmp_path / "part").fit(X_ND)
+            learner_in(tmp_path / "part").fit(X_ND)
         names = sorted(path.name for path in (tmp_path / "part" / "run").iterdir())
         assert names == ["train.jsonl", "training.safetensors"]
-        resumed = estimator(tmp_path / "part").fit(X_ND, resume=True)
+        resumed = learner_in(tmp_path / "part").fit(X_ND, resume=True)
         assert [line.batch for line in resumed.log] == list(range(PASSES * BATCHES))
         assert torch.equal(resumed.atoms_MD, whole.atoms_MD)
 
@@ -223,7 +223,7 @@ class TestRefused:
     @pytest.fixture
     def stopped(self, tmp_path: Path) -> Path:
         with pytest.raises(StopError):
-            estimator(tmp_path, on_batch=stop_after(5)).fit(X_ND)
+            learner_in(tmp_path, on_batch=stop_after(5)).fit(X_ND)
         return tmp_path
 
     @pytest.mark.parametrize(
@@ -242,8 +242,8 @@ class TestRefused:
     )
     def test_other_arguments(self, stopped: Path, options: dict[str, Any], words: str) -> None:
         with pytest.raises(ManifestError, match=r"(?s)from another run.*" + words + ".*cause.*cure"):
-            estimator(stopped, **options).fit(X_ND, resume=True)
-        estimator(stopped).fit(X_ND, resume=True)  # the refusal has left the checkpoint alone
+            learner_in(stopped, **options).fit(X_ND, resume=True)
+        learner_in(stopped).fit(X_ND, resume=True)  # the refusal has left the checkpoint alone
 
     @pytest.mark.parametrize(
         ("samples", "words"),
@@ -256,21 +256,21 @@ class TestRefused:
     )
     def test_other_samples(self, stopped: Path, samples: Any, words: str) -> None:
         with pytest.raises(ManifestError, match=r"(?s)from another run.*" + words):
-            estimator(stopped).fit(samples, resume=True)
+            learner_in(stopped).fit(samples, resume=True)
 
     def test_another_order_of_the_same_samples(self, tmp_path: Path) -> None:
         """Kept on the device, a source that does not tell its order is shuffled in another way."""
         with pytest.raises(StopError):
-            estimator(tmp_path, on_batch=stop_after(4)).fit(Source())
+            learner_in(tmp_path, on_batch=stop_after(4)).fit(Source())
         with pytest.raises(ManifestError, match=r"samples\.shuffled_here: found False, wanted True"):
-            estimator(tmp_path, keep_on_device=True).fit(Source(), resume=True)
+            learner_in(tmp_path, keep_on_device=True).fit(Source(), resume=True)
 
     @pytest.mark.parametrize("stopped_after", [2, 5])
     def test_a_stream_that_does_not_repeat_itself(self, tmp_path: Path, stopped_after: int) -> None:
         with pytest.raises(StopError):
-            estimator(tmp_path, on_batch=stop_after(stopped_after)).fit(stream)
+            learner_in(tmp_path, on_batch=stop_after(stopped_after)).fit(stream)
         with pytest.raises(ManifestError, match=rf"(?s)samples of pass {stopped_after // 4} do not begin.*cause.*cure"):
-            estimator(tmp_path).fit(lambda: iter(X_ND.flip(0).split(150)), resume=True)
+            learner_in(tmp_path).fit(lambda: iter(X_ND.flip(0).split(150)), resume=True)
 
     @pytest.mark.parametrize(
         "content", [b"", b"no checkpoint", b"\x08\0\0\0\0\0\0\0{}      "], ids=["empty", "text", "safetensors"]
@@ -280,14 +280,14 @@ class TestRefused:
         path.parent.mkdir()
         path.write_bytes(content)
         with pytest.raises(ManifestError, match=r"(?s)resuming from .*training\.safetensors.*cause.*cure"):
-            estimator(tmp_path).fit(X_ND, resume=True)
+            learner_in(tmp_path).fit(X_ND, resume=True)
         assert path.read_bytes() == content
 
     def test_without_a_path(self, tmp_path: Path) -> None:
         with pytest.raises(ShapeError, match="resume needs a checkpoint_path"):
-            estimator(tmp_path, checkpoint_path=None, checkpoint_every=None).fit(X_ND, resume=True)
+            learner_in(tmp_path, checkpoint_path=None, checkpoint_every=None).fit(X_ND, resume=True)
 
     @pytest.mark.parametrize("options", [{"checkpoint_path": None}, {"checkpoint_every": 0}], ids=str)
     def test_arguments_that_do_not_fit(self, tmp_path: Path, options: dict[str, Any]) -> None:
         with pytest.raises(ShapeError, match="checkpoint_every"):
-            estimator(tmp_path, **options).fit(X_ND)
+            learner_in(tmp_path, **options).fit(X_ND)

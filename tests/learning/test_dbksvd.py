@@ -18,23 +18,20 @@ from ksvd_sae.bench.problems import Shape
 from ksvd_sae.bench.problems import planted as synthetic
 from ksvd_sae.errors import ActivationError, ConfigError, NotFittedError, ShapeError
 from ksvd_sae.learning import reference
-from ksvd_sae.learning.dbksvd import BatchLog, DoubleBatchKSVD
+from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner
 from ksvd_sae.learning.sparse_coding import Code, Coder, matching_pursuit
 from ksvd_sae.learning.weighting import weighting_by_fisher, weighting_by_std
 from tests import tolerances
+from tests.learners import learner
 from tests.strategies import generator, planted
 
 Update = Literal["sums", "exact"]
 UPDATES: tuple[Update, ...] = ("sums", "exact")
 
 
-def estimator(n_atoms: int, k: int, **options: Any) -> DoubleBatchKSVD:
-    return DoubleBatchKSVD(n_atoms, k, device="cpu", **options)
-
-
-def started(ksvd: DoubleBatchKSVD, atoms_MD: Tensor, centre_D: Tensor | None = None) -> DoubleBatchKSVD:
-    """The estimator as if its first batch had given these atoms and this centre (0 unless given)."""
-    ksvd._state = ksvd._started(torch.zeros(atoms_MD.shape[1]) if centre_D is None else centre_D, atoms_MD.clone())
+def started(ksvd: DictionaryLearner, atoms_MD: Tensor, centre_D: Tensor | None = None) -> DictionaryLearner:
+    """The learner as if its first batch had given these atoms and this centre (0 unless given)."""
+    ksvd.state = ksvd._started(torch.zeros(atoms_MD.shape[1]) if centre_D is None else centre_D, atoms_MD.clone())
     return ksvd
 
 
@@ -42,7 +39,7 @@ def normal(n_samples: int, d_in: int, seed: int = 0) -> Tensor:
     return torch.randn(n_samples, d_in, generator=generator(seed))
 
 
-def found(learned_MD: Tensor, planted_MD: Tensor) -> float:
+def share_found(learned_MD: Tensor, planted_MD: Tensor) -> float:
     """Share of planted atoms whose partner in the best one-to-one matching is close, either sign."""
     cosines = (learned_MD.double() @ planted_MD.double().T).abs().numpy()
     rows, columns = linear_sum_assignment(-cosines)
@@ -52,7 +49,7 @@ def found(learned_MD: Tensor, planted_MD: Tensor) -> float:
 def share_of_synthetic_atoms(seed: int) -> float:
     """Found of the 1,024 atoms of KSVD.jl's synthetic problem: d = 256, k = 20, 2^14 samples, noise 0.05; 60 passes."""
     x_ND, atoms_MD = synthetic(Shape("", 2**14, 256, 1024, 20), seed)
-    return found(DoubleBatchKSVD(1024, 20, passes=60, seed=seed, device="cpu").fit(x_ND).atoms_MD, atoms_MD)
+    return share_found(learner(1024, 20, passes=60, seed=seed).fit(x_ND).atoms_MD, atoms_MD)
 
 
 class TestPlanted:
@@ -60,16 +57,16 @@ class TestPlanted:
     def test_finds_the_atoms(self, seed: int) -> None:
         """Small batches now and then leave a superfluous atom unused, and it is redrawn: so nearly all are found."""
         problem = planted(20_000, 64, 128, 3, noise=0.01, seed=seed)
-        ksvd = estimator(128, 3, passes=8, batch_samples=512, seed=seed).fit(problem.x_BD)
-        assert found(ksvd.atoms_MD, problem.atoms_MD) >= tolerances.FOUND_SHARE
+        ksvd = learner(128, 3, passes=8, batch_samples=512, seed=seed).fit(problem.x_BD)
+        assert share_found(ksvd.atoms_MD, problem.atoms_MD) >= tolerances.FOUND_SHARE
         assert ksvd.log[-1].fvu < tolerances.FOUND_FVU
 
     def test_finds_the_atoms_with_default_batches(self) -> None:
         shares = []
         for seed in range(5):
             problem = planted(20_000, 64, 128, 3, noise=0.01, seed=seed)
-            ksvd = estimator(128, 3, passes=4, seed=seed).fit(problem.x_BD)
-            shares.append(found(ksvd.atoms_MD, problem.atoms_MD))
+            ksvd = learner(128, 3, passes=4, seed=seed).fit(problem.x_BD)
+            shares.append(share_found(ksvd.atoms_MD, problem.atoms_MD))
         assert sorted(shares)[1] >= tolerances.FOUND_SHARE, shares
 
     def test_finds_the_atoms_in_one_large_batch_a_pass(self) -> None:
@@ -79,11 +76,11 @@ class TestPlanted:
         shares = []
         for seed in range(3):
             problem = planted(20_000, 64, 128, 3, noise=0.01, seed=seed)
-            ksvd = estimator(128, 3, seed=seed, **options).fit(problem.x_BD)
-            shares.append(found(ksvd.atoms_MD, problem.atoms_MD))
+            ksvd = learner(128, 3, seed=seed, **options).fit(problem.x_BD)
+            shares.append(share_found(ksvd.atoms_MD, problem.atoms_MD))
         assert sorted(shares)[1] >= tolerances.FOUND_SHARE_LARGE_BATCH, shares
-        stuck = estimator(128, 3, seed=seed, duplicate_cosine=None, **options).fit(problem.x_BD)
-        assert found(stuck.atoms_MD, problem.atoms_MD) < tolerances.FOUND_SHARE_LARGE_BATCH
+        stuck = learner(128, 3, seed=seed, duplicate_cosine=None, **options).fit(problem.x_BD)
+        assert share_found(stuck.atoms_MD, problem.atoms_MD) < tolerances.FOUND_SHARE_LARGE_BATCH
         assert sum(line.redrawn for line in stuck.log) == 0
 
     def test_finds_the_atoms_of_the_papers_synthetic_problem(self) -> None:
@@ -93,15 +90,15 @@ class TestPlanted:
     @pytest.mark.parametrize("atom_batch", [1, 8])
     def test_exact_update_finds_the_atoms(self, atom_batch: int) -> None:
         problem = planted(2_000, 20, 30, 2, noise=0.01, seed=2)
-        ksvd = estimator(30, 2, passes=5, batch_samples=128, update="exact", atom_batch=atom_batch, seed=2)
-        assert found(ksvd.fit(problem.x_BD).atoms_MD, problem.atoms_MD) >= tolerances.FOUND_SHARE_SMALL
+        ksvd = learner(30, 2, passes=5, batch_samples=128, update="exact", atom_batch=atom_batch, seed=2)
+        assert share_found(ksvd.fit(problem.x_BD).atoms_MD, problem.atoms_MD) >= tolerances.FOUND_SHARE_SMALL
 
     def test_the_measure_itself(self) -> None:
         """Flipped and permuted atoms are found; a dictionary that never learned anything finds none."""
         problem = planted(1, 64, 128, 3)
         order = torch.randperm(128, generator=generator(0))
-        assert found(-problem.atoms_MD[order], problem.atoms_MD) == 1.0
-        assert found(normalize(normal(128, 64, 1), dim=1), problem.atoms_MD) == 0.0
+        assert share_found(-problem.atoms_MD[order], problem.atoms_MD) == 1.0
+        assert share_found(normalize(normal(128, 64, 1), dim=1), problem.atoms_MD) == 0.0
 
 
 class TestAgainstReference:
@@ -113,7 +110,7 @@ class TestAgainstReference:
         start_MD = normalize(normal(12, 8, 1), dim=1)
         sweeps = 6
         _, expected = reference.ksvd(problem.x_BD.double().numpy(), start_MD.double().numpy(), 2, sweeps)
-        ksvd = started(estimator(12, 2, update="exact", atom_batch=1, centre=False), start_MD)
+        ksvd = started(learner(12, 2, update="exact", atom_batch=1, centre=False), start_MD)
         for _ in range(sweeps + 1):
             ksvd.partial_fit(problem.x_BD)
         assert [entry.dead for entry in ksvd.log] == [0] * (sweeps + 1), "redrawn atoms would part the two"
@@ -127,8 +124,8 @@ class TestAgainstReference:
     def test_learning_lowers_the_heldout_error(self, update: Update) -> None:
         problem = planted(1_200, 16, 24, 3, noise=0.1, seed=3)
         train_ND, heldout_ND = problem.x_BD[:1000], problem.x_BD[1000:]
-        few = estimator(24, 3, batch_samples=100, update=update, passes=1, seed=3).fit(train_ND)
-        many = estimator(24, 3, batch_samples=100, update=update, passes=6, seed=3).fit(train_ND)
+        few = learner(24, 3, batch_samples=100, update=update, passes=1, seed=3).fit(train_ND)
+        many = learner(24, 3, batch_samples=100, update=update, passes=6, seed=3).fit(train_ND)
         errors = [float((ksvd.decode(ksvd.encode(heldout_ND)) - heldout_ND).norm()) for ksvd in (few, many)]
         assert errors[1] < 0.8 * errors[0]
 
@@ -139,7 +136,7 @@ class TestRepeats:
     def test_same_seed_same_bits_other_seed_other_atoms(self, update: Update, init: str) -> None:
         x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
         options: dict[str, Any] = {"passes": 2, "batch_samples": 150, "update": update, "init": init, "atom_batch": 4}
-        one, same, other = (estimator(20, 3, seed=seed, **options).fit(x_ND) for seed in (5, 5, 6))
+        one, same, other = (learner(20, 3, seed=seed, **options).fit(x_ND) for seed in (5, 5, 6))
         assert torch.equal(one.atoms_MD, same.atoms_MD)
         untimed = [[{**asdict(entry), "seconds": 0} for entry in ksvd.log] for ksvd in (one, same)]
         assert untimed[0] == untimed[1]
@@ -149,12 +146,12 @@ class TestRepeats:
     def test_the_seed_draws_the_first_atoms(self, init: Literal["data", "random"]) -> None:
         """One batch, so that the order of the samples plays no part."""
         x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
-        one, other = (estimator(20, 3, seed=seed, init=init).fit(x_ND) for seed in (5, 6))
+        one, other = (learner(20, 3, seed=seed, init=init).fit(x_ND) for seed in (5, 6))
         assert not torch.equal(one.atoms_MD, other.atoms_MD)
 
     def test_fit_starts_afresh(self) -> None:
         x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
-        ksvd = estimator(20, 3, batch_samples=100)
+        ksvd = learner(20, 3, batch_samples=100)
         first_MD = ksvd.fit(x_ND).atoms_MD.clone()
         assert torch.equal(ksvd.fit(x_ND).atoms_MD, first_MD)
         assert (ksvd.samples_seen, len(ksvd.log)) == (300, 3)
@@ -163,16 +160,16 @@ class TestRepeats:
     @pytest.mark.parametrize("update", UPDATES)
     def test_partial_fit_on_one_batch_is_fit(self, update: Update, centre: bool) -> None:
         x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD + 1.5
-        whole = estimator(20, 3, update=update, centre=centre).fit(x_ND)
-        part = estimator(20, 3, update=update, centre=centre).partial_fit(x_ND)
+        whole = learner(20, 3, update=update, centre=centre).fit(x_ND)
+        part = learner(20, 3, update=update, centre=centre).partial_fit(x_ND)
         assert torch.equal(whole.atoms_MD, part.atoms_MD)
         assert torch.equal(whole.centre_D, part.centre_D)
         assert bool(whole.centre_D.any()) == centre
 
     def test_partial_fit_over_batches_is_one_pass_of_fit(self) -> None:
         x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
-        whole = estimator(20, 3, batch_samples=100, centre=False).fit(x_ND)
-        part = estimator(20, 3, centre=False)
+        whole = learner(20, 3, batch_samples=100, centre=False).fit(x_ND)
+        part = learner(20, 3, centre=False)
         for start in (0, 100, 200):
             part.partial_fit(x_ND[start : start + 100])
         assert torch.equal(whole.atoms_MD, part.atoms_MD)
@@ -194,8 +191,8 @@ class TestRepeats:
                     yield x_ND[order[start : start + batch_samples]]
 
         source = Source()
-        streamed = estimator(20, 3, batch_samples=100, passes=3, seed=7).fit(source)
-        assert torch.equal(streamed.atoms_MD, estimator(20, 3, batch_samples=100, passes=3, seed=7).fit(x_ND).atoms_MD)
+        streamed = learner(20, 3, batch_samples=100, passes=3, seed=7).fit(source)
+        assert torch.equal(streamed.atoms_MD, learner(20, 3, batch_samples=100, passes=3, seed=7).fit(x_ND).atoms_MD)
         assert len(set(source.seeds)) == 3, "every pass in another order"
 
 
@@ -204,7 +201,7 @@ class TestLog:
         path = tmp_path / "logs" / "train.jsonl"
         seen: list[BatchLog] = []
         x_ND = planted(1_000, 12, 20, 3, noise=0.1).x_BD
-        ksvd = estimator(20, 3, passes=2, batch_samples=300, log_path=path, on_batch=seen.append).fit(x_ND)
+        ksvd = learner(20, 3, passes=2, batch_samples=300, log_path=path, on_batch=seen.append).fit(x_ND)
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         assert [BatchLog(**line) for line in lines] == ksvd.log == seen
         assert all(entry.seconds > 0 for entry in seen)
@@ -219,7 +216,7 @@ class TestLog:
     def test_default_batches(self, n_atoms: int, sizes: list[int]) -> None:
         """4 samples an atom, at least 1,024, of nearly equal size."""
         seen: list[int] = [0]
-        estimator(n_atoms, 2, on_batch=lambda line: seen.append(line.samples_seen)).fit(normal(3_000, 8))
+        learner(n_atoms, 2, on_batch=lambda line: seen.append(line.samples_seen)).fit(normal(3_000, 8))
         assert [after - before for before, after in itertools.pairwise(seen)] == sizes
 
     @pytest.mark.parametrize("update", UPDATES)
@@ -227,7 +224,7 @@ class TestLog:
         """Error before and after the update, L0, dead: each computed again from the atoms."""
         x_BD = planted(400, 12, 20, 3, noise=0.1).x_BD + 0.5
         start_MD = normalize(normal(20, 12, 1), dim=1)
-        ksvd = started(estimator(20, 3, update=update, atom_batch=1, rtol=0.4), start_MD, x_BD.double().mean(dim=0))
+        ksvd = started(learner(20, 3, update=update, atom_batch=1, rtol=0.4), start_MD, x_BD.double().mean(dim=0))
         ksvd.partial_fit(x_BD)
         centred_BD = x_BD - ksvd.centre_D
         code = matching_pursuit(centred_BD, start_MD, 3, rtol=0.4)
@@ -254,7 +251,7 @@ class TestLog:
         """Σ‖x − x̄‖² below the line, also where nothing is subtracted before coding."""
         x_BD = normal(200, 6) + 3
         start_MD = torch.eye(6)
-        ksvd = started(estimator(6, 2, centre=False), start_MD).partial_fit(x_BD)
+        ksvd = started(learner(6, 2, centre=False), start_MD).partial_fit(x_BD)
         rest = x_BD.pow(2).sort(dim=1).values[:, :4].double().sum()  # one-hot atoms: the two largest go
         variance = (x_BD - x_BD.mean(dim=0)).double().pow(2).sum()
         assert ksvd.log[0].fvu == pytest.approx(float(rest / variance), abs=tolerances.LOGGED_FVU)
@@ -272,7 +269,7 @@ class TestDeadAtoms:
     @pytest.mark.parametrize("update", UPDATES)
     def test_counted_and_redrawn_from_the_data(self, update: Update) -> None:
         x_BD = self.samples(100)
-        ksvd = started(estimator(6, 2, update=update, redraw="data"), self.ATOMS).partial_fit(x_BD)
+        ksvd = started(learner(6, 2, update=update, redraw="data"), self.ATOMS).partial_fit(x_BD)
         assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
         cosines = normalize(x_BD, dim=1) @ ksvd.atoms_MD[4:].T
         assert cosines.max(dim=0).values == pytest.approx([1.0, 1.0], abs=tolerances.UNIT_NORM[torch.float32])
@@ -281,7 +278,7 @@ class TestDeadAtoms:
         assert ksvd.log[1].dead == 0
 
     def test_redrawn_at_random(self) -> None:
-        ksvd = started(estimator(6, 2, redraw="random"), self.ATOMS).partial_fit(self.samples(100))
+        ksvd = started(learner(6, 2, redraw="random"), self.ATOMS).partial_fit(self.samples(100))
         assert (ksvd.log[0].dead, ksvd.log[0].redrawn) == (2, 2)
         assert ksvd.atoms_MD[4:, 4:].abs().min() > 0, "not from the data: those are zero there"
         norms = ksvd.atoms_MD[4:].norm(dim=1)
@@ -289,7 +286,7 @@ class TestDeadAtoms:
 
     @pytest.mark.parametrize("update", UPDATES)
     def test_a_batch_smaller_than_the_dictionary_redraws_nothing(self, update: Update) -> None:
-        ksvd = started(estimator(6, 2, update=update), self.ATOMS).partial_fit(self.samples(5))
+        ksvd = started(learner(6, 2, update=update), self.ATOMS).partial_fit(self.samples(5))
         assert ksvd.log[0].dead >= 2
         assert ksvd.log[0].redrawn == 0
         assert torch.equal(ksvd.atoms_MD[4:], self.ATOMS[4:])
@@ -300,7 +297,7 @@ class TestEncodeAndDecode:
         """Samples that are exactly sparse around a centre far from 0."""
         problem = planted(300, 8, 8, 1)
         centre_D = 100 * torch.arange(8).float()
-        ksvd = started(estimator(8, 1), problem.atoms_MD, centre_D)
+        ksvd = started(learner(8, 1), problem.atoms_MD, centre_D)
         x_BD = problem.x_BD + centre_D
         gap_BD = ksvd.decode(ksvd.encode(x_BD)) - x_BD
         assert gap_BD.abs().max() <= tolerances.CODE_ERROR[torch.float32] * x_BD.norm(dim=1).max()
@@ -310,14 +307,14 @@ class TestEncodeAndDecode:
         atoms_MD = normalize(normal(12, 8, 1), dim=1)
         errors = {}
         for coder in ("mp", "mp_refit", "omp", "ormp"):
-            ksvd = started(estimator(12, 4, coder=coder), atoms_MD)
+            ksvd = started(learner(12, 4, coder=coder), atoms_MD)
             errors[coder] = float((ksvd.decode(ksvd.encode(x_BD)) - x_BD).norm())
         assert errors["mp"] > errors["mp_refit"] > errors["omp"] > errors["ormp"]
 
     def test_every_coder_learns_the_same(self) -> None:
         """The coder is for later: training codes by plain MP."""
         x_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
-        one, other = (estimator(20, 3, coder=coder).fit(x_ND) for coder in ("mp", "omp"))
+        one, other = (learner(20, 3, coder=coder).fit(x_ND) for coder in ("mp", "omp"))
         assert torch.equal(one.atoms_MD, other.atoms_MD)
 
 
@@ -332,8 +329,8 @@ class TestWeighting:
             "fisher": weighting_by_fisher(gradients_ND.T @ gradients_ND / 500),
         }[kind]
         y_ND = weighting.apply(x_ND - x_ND.double().mean(dim=0).float())
-        ours = estimator(20, 3, weighting=weighting, passes=2).fit(x_ND)
-        plain = estimator(20, 3, centre=False, passes=2).fit(y_ND)
+        ours = learner(20, 3, weighting=weighting, passes=2).fit(x_ND)
+        plain = learner(20, 3, centre=False, passes=2).fit(y_ND)
         assert torch.equal(ours.atoms_MD, plain.atoms_MD)
         assert [line.fvu for line in ours.log] == [line.fvu for line in plain.log]
         code, same = ours.encode(x_ND), plain.encode(y_ND)
@@ -346,8 +343,8 @@ class TestWeighting:
         """Loud dimensions matter less than quiet ones: the error counted so falls, the plain one rises."""
         loudness_D = torch.linspace(0.1, 3, 16)
         x_ND = normal(2_000, 16) * loudness_D
-        weighted = estimator(32, 4, weighting=weighting_by_std(loudness_D**2, power=2.0), passes=3).fit(x_ND)
-        plain = estimator(32, 4, passes=3).fit(x_ND)
+        weighted = learner(32, 4, weighting=weighting_by_std(loudness_D**2, power=2.0), passes=3).fit(x_ND)
+        plain = learner(32, 4, passes=3).fit(x_ND)
         gaps = [ksvd.decode(ksvd.encode(x_ND)) - x_ND for ksvd in (weighted, plain)]
         counted = [float((gap_ND / loudness_D**2).norm()) for gap_ND in gaps]
         assert counted[0] < 0.9 * counted[1]
@@ -355,7 +352,7 @@ class TestWeighting:
 
     def test_of_another_width(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)weighting is of another width.*d_in = 11.*limit: 12"):
-            estimator(20, 3, weighting=weighting_by_std(torch.ones(11))).fit(normal(100, 12))
+            learner(20, 3, weighting=weighting_by_std(torch.ones(11))).fit(normal(100, 12))
 
 
 class TestNonnegative:
@@ -363,11 +360,11 @@ class TestNonnegative:
     @pytest.mark.parametrize("coder", ["mp", "mp_refit", "omp"])
     def test_codes_and_learning(self, coder: Coder, update: Update) -> None:
         x_ND = normal(600, 8).abs() @ normal(8, 12, 1)
-        ksvd = estimator(20, 3, nonnegative=True, coder=coder, update=update, passes=3, batch_samples=200)
+        ksvd = learner(20, 3, nonnegative=True, coder=coder, update=update, passes=3, batch_samples=200)
         few, many = ksvd.fit(x_ND).log[0].fvu, ksvd.log[-1].fvu
         assert ksvd.encode(x_ND).values_BK.min() >= 0
         assert many < 0.8 * few
-        signed = estimator(20, 3, coder=coder, update=update, passes=3, batch_samples=200).fit(x_ND)
+        signed = learner(20, 3, coder=coder, update=update, passes=3, batch_samples=200).fit(x_ND)
         assert signed.encode(x_ND).values_BK.min() < 0
 
 
@@ -377,7 +374,7 @@ class TestPrecision:
         """Atoms are chosen from rounded products; the update sees the samples themselves."""
         x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
         full, rounded = (
-            estimator(20, 4, passes=6, batch_samples=200, groups=groups, precision=precision).fit(x_ND)
+            learner(20, 4, passes=6, batch_samples=200, groups=groups, precision=precision).fit(x_ND)
             for precision in ("float32", "bfloat16")
         )
         assert not torch.equal(full.atoms_MD, rounded.atoms_MD)
@@ -385,25 +382,25 @@ class TestPrecision:
 
     def test_unknown(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)precision='int8'.*float32, tf32, bfloat16"):
-            estimator(20, 3, precision="int8").fit(normal(100, 12))
+            learner(20, 3, precision="int8").fit(normal(100, 12))
 
     def test_tf32_needs_a_gpu(self) -> None:
         with pytest.raises(ShapeError, match="tf32 is a mode of CUDA"):
-            estimator(20, 3, precision="tf32").fit(normal(100, 12))
+            learner(20, 3, precision="tf32").fit(normal(100, 12))
 
 
 class TestAverage:
     def test_is_the_weighted_mean_of_the_atoms_after_each_batch(self) -> None:
         x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
         options: dict[str, Any] = {"passes": 2, "batch_samples": 150, "redraw": "none"}
-        ksvd = estimator(20, 3, average=False, **options)
+        ksvd = learner(20, 3, average=False, **options)
         seen: list[Tensor] = []
         ksvd.on_batch = lambda line: seen.append(ksvd.atoms_MD.double().clone())
         ksvd.fit(x_ND)
         mean_MD = seen[0]
         for age, atoms_MD in enumerate(seen[1:], start=2):
             mean_MD = mean_MD + 9 / (age + 8) * (atoms_MD - mean_MD)
-        averaged = estimator(20, 3, **options).fit(x_ND)
+        averaged = learner(20, 3, **options).fit(x_ND)
         gap_MD = averaged.atoms_MD.double() - normalize(mean_MD, dim=1)
         assert gap_MD.abs().max() <= tolerances.UNIT_NORM[torch.float32]
         assert [line.fvu for line in averaged.log] == [line.fvu for line in ksvd.log], "training does not see it"
@@ -412,7 +409,7 @@ class TestAverage:
         x_ND = normal(4_000, 32) * torch.arange(1, 33) ** -0.5
         train_ND, heldout_ND = x_ND.split([3_000, 1_000])
         options: dict[str, Any] = {"passes": 4, "batch_samples": 128}
-        averaged, last = (estimator(64, 4, average=average, **options).fit(train_ND) for average in (True, False))
+        averaged, last = (learner(64, 4, average=average, **options).fit(train_ND) for average in (True, False))
         errors = [float((ksvd.decode(ksvd.encode(heldout_ND)) - heldout_ND).norm()) for ksvd in (averaged, last)]
         assert errors[0] ** 2 < 0.97 * errors[1] ** 2
 
@@ -427,7 +424,7 @@ class TestBadInput:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("method", ["fit", "partial_fit", "encode"])
     def test_not_finite(self, method: str, value: float) -> None:
-        ksvd = estimator(10, 3)
+        ksvd = learner(10, 3)
         if method == "encode":
             ksvd.fit(normal(100, 8))
         with pytest.raises(ActivationError, match=r"(?s)1 of 100 samples.*row 17.*cause.*cure"):
@@ -438,27 +435,27 @@ class TestBadInput:
     def test_constant(self, method: str, centre: bool) -> None:
         x_ND = normal(1, 8).repeat(1000, 1)
         with pytest.raises(ActivationError, match=r"(?s)all samples .* are the same.*cause.*cure"):
-            getattr(estimator(10, 3, centre=centre), method)(x_ND)
+            getattr(learner(10, 3, centre=centre), method)(x_ND)
 
     def test_fewer_samples_than_atoms(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)fewer samples than atoms.*9 samples, n_atoms = 10.*cure"):
-            estimator(10, 3).fit(normal(9, 8))
+            learner(10, 3).fit(normal(9, 8))
         with pytest.raises(ShapeError, match=r"(?s)9 samples, n_atoms = 10.*cure"):
-            estimator(10, 3).partial_fit(normal(9, 8))
-        estimator(10, 3, init="random").partial_fit(normal(9, 8))  # needs no samples to start from
+            learner(10, 3).partial_fit(normal(9, 8))
+        learner(10, 3, init="random").partial_fit(normal(9, 8))  # needs no samples to start from
 
     def test_first_batch_smaller_than_the_dictionary(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)first batch.*8 samples, n_atoms = 10.*larger batches"):
-            estimator(10, 3, batch_samples=8).fit(normal(100, 8))
+            learner(10, 3, batch_samples=8).fit(normal(100, 8))
 
     def test_k_above_d_in(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)k = 9.*d_in = 8"):
-            estimator(10, 9).fit(normal(100, 8))
+            learner(10, 9).fit(normal(100, 8))
 
     @pytest.mark.parametrize("shape", [(100, 7), (100,), (100, 8, 1)], ids=str)
     @pytest.mark.parametrize("method", ["partial_fit", "encode"])
     def test_other_width_than_fitted(self, method: str, shape: tuple[int, ...]) -> None:
-        ksvd = estimator(10, 3).fit(normal(100, 8))
+        ksvd = learner(10, 3).fit(normal(100, 8))
         with pytest.raises(ShapeError, match=r"(?s)got: \(100,.*limit: \(B, 8\).*cause"):
             getattr(ksvd, method)(torch.ones(shape))
 
@@ -466,15 +463,15 @@ class TestBadInput:
     @pytest.mark.parametrize("samples", [torch.ones(100), torch.ones(100, 8, 1)], ids=["1-D", "3-D"])
     def test_not_a_matrix(self, method: str, samples: Tensor) -> None:
         with pytest.raises(ShapeError, match=r"\(100,"):
-            getattr(estimator(10, 3), method)(samples)
+            getattr(learner(10, 3), method)(samples)
 
     @pytest.mark.parametrize("method", ["fit", "partial_fit"])
     def test_integers(self, method: str) -> None:
         with pytest.raises(ShapeError, match="int64"):
-            getattr(estimator(10, 3), method)(torch.arange(800).view(100, 8))
+            getattr(learner(10, 3), method)(torch.arange(800).view(100, 8))
 
     def test_before_fit(self) -> None:
-        ksvd = estimator(10, 3)
+        ksvd = learner(10, 3)
         with pytest.raises(NotFittedError, match=r"(?s)not fitted.*call fit or partial_fit"):
             ksvd.encode(normal(5, 8))
         with pytest.raises(NotFittedError, match=r"(?s)not fitted.*call fit or partial_fit"):
@@ -488,12 +485,12 @@ class TestBadInput:
     def test_a_refused_first_batch_leaves_no_trace(self, bad: Tensor) -> None:
         """A caller may skip the batch and go on: the centre must come from the first batch that was accepted."""
         good_BD = normal(100, 8, 3) + 2
-        ksvd = estimator(10, 3)
+        ksvd = learner(10, 3)
         with pytest.raises((ActivationError, ShapeError)):
             ksvd.partial_fit(bad)
         assert ksvd.samples_seen == 0
         ksvd.partial_fit(good_BD)
-        assert torch.equal(ksvd.atoms_MD, estimator(10, 3).partial_fit(good_BD).atoms_MD)
+        assert torch.equal(ksvd.atoms_MD, learner(10, 3).partial_fit(good_BD).atoms_MD)
 
     @pytest.mark.parametrize(
         ("n_atoms", "k", "options", "words"),
@@ -509,11 +506,11 @@ class TestBadInput:
     )
     def test_options(self, n_atoms: int, k: int, options: dict[str, Any], words: str) -> None:
         with pytest.raises(ShapeError, match=words):
-            estimator(n_atoms, k, **options).fit(normal(100, 16))
+            learner(n_atoms, k, **options).fit(normal(100, 16))
         with pytest.raises(ShapeError, match=words):
-            estimator(n_atoms, k, **options).partial_fit(normal(100, 16))
+            learner(n_atoms, k, **options).partial_fit(normal(100, 16))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     def test_a_device_that_is_not_there(self) -> None:
         with pytest.raises(ConfigError, match=r"(?s)'cuda'.*no GPU.*cause.*cure"):
-            DoubleBatchKSVD(10, 3, device="cuda").fit(normal(100, 8))
+            learner(10, 3, device="cuda").fit(normal(100, 8))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning import reference
 from ksvd_sae.learning.code import Code
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.dbksvd import DictionaryLearner
 from ksvd_sae.learning.matryoshka import (
     check_groups,
     group_budgets,
@@ -24,11 +24,8 @@ from ksvd_sae.learning.matryoshka import (
 )
 from ksvd_sae.learning.sparse_coding import matching_pursuit
 from tests import tolerances
+from tests.learners import learner
 from tests.strategies import KINDS, generator, generic, planted
-
-
-def estimator(n_atoms: int, k: int, **options: Any) -> DoubleBatchKSVD:
-    return DoubleBatchKSVD(n_atoms, k, device="cpu", **options)
 
 
 def falling_spectrum(n_samples: int, d_in: int, seed: int = 0) -> Tensor:
@@ -88,11 +85,11 @@ class TestGroups:
         if k > 7:  # refused before the groups are looked at
             return
         with pytest.raises(ShapeError, match=words):
-            estimator(n_atoms, k, groups=groups).fit(torch.randn(100, 7, generator=generator(0)))
+            learner(n_atoms, k, groups=groups).fit(torch.randn(100, 7, generator=generator(0)))
 
     def test_the_coder_needs_groups(self) -> None:
         with pytest.raises(ShapeError, match="matryoshka"):
-            estimator(10, 2, coder="matryoshka").fit(torch.randn(100, 7, generator=generator(0)))
+            learner(10, 2, coder="matryoshka").fit(torch.randn(100, 7, generator=generator(0)))
 
 
 class TestCoder:
@@ -146,8 +143,8 @@ class TestLearning:
     def test_one_group_is_the_plain_dictionary(self, update: str) -> None:
         x_ND = planted(400, 12, 20, 3, noise=0.1).x_BD
         options: dict[str, Any] = {"passes": 2, "batch_samples": 100, "update": update, "atom_batch": 4}
-        plain = estimator(20, 3, **options).fit(x_ND)
-        one = estimator(20, 3, groups=[20], **options).fit(x_ND)
+        plain = learner(20, 3, **options).fit(x_ND)
+        one = learner(20, 3, groups=[20], **options).fit(x_ND)
         assert torch.equal(plain.atoms_MD, one.atoms_MD)
         untimed = [[{**asdict(line), "seconds": 0, "prefix_fvu": 0} for line in each.log] for each in (plain, one)]
         assert untimed[0] == untimed[1]
@@ -158,14 +155,14 @@ class TestLearning:
         x_ND, heldout_ND = falling_spectrum(4_000, 32).split([3_000, 1_000])
         options: dict[str, Any] = {"passes": 4, "batch_samples": 1_000, "centre": False}
         groups, k = (16, 16, 32), 6
-        nested = estimator(64, k, groups=groups, coder="matryoshka", **options).fit(x_ND)
-        plain = estimator(64, k, **options).fit(x_ND)
+        nested = learner(64, k, groups=groups, coder="matryoshka", **options).fit(x_ND)
+        plain = learner(64, k, **options).fit(x_ND)
 
-        def alone(ksvd: DoubleBatchKSVD) -> float:
+        def alone(ksvd: DictionaryLearner) -> float:
             atoms_MD = ksvd.atoms_MD[:16]
             return fvu(heldout_ND, matching_pursuit(heldout_ND, atoms_MD, 2).reconstruct(atoms_MD))
 
-        def part_of_the_code(ksvd: DoubleBatchKSVD) -> float:
+        def part_of_the_code(ksvd: DictionaryLearner) -> float:
             code = ksvd.encode(heldout_ND)
             first_BK = torch.where(code.support_BK < 16, code.values_BK, 0)
             return fvu(heldout_ND, ksvd.decode(Code(first_BK, code.support_BK)))
@@ -175,7 +172,7 @@ class TestLearning:
 
     def test_every_group_helps(self) -> None:
         x_ND = falling_spectrum(3_000, 32)
-        ksvd = estimator(64, 6, groups=(16, 16, 32), passes=2, batch_samples=1_000, centre=False)
+        ksvd = learner(64, 6, groups=(16, 16, 32), passes=2, batch_samples=1_000, centre=False)
         ksvd.fit(x_ND)
         for line in ksvd.log:
             assert line.prefix_fvu == sorted(line.prefix_fvu, reverse=True)
@@ -193,11 +190,11 @@ class TestLearning:
 
     def test_encode_and_decode_by_both_coders(self) -> None:
         x_ND = falling_spectrum(500, 12) + 3
-        nested = estimator(24, 4, groups=(8, 16), coder="matryoshka", passes=2).fit(x_ND)
+        nested = learner(24, 4, groups=(8, 16), coder="matryoshka", passes=2).fit(x_ND)
         code = nested.encode(x_ND)
         wanted = matryoshka_encode(x_ND - nested.centre_D, nested.atoms_MD, (8, 16), 4)
         assert torch.equal(code.values_BK, wanted.values_BK)
-        whole = estimator(24, 4, groups=(8, 16), passes=2).fit(x_ND)
+        whole = learner(24, 4, groups=(8, 16), passes=2).fit(x_ND)
         assert torch.equal(whole.atoms_MD, nested.atoms_MD), "the coder is for later"
         plain = matching_pursuit(x_ND - whole.centre_D, whole.atoms_MD, 4)
         assert torch.equal(whole.encode(x_ND).values_BK, plain.values_BK)

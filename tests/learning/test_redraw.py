@@ -11,14 +11,10 @@ from torch.nn.functional import normalize
 
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning import redraw
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
 from ksvd_sae.learning.redraw import draw_atoms, near_duplicates
 from tests import tolerances
+from tests.learners import learner
 from tests.strategies import generator, planted, unit_atoms
-
-
-def estimator(n_atoms: int, k: int, **options: Any) -> DoubleBatchKSVD:
-    return DoubleBatchKSVD(n_atoms, k, device="cpu", **options)
 
 
 def normal(n_samples: int, d_in: int, seed: int = 0) -> Tensor:
@@ -36,13 +32,13 @@ class TestNearDuplicates:
     ATOMS = unit_atoms(5, 16, dtype=torch.float32)
 
     @pytest.mark.parametrize("sign", [1, -1])
-    @pytest.mark.parametrize(("cosine", "found"), [(0.995, True), (0.985, False)])
-    def test_the_weaker_of_a_pair(self, cosine: float, found: bool, sign: int) -> None:
+    @pytest.mark.parametrize(("cosine", "close"), [(0.995, True), (0.985, False)])
+    def test_the_weaker_of_a_pair(self, cosine: float, close: bool, sign: int) -> None:
         atoms_MD = torch.cat([self.ATOMS, sign * turned(self.ATOMS[1:2], cosine)])
         energy_M = torch.tensor([1.0, 2, 1, 1, 1, 5])
-        assert near_duplicates(atoms_MD, energy_M, 0.99).tolist() == [False, found, False, False, False, False]
-        assert near_duplicates(atoms_MD, 6 - energy_M, 0.99).tolist() == [False] * 5 + [found]
-        wanted = found and sign > 0
+        assert near_duplicates(atoms_MD, energy_M, 0.99).tolist() == [False, close, False, False, False, False]
+        assert near_duplicates(atoms_MD, 6 - energy_M, 0.99).tolist() == [False] * 5 + [close]
+        wanted = close and sign > 0
         assert near_duplicates(atoms_MD, energy_M, 0.99, signed=False).any() == wanted
 
     def test_equal_energies_keep_the_first(self) -> None:
@@ -110,8 +106,8 @@ class TestInTraining:
         problem = planted(400, 12, 20, 3, noise=0.1)
         start_MD = problem.atoms_MD.clone()
         start_MD[7] = turned(start_MD[3:4], 0.9999)[0]
-        ksvd = estimator(20, 3, update=update, atom_batch=1, redraw=kind, duplicate_cosine=0.95, centre=False)
-        ksvd._state = ksvd._started(torch.zeros(12), start_MD)
+        ksvd = learner(20, 3, update=update, atom_batch=1, redraw=kind, duplicate_cosine=0.95, centre=False)
+        ksvd.state = ksvd._started(torch.zeros(12), start_MD)
         ksvd.partial_fit(problem.x_BD)
         assert (ksvd.log[0].duplicates, ksvd.log[0].redrawn) == (1, 1)
         cosines = (ksvd.atoms_MD @ ksvd.atoms_MD.T).abs().fill_diagonal_(0)
@@ -122,8 +118,8 @@ class TestInTraining:
         problem = planted(400, 12, 20, 3, noise=0.1)
         start_MD = problem.atoms_MD.clone()
         start_MD[7] = turned(start_MD[3:4], 0.9999)[0]
-        ksvd = estimator(20, 3, centre=False, **{"duplicate_cosine": 0.95, **options})
-        ksvd._state = ksvd._started(torch.zeros(12), start_MD)
+        ksvd = learner(20, 3, centre=False, **{"duplicate_cosine": 0.95, **options})
+        ksvd.state = ksvd._started(torch.zeros(12), start_MD)
         ksvd.partial_fit(problem.x_BD)
         assert (ksvd.log[0].duplicates, ksvd.log[0].redrawn) == (int("redraw" in options), 0)
 
@@ -131,8 +127,8 @@ class TestInTraining:
         x_BD = normal(200, 4)
         start_MD = torch.cat([torch.eye(4), -torch.eye(4)])
         for nonnegative in (True, False):
-            ksvd = estimator(8, 2, nonnegative=nonnegative, centre=False, duplicate_cosine=0.9)
-            ksvd._state = ksvd._started(torch.zeros(4), start_MD)
+            ksvd = learner(8, 2, nonnegative=nonnegative, centre=False, duplicate_cosine=0.9)
+            ksvd.state = ksvd._started(torch.zeros(4), start_MD)
             ksvd.partial_fit(x_BD)
             # With signs the second of each pair is never used.
             assert (ksvd.log[0].redrawn == 0) == nonnegative
@@ -140,13 +136,13 @@ class TestInTraining:
     @pytest.mark.parametrize("cosine", [0.0, -0.5, 1.5])
     def test_thresholds_that_mean_nothing(self, cosine: float) -> None:
         with pytest.raises(ShapeError, match="duplicate_cosine"):
-            estimator(8, 2, duplicate_cosine=cosine).fit(normal(100, 8))
+            learner(8, 2, duplicate_cosine=cosine).fit(normal(100, 8))
 
     def test_an_average_starts_anew_with_a_fresh_atom(self) -> None:
         """What was averaged is another atom: nothing of it may be left."""
         x_BD = torch.cat([normal(100, 4), torch.zeros(100, 4)], dim=1)
-        ksvd = estimator(6, 2, redraw="data", centre=False)
-        ksvd._state = ksvd._started(torch.zeros(8), torch.eye(8)[[0, 1, 2, 3, 6, 7]])
+        ksvd = learner(6, 2, redraw="data", centre=False)
+        ksvd.state = ksvd._started(torch.zeros(8), torch.eye(8)[[0, 1, 2, 3, 6, 7]])
         for _ in range(3):
             ksvd.partial_fit(x_BD)
         assert ksvd.log[0].redrawn == 2
@@ -155,8 +151,8 @@ class TestInTraining:
     def test_an_atom_is_redrawn_once_others_have_been_used_often_enough(self) -> None:
         """Batches of 18 samples with 2 of 6 atoms each: an average one is used 6 times a batch, 24 in four."""
         x_BD = torch.cat([normal(18, 4), torch.zeros(18, 4)], dim=1)
-        ksvd = estimator(6, 2, centre=False)
-        ksvd._state = ksvd._started(torch.zeros(8), torch.eye(8)[[0, 1, 2, 3, 6, 7]])
+        ksvd = learner(6, 2, centre=False)
+        ksvd.state = ksvd._started(torch.zeros(8), torch.eye(8)[[0, 1, 2, 3, 6, 7]])
         for _ in range(5):
             ksvd.partial_fit(x_BD)
         assert [line.dead for line in ksvd.log[:3]] == [2, 2, 2]
@@ -168,8 +164,8 @@ class TestInTraining:
         """Samples along one atom each; two batches of three lack those of atom 0."""
         sizes_BD = normal(40, 1).abs() + 1
         some_BD, all_BD = (sizes_BD * torch.eye(8)[torch.arange(40) % n + 8 - n] for n in (7, 8))
-        ksvd = estimator(8, 1, centre=False)
-        ksvd._state = ksvd._started(torch.zeros(8), torch.eye(8))
+        ksvd = learner(8, 1, centre=False)
+        ksvd.state = ksvd._started(torch.zeros(8), torch.eye(8))
         for batch_BD in [some_BD, some_BD, all_BD] * 4:
             ksvd.partial_fit(batch_BD)
         assert [line.dead for line in ksvd.log] == [1, 1, 0] * 4

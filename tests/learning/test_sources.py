@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ksvd_sae.errors import ActivationError, ShapeError
 from ksvd_sae.learning import sources
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
+from ksvd_sae.learning.dbksvd import DictionaryLearner
 from ksvd_sae.learning.sources import (
     SampleSource,
     StreamSource,
@@ -22,14 +22,15 @@ from ksvd_sae.learning.sources import (
     kept_on_device,
     prefetched,
 )
+from tests.learners import learner
 from tests.strategies import generator, planted
 
 CPU = torch.device("cpu")
 X_ND = planted(600, 12, 20, 3, noise=0.1).x_BD + 0.5
 
 
-def estimator(**options: Any) -> DoubleBatchKSVD:
-    return DoubleBatchKSVD(20, 3, **{"device": "cpu", "batch_samples": 150, **options})
+def small(**options: Any) -> DictionaryLearner:
+    return learner(20, 3, **{"batch_samples": 150, **options})
 
 
 def readers() -> int:
@@ -103,13 +104,13 @@ class TestKinds:
 
     def test_gradients_stay_out_of_it(self) -> None:
         x_ND = X_ND.clone().requires_grad_()
-        assert not estimator().fit(x_ND).atoms_MD.requires_grad
-        assert not estimator().partial_fit(x_ND).atoms_MD.requires_grad
+        assert not small().fit(x_ND).atoms_MD.requires_grad
+        assert not small().partial_fit(x_ND).atoms_MD.requires_grad
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
     def test_other_precisions_are_learned_in_float32(self, dtype: torch.dtype) -> None:
-        ksvd = estimator(passes=2).fit(X_ND.to(dtype))
-        same = estimator(passes=2).fit(X_ND.to(dtype).float())
+        ksvd = small(passes=2).fit(X_ND.to(dtype))
+        same = small(passes=2).fit(X_ND.to(dtype).float())
         assert ksvd.atoms_MD.dtype == ksvd.centre_D.dtype == torch.float32
         assert torch.equal(ksvd.atoms_MD, same.atoms_MD)
 
@@ -125,9 +126,9 @@ class TestKinds:
 class TestStreams:
     def test_batches_are_taken_as_they_come(self) -> None:
         sizes = [200, 30, 0, 370]
-        ksvd = estimator(passes=2).fit(lambda: iter(X_ND.split(sizes)))
+        ksvd = small(passes=2).fit(lambda: iter(X_ND.split(sizes)))
         assert [line.samples_seen for line in ksvd.log] == [200, 230, 600, 800, 830, 1200]
-        by_hand = estimator()
+        by_hand = small()
         for batch_BD in X_ND.split(sizes) * 2:
             if len(batch_BD):
                 by_hand.partial_fit(batch_BD)
@@ -136,33 +137,33 @@ class TestStreams:
 
     def test_a_list_of_batches_serves_every_pass(self) -> None:
         batches = list(X_ND.split(200))
-        listed, called = estimator(passes=2).fit(batches), estimator(passes=2).fit(lambda: iter(batches))
+        listed, called = small(passes=2).fit(batches), small(passes=2).fit(lambda: iter(batches))
         assert torch.equal(listed.atoms_MD, called.atoms_MD)
 
     def test_an_iterator_serves_one_pass(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)only once.*passes = 2.*cure: pass a function"):
-            estimator(passes=2).fit(iter(X_ND.split(200)))
-        one = estimator().fit(iter(X_ND.split(200)))
-        assert torch.equal(one.atoms_MD, estimator().fit(list(X_ND.split(200))).atoms_MD)
+            small(passes=2).fit(iter(X_ND.split(200)))
+        one = small().fit(iter(X_ND.split(200)))
+        assert torch.equal(one.atoms_MD, small().fit(list(X_ND.split(200))).atoms_MD)
 
     @pytest.mark.parametrize("batches", [[], [X_ND[:0]]], ids=["no batches", "empty batches"])
     def test_nothing_in_it(self, batches: list[Tensor]) -> None:
         with pytest.raises(ActivationError, match=r"(?s)gave no samples.*cause.*cure"):
-            estimator().fit(lambda: iter(batches))
+            small().fit(lambda: iter(batches))
 
     def test_widths_that_differ(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)do not fit.*got: \(100, 11\).*limit: \(B, 12\)"):
-            estimator().fit(iter([X_ND[:100], X_ND[:100, :11]]))
+            small().fit(iter([X_ND[:100], X_ND[:100, :11]]))
 
     def test_first_batch_smaller_than_the_dictionary(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)first batch.*19 samples, n_atoms = 20"):
-            estimator().fit(iter([X_ND[:19], X_ND]))
+            small().fit(iter([X_ND[:19], X_ND]))
 
 
 class TestKeptOnDevice:
     @pytest.mark.parametrize("samples", [X_ND, Shards()], ids=["tensor", "source"])
     def test_changes_no_bit(self, samples: Any) -> None:
-        kept, read = (estimator(passes=3, keep_on_device=keep).fit(samples) for keep in (True, False))
+        kept, read = (small(passes=3, keep_on_device=keep).fit(samples) for keep in (True, False))
         assert torch.equal(kept.atoms_MD, read.atoms_MD)
         assert torch.equal(kept.centre_D, read.centre_D)
 
@@ -174,9 +175,9 @@ class TestKeptOnDevice:
                 Counted.reads += 1
                 yield from super().batches(batch_samples, seed=seed)
 
-        estimator(passes=3, keep_on_device=True).fit(Counted())
+        small(passes=3, keep_on_device=True).fit(Counted())
         assert Counted.reads == 1
-        estimator(passes=3).fit(Counted())
+        small(passes=3).fit(Counted())
         assert Counted.reads == 4, "on the CPU only if asked for"
 
     def test_a_source_that_miscounts(self) -> None:
@@ -233,7 +234,7 @@ class TestPrefetched:
             raise OSError("the disk is gone")
 
         with pytest.raises(OSError, match="the disk is gone") as caught:
-            estimator().fit(breaks_here)
+            small().fit(breaks_here)
         assert "breaks_here" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
 
     def test_ends_when_the_caller_gives_up(self) -> None:
@@ -250,7 +251,7 @@ class TestPrefetched:
             raise KeyError("enough")
 
         with pytest.raises(KeyError, match="enough"):
-            estimator(on_batch=fail).fit(endless)
+            small(on_batch=fail).fit(endless)
         assert closed == [True]
         assert readers() == 0
 
@@ -261,5 +262,5 @@ class TestPrefetched:
             names.append(threading.current_thread().name)
             yield X_ND
 
-        estimator().fit(source)
+        small().fit(source)
         assert names == ["ksvd_sae-prefetch"]

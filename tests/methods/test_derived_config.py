@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.methods.derived_config import DerivedConfig, metric
-from ksvd_sae.methods.options import WeightingConfig
-from ksvd_sae.run.config import LinearTopKConfig, RecodedConfig, RunConfig, dump_config, load_config, parse_config
+from ksvd_sae.methods.base import WeightingConfig
+from ksvd_sae.methods.linear_topk import LinearTopKMethod
+from ksvd_sae.methods.recoded import RecodedMethod
+from ksvd_sae.run.config import RunConfig, dump_config, load_config, parse_config
 from tests.command_line import EVAL_CONFIGS
 from tests.run.test_config import RAW
 
@@ -26,15 +27,15 @@ def run_with(**more: dict[str, Any]) -> RunConfig:
     return parse_config({**RAW, "dictionaries": {**LEARNED, **more}})
 
 
-def recoded(**fields: Any) -> RecodedConfig:
+def recoded(**fields: Any) -> RecodedMethod:
     found = run_with(it={"kind": "recoded", **fields}).dictionaries["it"]
-    assert isinstance(found, RecodedConfig)
+    assert isinstance(found, RecodedMethod)
     return found
 
 
-def linear(**fields: Any) -> LinearTopKConfig:
+def linear(**fields: Any) -> LinearTopKMethod:
     found = run_with(it={"kind": "linear_topk", **fields}).dictionaries["it"]
-    assert isinstance(found, LinearTopKConfig)
+    assert isinstance(found, LinearTopKMethod)
     return found
 
 
@@ -104,7 +105,10 @@ def test_round_trip() -> None:
             {"own": {**KSVD, "seed": 1}, "it": {"kind": "recoded", "of": "own", "seed": 2}},
             r"dictionaries\.it: seed = 2, but 'own' is trained with seed 1",
         ),
-        ({"it": {"kind": "linear_topk", "of": "pca"}}, r"dictionaries\.it\.of: 'pca' is a PCA.*nothing to choose"),
+        (
+            {"it": {"kind": "linear_topk", "of": "pca"}},
+            r"dictionaries\.it\.of: 'pca' has as many atoms as it uses: TopK has nothing to choose",
+        ),
         (
             {"all": {"kind": "identity"}, "it": {"kind": "recoded", "of": "all"}},
             r"dictionaries\.it\.of: 'all' leaves activations as they are",
@@ -129,13 +133,13 @@ def test_ormp_with_signs_may_be() -> None:
 def test_encoder_vs_dictionary_is_a_whole_grid() -> None:
     """Every dictionary in both metrics, under a linear encoder, MP and OMP; names say all."""
     run = load_config(EVAL_CONFIGS / "encoder-vs-dictionary.yaml")
-    learned = {name: c for name, c in run.dictionaries.items() if not isinstance(c, DerivedConfig)}
+    learned = {name: method for name, method in run.dictionaries.items() if method.source is None}
     assert len(learned) == 10
-    assert {metric(c).kind for c in learned.values()} == {"none", "fisher_diag"}
-    for name, config in learned.items():
-        assert metric(config).kind == ("fisher_diag" if name.endswith("-fisher") else "none")
-        coded = {n: c for n, c in run.dictionaries.items() if isinstance(c, DerivedConfig) and c.of == name}
-        coders = {getattr(c, "coder", "linear") for c in coded.values()} | {getattr(config, "coder", "own")} - {"own"}
-        assert coders == {"linear", "mp", "omp"}
+    assert {method.metric.kind for method in learned.values()} == {"none", "fisher_diag"}
+    for name, method in learned.items():
+        assert method.metric.kind == ("fisher_diag" if name.endswith("-fisher") else "none")
+        coded = {n: other for n, other in run.dictionaries.items() if other.source == name}
+        coders = {other.coder_label for other in coded.values()} | {method.coder_label} - {"own encoder"}
+        assert coders == {"linear TopK", "MP", "OMP"}
         assert {n: f"{name}.{getattr(c, 'coder', 'linear')}" for n, c in coded.items()} == {n: n for n in coded}
-        assert {(c.k, metric(c).kind) for c in coded.values()} == {(20, metric(config).kind)}
+        assert {(other.budget, other.metric.kind) for other in coded.values()} == {(20, method.metric.kind)}

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ksvd_sae.errors import ConfigError, DictionaryError, HubError, ShapeError
-from ksvd_sae.methods.published import saes
-from ksvd_sae.methods.published.config import PublishedSAEConfig
+from ksvd_sae.methods.base import load_sae
+from ksvd_sae.methods.published import PublishedSAEMethod, saes
 from ksvd_sae.methods.published.hub_files import hub_files
 from ksvd_sae.methods.published.saes import check_fetched, read_tensors, take_published
-from ksvd_sae.methods.sae.training import load_sae
 from tests.strategies import generator
 from tests.tiny_hub import (
     COMMIT,
@@ -104,16 +103,17 @@ def trainer(kind: str, **changes: Any) -> dict[str, Any]:
     return {**facts, **changes}
 
 
-def publish(cache: Path, kind: str, norm: float = 1.0, **changes: Any) -> PublishedSAEConfig:
+def publish(cache: Path, kind: str, norm: float = 1.0, **changes: Any) -> PublishedSAEMethod:
     files = dictionary_learning_files(
         FOLDER, weights(kind, norm), trainer(kind, **changes), {"out_batch_size": 2048, "ctx_len": 1024}
     )
     write_repository(cache, REPOSITORY, files)
-    return PublishedSAEConfig(repo_id=REPOSITORY, path=FOLDER, format="dictionary_learning")
+    return PublishedSAEMethod(repo_id=REPOSITORY, path=FOLDER, format="dictionary_learning")
 
 
-def take(config: PublishedSAEConfig, folder: Path, d_in: int = D_IN) -> dict[str, Any]:
-    return take_published(config, folder, model_name=MODEL, hook_name=HOOK, d_in=d_in)
+def take(config: PublishedSAEMethod, folder: Path, d_in: int = D_IN) -> dict[str, Any]:
+    """What its manifest says."""
+    return take_published(config, folder, model_name=MODEL, hook_name=HOOK, d_in=d_in).manifest(0.0)
 
 
 def inputs() -> Tensor:
@@ -303,7 +303,7 @@ def test_another_width(cache: Path, tmp_path: Path) -> None:
 def test_samples_seen_that_nobody_tells(cache: Path, tmp_path: Path) -> None:
     files = dictionary_learning_files(FOLDER, weights("topk"), trainer("topk"))
     write_repository(cache, REPOSITORY, files)
-    config = PublishedSAEConfig(repo_id=REPOSITORY, path=FOLDER, format="dictionary_learning")
+    config = PublishedSAEMethod(repo_id=REPOSITORY, path=FOLDER, format="dictionary_learning")
     assert take(config, tmp_path / "sae")["samples_seen"] is None
     told = config.model_copy(update={"samples_seen": 500_000_000})
     assert take(told, tmp_path / "sae")["samples_seen"] == 500_000_000
@@ -327,7 +327,7 @@ def write_saelens(cache: Path, tmp_path: Path, *, metadata: dict[str, Any] | Non
     return sae
 
 
-SAELENS = PublishedSAEConfig(repo_id=REPOSITORY, path="layer_12", format="saelens")
+SAELENS = PublishedSAEMethod(repo_id=REPOSITORY, path="layer_12", format="saelens")
 
 
 def test_saelens_own_format(cache: Path, tmp_path: Path) -> None:
@@ -400,7 +400,7 @@ def test_a_listed_release(cache: Path, tmp_path: Path) -> None:
     place = "MatryoshkaBatchTopK_gemma-2-2b__0108/resid_post_layer_12/trainer_1"
     files = dictionary_learning_files(place, weights("matryoshka"), trainer("matryoshka"))
     write_repository(cache, f"adamkarvonen/{release}", files)
-    config = PublishedSAEConfig(release=release, sae_id="blocks.12.hook_resid_post__trainer_1")
+    config = PublishedSAEMethod(release=release, sae_id="blocks.12.hook_resid_post__trainer_1")
     facts = take(config, tmp_path / "sae")
     assert (facts["repo_id"], facts["path"]) == (f"adamkarvonen/{release}", place)
     assert facts["format"] == "dictionary_learning"
@@ -416,7 +416,7 @@ def test_a_listed_release(cache: Path, tmp_path: Path) -> None:
 )
 def test_a_release_that_cannot_be_had(cache: Path, release: str, sae_id: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        saes.fetch(PublishedSAEConfig(release=release, sae_id=sae_id))
+        saes.fetch(PublishedSAEMethod(release=release, sae_id=sae_id))
 
 
 # ---------------------------------------------------------------- the Hub

@@ -14,12 +14,11 @@ from torch.nn.functional import normalize
 
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ConfigError, ManifestError
-from ksvd_sae.methods.derived_config import LinearTopKConfig
-from ksvd_sae.methods.recoding import as_dictionary
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.methods.base import TRAIN_LOG
 from ksvd_sae.methods.sae.raw_units import WeightedTopKSAE
-from ksvd_sae.methods.trainers import train_dictionary, training_fields
-from ksvd_sae.run import pipeline
-from ksvd_sae.run.config import RunConfig, TopKSAEConfig, parse_config
+from ksvd_sae.report.compare import compare
+from ksvd_sae.run.config import RunConfig, parse_config
 from ksvd_sae.run.pipeline import Run
 from ksvd_sae.run.trained import TrainedDictionary
 from tests.run.test_pipeline import RAW, _one_thread, config_with, heldout_fvu, place, run_in, snapshot, trainings
@@ -57,7 +56,7 @@ def test_the_same_coder_gives_the_same_codes(place: Path, coder: str, weighting:
     assert torch.equal(codes(run, trained["ksvd"]), codes(run, trained["again"]))
     first, second = (Dictionary.load(trained[name].folder) for name in ("ksvd", "again"))
     assert torch.equal(first.atoms_MD, second.atoms_MD)
-    assert second.coder == coder
+    assert second.coding.coder == coder
     # What is on disk codes so too.
     x_BD = run.shards("heldout").tensor()
     assert torch.equal(SAE.load_from_disk(trained["again"].folder / "sae").encode(x_BD), codes(run, trained["ksvd"]))
@@ -116,14 +115,14 @@ def test_a_pursuit_chooses_in_the_metric(place: Path) -> None:
 def test_k_of_its_own(place: Path) -> None:
     run, trained = train(place, ksvd=KSVD, one={"kind": "recoded", "of": "ksvd", "coder": "mp", "k": 1})
     assert int((codes(run, trained["one"]) != 0).sum(dim=1).max()) == 1
-    assert Dictionary.load(trained["one"].folder).max_steps is None
+    assert Dictionary.load(trained["one"].folder).coding.max_steps is None
 
 
 def test_groups_are_left_behind(place: Path) -> None:
     """A Matryoshka dictionary's atoms are coded whole."""
     ksvd = {**KSVD, "groups": [8, 16]}
     run, trained = train(place, ksvd={**ksvd, "coder": "omp"}, omp={"kind": "recoded", "of": "ksvd", "coder": "omp"})
-    assert Dictionary.load(trained["omp"].folder).groups is None
+    assert Dictionary.load(trained["omp"].folder).coding.groups is None
     assert torch.equal(codes(run, trained["omp"]), codes(run, trained["ksvd"]))
 
 
@@ -135,7 +134,6 @@ def test_random_atoms_in_a_metric(place: Path) -> None:
     assert torch.equal(plain.atoms_MD, weighted.atoms_MD)
     assert weighted.weighting is not None
     assert heldout_fvu(run, trained["weighted"]) != heldout_fvu(run, trained["plain"])
-    assert "weighting" not in training_fields(trained["plain"].config), "older random dictionaries are still found"
 
 
 # ---------------------------------------------------------------- linear encoders
@@ -213,7 +211,7 @@ def test_what_it_is_of_comes_first(place: Path, trainings: list[str]) -> None:
     own = 8 * 2000 // 128 * 128
     assert seen == {"omp": 4000, "linear": seen["topk"] + own, "ksvd": 4000, "topk": 20_000 // 128 * 128}
     assert trained["linear"].manifest["encoder_samples"] == own
-    assert (trained["linear"].folder / pipeline.TRAIN_LOG).exists()
+    assert (trained["linear"].folder / TRAIN_LOG).exists()
 
 
 def test_what_it_is_of_is_in_its_key(place: Path) -> None:
@@ -244,8 +242,7 @@ def test_without_the_one_it_is_of_it_is_not_made_again(place: Path) -> None:
     shutil.rmtree(trained["it"].folder)
     with pytest.raises(ManifestError):
         run.trained()
-    shards = run.shards()
-    assert run.train_one("omp", trained["omp"].config, shards) == trained["omp"]
+    assert run.train_one("omp", trained["omp"].method).content == trained["omp"].content
     assert not trained["it"].folder.exists()
 
 
@@ -270,7 +267,7 @@ def test_evaluate_and_compare(place: Path) -> None:
     }
     fvu = {row["dictionary"]: row["value"] for row in rows if row["metric"] == "fvu"}
     assert fvu["omp"] == pytest.approx(heldout_fvu(run, trained["omp"]), rel=1e-5)
-    assert "linear" in run.compare().read_text()
+    assert "linear" in compare(run).read_text()
     lines = (run.results / "comparison.md").read_text().splitlines()
     lines = lines[lines.index("## Dictionaries by coders") :]
     head, _, *table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
@@ -312,15 +309,12 @@ def test_each_seed_takes_the_atoms_of_its_own(place: Path) -> None:
     assert own.train()[1].folder == trained["omp", 5].folder
 
 
-def test_by_itself_it_is_no_training(place: Path) -> None:
+def test_taken_as_a_dictionary(place: Path) -> None:
+    """What an SAE gives to others; an encoder that was fitted to another's atoms has none to give."""
     run, trained = train(place, topk=TOPK, linear={**LINEAR, "of": "topk"})
-    config = trained["linear"].config
-    assert isinstance(config, LinearTopKConfig)
-    with pytest.raises(ConfigError, match=r"(?s)'linear_topk' is made from another.*derive_dictionary"):
-        train_dictionary(config, run.shards(), place / "x", run.setting(config))
-    with pytest.raises(ConfigError, match=r"(?s)those of another dictionary, 'topk'.*take that one"):
-        as_dictionary(config, trained["linear"].folder, run.shards(), run.setting())
-    assert isinstance(trained["topk"].config, TopKSAEConfig)
-    sae = run.load_sae(trained["topk"])
-    found = as_dictionary(trained["topk"].config, trained["topk"].folder, run.shards(), run.setting())
-    assert torch.equal(found.centre_D, sae.b_dec.detach())
+    linear, topk = trained["linear"], trained["topk"]
+    with pytest.raises(ConfigError, match=r"(?s)those of another dictionary, 'topk'.*from that one"):
+        linear.method.dictionary(run.setting(), linear.folder)
+    taken = topk.method.dictionary(run.setting(), topk.folder)
+    assert torch.equal(taken.centre_D, run.load_sae(topk).b_dec.detach())
+    assert taken.coding == Coding(3, nonnegative=True)

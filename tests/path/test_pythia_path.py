@@ -14,10 +14,12 @@ import yaml
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import contexts
 from ksvd_sae.report.headline import HEADLINES
+from ksvd_sae.report.raw import RawResults, unpack
 from ksvd_sae.store import MANIFEST
 from tests import tiny_models, tolerances
 from tests.command_line import EVAL_CONFIGS, REPOSITORY
 from tests.path.conftest import CONFIG, Workplace
+from tests.recompute import check_recomputable
 
 DICTIONARIES = list(yaml.safe_load((EVAL_CONFIGS / f"{CONFIG}.yaml").read_text())["dictionaries"])
 Done = subprocess.CompletedProcess[str]
@@ -122,32 +124,36 @@ def test_the_report_is_there(finished: tuple[Workplace, Done]) -> None:
 
 def test_atoms_of_every_dictionary_are_shown_in_context(place: Workplace) -> None:
     report = (place.results / "report.html").read_text()
-    files = list((place.results / "atoms").glob("*.json"))
-    assert len(files) == len(DICTIONARIES)
-    for path in files:
-        found = json.loads(path.read_text())
-        assert len(found["atoms"]) == min(24, found["n_atoms"] - found["n_dead"])
-        assert all(atom["positive"] or atom.get("negative") for atom in found["atoms"])
-        assert found["n_tokens"] >= 900
+    with RawResults(place.results) as raw:
+        samples = [json.loads(content) for name, content in raw.items() if name.startswith("atoms/")]
+    assert len(samples) == len(DICTIONARIES)
+    for sample in samples:
+        assert len(sample["atoms"]) == min(24, sample["n_atoms"] - sample["n_dead"])
+        assert all(atom["positive"] or atom.get("negative") for atom in sample["atoms"])
+        assert sample["n_tokens"] >= 900
     assert all(f"<summary>{name} " in report for name in DICTIONARIES)
 
 
-def test_saebench_results_are_json(place: Workplace) -> None:
+def test_raw_results_are_json_and_hold_every_score(place: Workplace, tmp_path: Path) -> None:
+    unpack(place.results, tmp_path)
+    (tmp_path / "scratch").mkdir()
     for eval_name in ("core", "sparse_probing", "sparse_probing_sae_probes", "scr"):
-        found = sorted((place.results / "saebench" / eval_name).iterdir())
-        assert len(found) == len(DICTIONARIES)
-        for path in found:
+        results = sorted((tmp_path / "saebench" / eval_name).iterdir())
+        assert len(results) == len(DICTIONARIES)
+        for path in results:
             assert strict_json(path)["eval_type_id"] == eval_name
-    assert len(list((place.results / "heldout").glob("*.json"))) == len(DICTIONARIES)
-    for path in place.results.rglob("*.json"):
+    assert len(list((tmp_path / "heldout").glob("*.json"))) == len(DICTIONARIES)
+    for path in [*place.results.rglob("*.json"), *tmp_path.rglob("*.json")]:
         strict_json(path)
+    check_recomputable(place.results, tmp_path / "scratch")
 
 
 def test_results_hold_no_path_of_this_machine(place: Workplace) -> None:
     secrets = {str(place.folder), str(REPOSITORY), f"{Path.home()}/".replace("//", "/")} - {"/"}
-    found = files(place.results)
-    assert len(found) > 20
-    for name, content in found.items():
+    with RawResults(place.results) as raw:
+        texts = {**files(place.results), **raw}
+    assert len(texts) > 20
+    for name, content in texts.items():
         assert [secret for secret in secrets if secret.encode() in content] == [], name
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.report import atoms
-from ksvd_sae.report.atoms import LEVELS, dictionary_atoms, number, take_examples, visible
+from ksvd_sae.report.atoms import LEVELS, dictionary_atoms, number, read_examples, visible
 from ksvd_sae.report.report import write_report
 from tests.report.test_report import Page
 
@@ -119,7 +119,7 @@ def test_page_shows_every_atom(write, examples_of):
     assert len(page.attributes("li")) >= 24 * 8 * 3
     anchors = [attrs["href"] for attrs in page.attributes("a")]
     ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
-    assert {f"#{signed.anchor}", f"#{plain.anchor}", "#headline", "#atoms", "#all", "#provenance"} <= set(anchors)
+    assert {f"#{signed.anchor}", f"#{plain.anchor}", "#headline", "#atoms", "#seeds", "#provenance"} <= set(anchors)
     assert {anchor.removeprefix("#") for anchor in anchors} <= ids
     assert len([attrs for _, attrs in page.tags if "id" in attrs]) == len(ids), "ids are unique"
     # The examples' text, in the direction of its own letters.
@@ -146,14 +146,12 @@ def test_ten_dictionaries_stay_below_three_megabytes(write, examples_of):
     assert len(html.encode()) < 1.5e6
 
 
-def test_files_are_copied_and_read(tmp_path, examples_of):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "a-0.json").write_text(json.dumps(examples_of(n_atoms=4)))
-    (found,) = take_examples({"a": "a-0.json"}, tmp_path / "cache", tmp_path / "atoms")
+def test_files_are_read(tmp_path, examples_of):
+    (tmp_path / "a-0.json").write_text(json.dumps(examples_of(n_atoms=4)))
+    (found,) = read_examples({"a": tmp_path / "a-0.json"})
     assert found == dictionary_atoms("a", examples_of(n_atoms=4))
     assert [stratum for stratum, _, _ in found.strata] == list(atoms.STRATA)
     assert found.summary == "4 of 4,096 atoms · none unused on 16,331 tokens of 36 documents"
-    assert (tmp_path / "atoms" / "a-0.json").read_bytes() == (tmp_path / "cache" / "a-0.json").read_bytes()
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"atoms": [{}], "n_dead": 0}'])
@@ -161,4 +159,4 @@ def test_a_file_that_is_none(tmp_path, content):
     if content is not None:
         (tmp_path / "a-0.json").write_text(content)
     with pytest.raises(EvaluationError, match=r"(?s)atoms of 'a'.*ksvd-sae evaluate"):
-        take_examples({"a": "a-0.json"}, tmp_path, tmp_path / "atoms")
+        read_examples({"a": tmp_path / "a-0.json"})

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tests.run.test_config import RAW
 
 from ksvd_sae.report import style
 from ksvd_sae.report.coder_plot import coders_compared
 from ksvd_sae.run.config import parse_config
 from tests.report.test_pivot import config, frame_of, rows
+from tests.run.test_config import RAW
 
 NAMES = ("ksvd", "ksvd.omp", "ksvd.linear", "sae", "sae.omp", "alone")
 

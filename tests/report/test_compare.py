@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.report import compare
+from ksvd_sae.report import budget, compare
 from ksvd_sae.report.compare import comparison_notes, write_comparison
+from ksvd_sae.report.raw import RAW, RawResults, result_name, unpack
 from ksvd_sae.report.scores import COLUMNS, read_csv
 from ksvd_sae.report.style import palette
 from ksvd_sae.run.config import RunConfig, parse_config
@@ -87,12 +88,25 @@ class Comparison:
 
     def write(self, names: list[str] | None = None, evals: tuple[str, ...] = EVALS) -> Path:
         names = self.names if names is None else names
-        config = run_config(names, **{name: None for name in EVALS[1:] if name not in evals})
+        config = run_config(names, **{name: None for name in EVALS if name not in evals})
         logs = {name: path for name, path in self.logs.items() if name in names}
         return write_comparison(self.folder, config, self.manifest(names, evals), self.place / "evaluations", logs)
 
-    def found(self) -> set[str]:
+    def written(self) -> set[str]:
         return {str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()}
+
+    def raw(self) -> dict[str, bytes]:
+        with RawResults(self.folder) as raw:
+            return dict(raw)
+
+    def raw_expected(self, names: list[str], evals: tuple[str, ...] = EVALS) -> dict[str, bytes]:
+        """What the archive must hold, byte for byte."""
+        cached = self.place / "evaluations"
+        return {
+            **{result_name(e, self.file(n)): (cached / e / self.file(n)).read_bytes() for e in evals for n in names},
+            **{f"atoms/{self.file(n)}": (cached / "examples" / self.file(n)).read_bytes() for n in names},
+            **{f"training/{n}.jsonl": path.read_bytes() for n, path in self.logs.items() if n in names},
+        }
 
 
 @pytest.fixture
@@ -115,48 +129,68 @@ def expected(comparison: Comparison, names: list[str], evals: tuple[str, ...] = 
         "config.yaml",
         "manifest.json",
         "report.html",
+        RAW,
     }
-    files |= {f"atoms/{comparison.file(name)}" for name in names}
-    files |= {"plots/metrics.png", "plots/density.png"}
-    if "core" in evals:
+    files.add("plots/metrics.png")
+    if "heldout" in evals:
+        files.add("plots/density.png")
+    if {"heldout", "core"} <= set(evals):
         files.add("plots/error_against_behaviour.png")
     if len(set(names) - {"pca", "random"}) > 1:
         files.add("plots/ranks.png")
-    trained = [name for name in names if name in comparison.logs]
-    if trained:
+    if any(name in comparison.logs for name in names):
         files.add("plots/training.png")
-    files |= {f"training/{name}.jsonl" for name in trained}
-    for eval_name in evals:
-        folder = "heldout" if eval_name == "heldout" else f"saebench/{eval_name}"
-        files |= {f"{folder}/{comparison.file(name)}" for name in names}
     return files
 
 
 def test_all_files_are_there_and_name_no_place_of_this_machine(comparison: Comparison) -> None:
     report = comparison.write()
     assert report == comparison.folder / "report.html"
-    assert comparison.found() == expected(comparison, comparison.names)
-    assert comparison.logs, "a log was there to copy"
+    assert comparison.written() == expected(comparison, comparison.names)
+    assert comparison.logs, "a log was there to keep"
     for path in report.parent.rglob("*"):
-        if path.is_file() and path.suffix != ".png":
+        if path.is_file() and path.suffix not in (".png", ".zip"):
             assert str(comparison.place) not in path.read_text(encoding="utf-8"), path.name
 
 
-def test_logs_of_saes_are_copied_and_not_drawn(comparison: Comparison) -> None:
+def test_without_held_out_scores(comparison: Comparison) -> None:
+    evals = ("core", "sparse_probing")
+    comparison.write(evals=evals)
+    assert comparison.written() == expected(comparison, comparison.names, evals)
+    assert "Not run, as the config says: heldout." in (comparison.folder / "comparison.md").read_text()
+
+
+def test_raw_results_are_in_one_file(comparison: Comparison) -> None:
+    comparison.write()
+    assert comparison.raw() == comparison.raw_expected(comparison.names)
+
+
+def test_logs_of_saes_are_kept_and_not_drawn(comparison: Comparison) -> None:
     """They have no error after the step."""
     for path in comparison.logs.values():
         path.write_text('{"samples_seen": 1024, "fvu": 0.5, "l0": 20.0, "dead": 3}\n')
     comparison.write()
-    assert comparison.found() == expected(comparison, comparison.names) - {"plots/training.png"}
+    assert comparison.written() == expected(comparison, comparison.names) - {"plots/training.png"}
+    assert comparison.raw() == comparison.raw_expected(comparison.names)
 
 
 def test_atoms_in_context(comparison: Comparison) -> None:
     page = comparison.write().read_text(encoding="utf-8")
     for name in comparison.names:
         assert f"<summary>{name} " in page
-        copied = comparison.folder / "atoms" / comparison.file(name)
-        stored = comparison.place / "evaluations" / "examples" / comparison.file(name)
-        assert copied.read_bytes() == stored.read_bytes()
+    assert "dictionaries of other budgets" not in page
+
+
+def test_atoms_of_many_dictionaries_are_those_of_one_budget(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "READABLE", 1)
+    comparison.frame.loc[comparison.frame["dictionary"] == "topk-sae", "k"] = 40
+    page = comparison.write().read_text(encoding="utf-8")
+    assert "<summary>topk-sae " not in page
+    assert "<summary>db-ksvd " in page
+    assert "Atoms of the 1 dictionaries of other budgets" in " ".join(page.split())
+    assert comparison.raw() == comparison.raw_expected(comparison.names), "all of them are kept"
 
 
 def test_evaluations_from_before_there_were_atoms(comparison: Comparison) -> None:
@@ -165,18 +199,18 @@ def test_evaluations_from_before_there_were_atoms(comparison: Comparison) -> Non
     config = run_config(comparison.names)
     page = write_comparison(comparison.folder, config, manifest, comparison.place / "evaluations", {})
     assert 'id="atoms"' not in page.read_text(encoding="utf-8")
-    assert not (comparison.folder / "atoms").exists()
+    assert not any(name.startswith("atoms/") for name in comparison.raw())
 
 
 def test_plots_against_l0_where_it_spans_a_range(comparison: Comparison) -> None:
     l0_plots = {"plots/metrics_against_l0.png", "plots/pareto.png"}
     comparison.write()
-    assert not l0_plots & comparison.found()
+    assert not l0_plots & comparison.written()
     comparison.frame.loc[comparison.frame["dictionary"] == "topk-sae", "l0"] = 35.0
     comparison.write()
-    assert l0_plots <= comparison.found()
+    assert l0_plots <= comparison.written()
     comparison.write(evals=("heldout", "sparse_probing"))
-    assert l0_plots & comparison.found() == {"plots/metrics_against_l0.png"}
+    assert l0_plots & comparison.written() == {"plots/metrics_against_l0.png"}
 
 
 def test_content(comparison: Comparison) -> None:
@@ -196,22 +230,21 @@ def test_content(comparison: Comparison) -> None:
     assert all(note.split(";")[0].split("<")[0] in markdown for note in comparison_notes(run_config(comparison.names)))
     for name in comparison.names:
         assert f"| {name} " in markdown
-        copied = folder / "saebench" / "core" / comparison.file(name)
-        assert json.loads(copied.read_text())["eval"] == "core"
-    for name, path in comparison.logs.items():
-        assert (folder / "training" / f"{name}.jsonl").read_bytes() == path.read_bytes()
+        assert json.loads(comparison.raw()[result_name("core", comparison.file(name))])["eval"] == "core"
     for path in folder.rglob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_written_again_without_leftovers(comparison: Comparison) -> None:
-    """Fewer dictionaries and fewer evals than before; a file of the user's own stays."""
+    """Fewer dictionaries and fewer evals than before; what was unpacked goes, a file of the user's own stays."""
     comparison.write()
     (comparison.folder / "my notes.txt").write_text("mine")
-    (comparison.folder / "saebench" / "core" / "stale-000000000000.json").write_text("{}")
+    unpack(comparison.folder, comparison.folder)
+    assert (comparison.folder / "saebench" / "core" / comparison.file("pca")).exists()
     names, evals = ["topk-sae", "pca"], ("heldout",)
     comparison.write(names, evals)
-    assert comparison.found() == expected(comparison, names, evals) | {"my notes.txt"}
+    assert comparison.written() == expected(comparison, names, evals) | {"my notes.txt"}
+    assert comparison.raw() == comparison.raw_expected(names, evals)
     assert set(read_csv(comparison.folder / "comparison.csv")["dictionary"]) == set(names)
     page = (comparison.folder / "report.html").read_text(encoding="utf-8")
     assert "db-ksvd-refit" not in page
@@ -220,20 +253,20 @@ def test_written_again_without_leftovers(comparison: Comparison) -> None:
 
 def test_written_again_the_same(comparison: Comparison) -> None:
     comparison.write()
-    before = {path: (comparison.folder / path).read_bytes() for path in comparison.found()}
+    before = {path: (comparison.folder / path).read_bytes() for path in comparison.written()}
     comparison.write()
-    assert {path: (comparison.folder / path).read_bytes() for path in comparison.found()} == before
+    assert {path: (comparison.folder / path).read_bytes() for path in comparison.written()} == before
 
 
 def test_manifest_without_scores_leaves_the_earlier_comparison(comparison: Comparison) -> None:
     comparison.write()
-    before = comparison.found()
+    before = comparison.written()
     manifest = {**comparison.manifest(comparison.names), "rows": []}
     with pytest.raises(EvaluationError, match="no rows"):
         write_comparison(
             comparison.folder, run_config(comparison.names), manifest, comparison.place / "evaluations", {}
         )
-    assert comparison.found() == before
+    assert comparison.written() == before
 
 
 def test_rows_of_another_form(comparison: Comparison) -> None:

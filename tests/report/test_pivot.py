@@ -4,12 +4,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from tests.run.test_config import RAW
 
 from ksvd_sae.report.pivot import coder_section
 from ksvd_sae.report.scores import COLUMNS, typed_frame
 from ksvd_sae.report.sections import Section
 from ksvd_sae.run.config import RunConfig, parse_config
+from tests.run.test_config import RAW
 
 SIZES: dict[str, Any] = {"n_atoms": 64, "k": 4}
 DICTIONARIES: dict[str, dict[str, Any]] = {

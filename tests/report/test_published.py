@@ -8,14 +8,9 @@ import pandas as pd
 import pytest
 
 from ksvd_sae.report import tables
-from ksvd_sae.report.compare import write_comparison
+from ksvd_sae.report.compare import method_notes, write_comparison
 from ksvd_sae.report.published.scores import COMPARABLE
-from ksvd_sae.report.published.section import (
-    HEADS,
-    TITLE,
-    published_note,
-    published_section,
-)
+from ksvd_sae.report.published.section import HEADS, TITLE, published_section
 from ksvd_sae.report.sections import Section, section_markdown
 from ksvd_sae.run.config import RunConfig, parse_config
 
@@ -175,8 +170,7 @@ def test_one_line_where_there_are_none(tmp_path: Path, frame: pd.DataFrame) -> N
 
 
 def test_published_saes_that_the_run_scored_are_named() -> None:
-    assert published_note(run_config()) is None
+    assert not any("Published SAEs" in note for note in method_notes(run_config()))
     saes = {"kind": "published_sae", "repo_id": "a/b", "path": "c", "format": "saelens"}
-    note = published_note(run_config(dictionaries={"topk-500m": saes, "pca": {"kind": "pca", "k": 20}}))
-    assert note is not None
+    (note,) = method_notes(run_config(dictionaries={"topk-500m": saes, "pca": {"kind": "pca", "k": 20}}))
     assert note.startswith("Published SAEs, scored here like every other: topk-500m.")

@@ -2,33 +2,27 @@
 
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-from ksvd_sae.evals.config import (
-    AbsorptionConfig,
-    AutoInterpConfig,
-    CoreConfig,
-    EndpointConfig,
-    EvaluationConfig,
-    RavelConfig,
-    ScrConfig,
-    SparseProbingConfig,
-)
-from ksvd_sae.methods.published.config import PublishedSAEConfig
+from ksvd_sae.evals import EVALS
+from ksvd_sae.evals.absorption import AbsorptionEval
+from ksvd_sae.evals.autointerp import AutoInterpEval, EndpointConfig
+from ksvd_sae.evals.base import Eval
+from ksvd_sae.evals.core import CoreEval
+from ksvd_sae.evals.ravel import RavelEval
+from ksvd_sae.evals.scr import ScrEval
+from ksvd_sae.evals.sparse_probing import SparseProbingEval
+from ksvd_sae.methods.published import PublishedSAEMethod
 from ksvd_sae.report.published import scores
 from ksvd_sae.report.published.scores import (
     COMPARABLE,
     MEANS,
-    PROTOCOLS,
     REPRODUCED,
     OwnScore,
     PublishedScore,
@@ -42,13 +36,10 @@ from tests.command_line import EVAL_CONFIGS
 
 GEMMA, GEMMA_HOOK = "google/gemma-2-2b", "blocks.12.hook_resid_post"
 PYTHIA, PYTHIA_HOOK = "EleutherAI/pythia-160m-deduped", "blocks.8.hook_resid_post"
-DEFAULTS = {
-    "core": CoreConfig().model_dump(),
-    "sparse_probing": SparseProbingConfig().model_dump(),
-    "scr": ScrConfig().model_dump(),
-    "absorption": AbsorptionConfig().model_dump(),
-    "ravel": RavelConfig().model_dump(),
-    "autointerp": AutoInterpConfig(judge="endpoint", endpoint=EndpointConfig(model="gpt-4o-mini")).model_dump(),
+JUDGED = AutoInterpEval(judge="endpoint", endpoint=EndpointConfig(model="gpt-4o-mini"))
+DEFAULTS: dict[str, Eval] = {
+    section.name: section
+    for section in (CoreEval(), SparseProbingEval(), ScrEval(), AbsorptionEval(), RavelEval(), JUDGED)
 }
 
 
@@ -56,8 +47,8 @@ def protocol(**changes: Any) -> RunProtocol:
     return replace(RunProtocol(GEMMA, GEMMA_HOOK, DEFAULTS, "0.6.0"), **changes)
 
 
-def with_core(**changes: Any) -> RunProtocol:
-    return protocol(settings={**DEFAULTS, "core": {**DEFAULTS["core"], **changes}})
+def changed(name: str, **changes: Any) -> RunProtocol:
+    return protocol(evals={**DEFAULTS, name: DEFAULTS[name].model_copy(update=changes)})
 
 
 def own(l0: float = 20.0, **changes: Any) -> OwnScore:
@@ -121,49 +112,22 @@ def test_known_numbers() -> None:
     assert drift[0] > 5 * drift[1]
 
 
-def test_the_wheel_has_the_data(tmp_path: Path) -> None:
-    """Built from the source that is here, without the network."""
-    root = Path(scores.__file__).parents[3]
-    code = (
-        "import os, sys; from setuptools import setup; os.chdir(sys.argv.pop(1)); "
-        "setup(script_args=['-q', 'build_py', '--build-lib', sys.argv.pop(1)])"
-    )
-    # Egg-info and a list of sources appear beside pyproject.toml: build a copy of what setuptools reads.
-    source = tmp_path / "source"
-    package = source / "ksvd_sae" / "evaluation" / "published"
-    package.mkdir(parents=True)
-    for folder in (package, package.parent, package.parent.parent):
-        (folder / "__init__.py").write_text("")
-    for path in Path(scores.__file__).parent.iterdir():
-        if path.is_file():
-            (package / path.name).write_bytes(path.read_bytes())
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        (source / name).write_bytes((root / name).read_bytes())
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(source), str(tmp_path / "built")],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    built = {p.name for p in (tmp_path / "built" / "ksvd_sae" / "evaluation" / "published").iterdir()}
-    assert {REPRODUCED, MEANS, "README.md", "scores.py"} <= built
-
-
 def test_our_defaults_are_the_published_settings() -> None:
     """So a config that says nothing about an eval is scored as SAEBench's SAEs were."""
-    for name, wanted in PROTOCOLS.items():
-        # Who judges has no default that is SAEBench's.
-        assert {key: DEFAULTS[name][key] for key in wanted if key != "judge"} == {
-            key: value for key, value in wanted.items() if key != "judge"
-        }
+    for section in DEFAULTS.values():
+        assert section.published
+        # Who judges has no default that is SAEBench's: here it is theirs.
+        ours = section.as_published()
+        assert {key: ours[key] for key in section.published} == section.published
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
     probing, scr = SparseProbingEvalConfig(), ScrAndTppEvalConfig()
-    assert PROTOCOLS["sparse_probing"]["train_set_size"] == probing.probe_train_set_size
-    assert PROTOCOLS["sparse_probing"]["test_set_size"] == probing.probe_test_set_size
-    assert PROTOCOLS["sparse_probing"]["context_tokens"] == probing.context_length
-    assert PROTOCOLS["sparse_probing"]["seed"] == probing.random_seed
+    published = {name: section.published or {} for name, section in DEFAULTS.items()}
+    assert published["sparse_probing"]["train_set_size"] == probing.probe_train_set_size
+    assert published["sparse_probing"]["test_set_size"] == probing.probe_test_set_size
+    assert published["sparse_probing"]["context_tokens"] == probing.context_length
+    assert published["sparse_probing"]["seed"] == probing.random_seed
     for ours, theirs in (
         ("train_set_size", "train_set_size"),
         ("test_set_size", "test_set_size"),
@@ -171,8 +135,8 @@ def test_our_defaults_are_the_published_settings() -> None:
         ("probe_epochs", "probe_epochs"),
         ("seed", "random_seed"),
     ):
-        assert PROTOCOLS["scr"][ours] == getattr(scr, theirs)
-    assert set(PROTOCOLS) <= set(EvaluationConfig.model_fields)
+        assert published["scr"][ours] == getattr(scr, theirs)
+    assert {kind.name for kind in EVALS if kind.published is not None} == set(DEFAULTS)
 
 
 # ---------------------------------------------------------------- what is chosen
@@ -270,14 +234,16 @@ def test_published_settings_are_comparable() -> None:
     ],
 )
 def test_other_settings_of_core(changes: dict[str, Any], reason: str) -> None:
-    assert found(own(20.0), with_core(**changes))["topk"].verdict == reason
+    assert found(own(20.0), changed("core", **changes))["topk"].verdict == reason
 
 
 def test_other_data_of_sparse_probing() -> None:
     score = own(60.0, eval="sparse_probing", metric="sae_top_1_test_accuracy", view="non-negative")
     assert found(score)["topk"].verdict == COMPARABLE
-    settings = {**DEFAULTS, "sparse_probing": {**DEFAULTS["sparse_probing"], "datasets": ["bbc-news"]}}
-    assert found(score, protocol(settings=settings))["topk"].verdict == "datasets bbc-news, theirs SAEBench's own"
+    assert (
+        found(score, changed("sparse_probing", datasets=["bbc-news"]))["topk"].verdict
+        == "datasets bbc-news, theirs SAEBench's own"
+    )
 
 
 @pytest.mark.parametrize(
@@ -337,7 +303,7 @@ def test_signed_codes_are_misread_by_absorption(checked: RunProtocol) -> None:
 def test_settings_that_were_not_checked_are_not_called_comparable(monkeypatch: pytest.MonkeyPatch) -> None:
     score = own(20.0, eval="ravel", metric="cause_score")
     assert found(score)["topk"].verdict == COMPARABLE
-    monkeypatch.delitem(PROTOCOLS, "ravel")
+    monkeypatch.setattr(RavelEval, "published", None)
     assert found(score)["topk"].verdict == "whether ravel ran with the published settings was not checked"
 
 
@@ -354,7 +320,7 @@ def test_settings_that_were_not_checked_are_not_called_comparable(monkeypatch: p
         ("autointerp", {"judge": "lexical"}, "judge lexical, theirs gpt-4o-mini"),
         (
             "autointerp",
-            {"endpoint": EndpointConfig(model="another").model_dump()},
+            {"endpoint": EndpointConfig(model="another")},
             "judge another, theirs gpt-4o-mini",
         ),
     ],
@@ -363,8 +329,8 @@ def test_other_settings_of_an_eval(eval_name: str, changes: dict[str, Any], reas
     theirs = next(s for s in published_scores() if s.eval == eval_name)
     metric, l0 = theirs.metric, theirs.l0 or 50.0
     score = own(l0, eval=eval_name, metric=metric, view="non-negative", d_sae=theirs.d_sae)
-    settings = {**DEFAULTS, eval_name: {**DEFAULTS[eval_name], **changes}}
-    assert verdict(theirs, score, protocol(settings=settings, version=theirs.version)) == reason
+    of = replace(changed(eval_name, **changes), version=theirs.version)
+    assert verdict(theirs, score, of) == reason
 
 
 def test_single_saes_go_before_means() -> None:
@@ -396,7 +362,7 @@ _ARCHITECTURES = {
 def test_the_configs_name_published_saes_of_their_k(name: str) -> None:
     """Their folders' numbers are those of SAEs that use about k latents, by the published scores."""
     config = load_config(EVAL_CONFIGS / f"{name}.yaml")
-    saes = {n: c for n, c in config.dictionaries.items() if isinstance(c, PublishedSAEConfig)}
+    saes = {n: c for n, c in config.dictionaries.items() if isinstance(c, PublishedSAEMethod)}
     assert len(saes) >= 4
     directory = get_pretrained_saes_directory()
     for entry, sae in saes.items():
@@ -415,5 +381,6 @@ def test_the_configs_name_published_saes_of_their_k(name: str) -> None:
         )
         assert theirs.l0 == pytest.approx(sae.k, rel=0.1), entry
     # Ours of the same sizes, and the published settings: what the comparison is for.
-    run = RunProtocol(config.model.name, config.model.hook, config.evaluation.model_dump(), "0.6.0")
+    evals = {section.name: section for section in config.evaluation.evals()}
+    run = RunProtocol(config.model.name, config.model.hook, evals, "0.6.0")
     assert found(own(20.0), run)["topk"].verdict == COMPARABLE

@@ -1,14 +1,16 @@
 """The page stands alone, says what the table says, and treats every name as text."""
 
 import base64
+import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.report import plots, scores, tables
+from ksvd_sae.report import plots, tables
 from ksvd_sae.report.report import reading_guide, write_report
 from ksvd_sae.run.config import RunConfig, load_config, parse_config
 
@@ -122,23 +124,29 @@ def test_best_cells_are_marked(write, frame):
 
 def test_every_header_sorts_and_numbers_carry_their_value(write, frame):
     html, page = write()
-    assert len([attrs for attrs in page.attributes("button") if attrs.get("class") == "sort"]) == len(
-        tables.summary(frame).columns
-    ) + len(scores.COLUMNS)
+    heads = [*tables.summary(frame).columns, *tables.by_seed(frame).columns]
+    assert len([attrs for attrs in page.attributes("button") if attrs.get("class") == "sort"]) == len(heads)
     assert html.count("data-sortable>") == 2
     assert 'setAttribute("aria-sort", order)' in html
 
 
-def test_every_score_is_listed(write, frame):
-    html, page = write()
-    listed = [row for row in page.rows if len(row) == len(scores.COLUMNS) and row[-1].endswith(".json")]
-    assert len(listed) == len(frame)
-    assert [row[0] for row in listed] == list(frame["dictionary"])
-    assert [row[7] for row in listed] == list(frame["metric"])
-    missing = [row for row in listed if row[8] == "n/a"]
-    assert {row[7] for row in missing} == {"l2_ratio"}
-    assert f"All {len(frame)} scores" in html
-    assert not re.search(r"(?i)>\s*(nan|none|<na>)\s*<", html)
+def test_every_training_is_listed(write, frame, methods, table_of):
+    other = list(methods["db-ksvd"])
+    other[4] += 0.0012345  # FVU
+    both = pd.concat([frame, table_of({"db-ksvd": tuple(other)}, seed=12)])
+    both.loc[(both["dictionary"] == "pca") & (both["metric"] == "fvu"), "value"] = None
+    both["seed"] = both["seed"].astype("Int64").mask(both["dictionary"] == "random")
+    html, page = write(frame=both)
+    heads = tables.headings(tables.by_seed(both))
+    start = next(i for i, row in enumerate(page.rows) if row and row[2:3] == ["seed"])
+    listed = [dict(zip(heads, row, strict=True)) for row in page.rows[start + 1 : start + 2 + len(methods)]]
+    assert [row["dictionary"] for row in listed] == ["db-ksvd", *methods]
+    assert [row["seed"] for row in listed] == ["0", "12", "0", "0", "0", "none"]
+    assert [row["FVU ↓"] for row in listed] == ["0.115", "0.116235", "0.108", "0.131", "n/a", "0.6"]
+    assert listed[0]["samples seen"] == "1,048,576"
+    assert f"{len(methods) + 1} trainings, one a row" in html
+    assert f"All {len(both)} scores" in html
+    assert not re.search(r"(?i)>\s*(nan|<na>)\s*<", html)
 
 
 def test_names_are_text(write, frame, png):
@@ -167,6 +175,16 @@ def test_provenance(write, manifest):
     shown = re.search(r"<summary>Config</summary>\s*<pre[^>]*>(.*?)</pre>", html, re.DOTALL)
     assert shown is not None
     assert shown.group(1).startswith("name: demo\nseed: 0\n")
+
+
+def test_the_manifest_is_shown_without_what_stands_elsewhere(write, manifest):
+    lists = {"files": {"core": {"a": "file-of-a.json"}}, "examples": {"a": "examples-of-a.json"}}
+    config = load_config_of_a_run().model_dump(mode="json")
+    html, _ = write(manifest={**manifest, **lists, "config": config})
+    shown = re.search(r"<summary>Manifest[^<]*</summary>\s*<pre[^>]*>(.*?)</pre>", html, re.DOTALL)
+    assert shown is not None
+    assert set(json.loads(unescape(shown.group(1)))) == set(manifest)
+    assert "of-a.json" not in html
 
 
 def load_config_of_a_run() -> RunConfig:

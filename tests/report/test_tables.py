@@ -241,6 +241,44 @@ class TestSummary:
         pd.testing.assert_frame_equal(frame, before)
 
 
+class TestBySeed:
+    def test_one_row_a_training_and_its_means_are_the_summary(self, frame, methods, table_of):
+        seedless = frame["dictionary"] == "pca"
+        frame["seed"] = frame["seed"].astype("Int64").mask(seedless)
+        other = list(methods["db-ksvd"])
+        other[2], other[4], other[8] = 21.0, other[4] + 0.004, other[8] + 0.02  # L0, FVU, nats lost
+        both = pd.concat([frame, table_of({"db-ksvd": tuple(other)}, seed=7)])
+        trainings = tables.by_seed(both)
+        rows = [(r["dictionary"], r["seed"] if pd.notna(r["seed"]) else None) for r in trainings.to_dict("records")]
+        assert rows == [("db-ksvd", 0), ("db-ksvd", 7), *((n, None if n == "pca" else 0) for n in list(methods)[1:])]
+        assert list(trainings["FVU"][:2]) == pytest.approx([0.115, 0.119])
+        assert list(trainings["nats lost"][:2]) == pytest.approx([0.214, 0.234])
+        assert list(trainings["L0"][:2]) == [20.0, 21.0]
+        table = tables.summary(both)
+        shared = [name for name in trainings.columns if name != "seed"]
+        assert shared == [name for name in table.columns if name not in ("d_sae", "k")]
+        means = trainings.drop(columns=["view", "seed"]).groupby("dictionary", sort=False).mean().reset_index()
+        pd.testing.assert_frame_equal(means, table[[name for name in shared if name != "view"]])
+
+    def test_evaluation_seeds_are_averaged_and_views_kept_apart(self, frame):
+        probing = frame[(frame["eval"] == "sparse_probing") & (frame["dictionary"] == "db-ksvd")]
+        more = probing.assign(eval_seed=1, value=probing["value"] + 0.01)
+        split = frame[(frame["dictionary"] == "db-ksvd") & (frame["eval"] == "heldout")].assign(
+            view="split", d_sae=8192
+        )
+        trainings = tables.by_seed(pd.concat([frame, more, split]))
+        assert list(trainings["view"][:2]) == ["signed", "split"]
+        assert trainings["probing top-1"][0] == pytest.approx(0.712 + 0.005)
+        assert np.isnan(trainings["probing top-1"][1])
+        assert list(trainings["samples seen"][:2]) == [1_048_576] * 2, "a training is a dictionary's, whatever its view"
+
+    def test_scores_that_are_not_finite_are_left_out(self, frame):
+        _set(frame, "topk-sae", "fvu", float("inf"))
+        trainings = tables.by_seed(frame).set_index("dictionary")
+        assert np.isnan(trainings.loc["topk-sae", "FVU"])
+        assert trainings["FVU"].notna().sum() == len(trainings) - 1
+
+
 class TestMarkdown:
     def test_best_real_method_is_bold(self, frame, methods):
         markdown = tables.to_markdown(tables.summary(frame), CONTROLS)
@@ -337,6 +375,8 @@ class TestNumbers:
             ([0.9401, 0.9404], ["0.9401", "0.9404"]),
             ([0.9401, 0.9404, float("nan")], ["0.9401", "0.9404", "n/a"]),
             ([0.5, 0.5], ["0.500", "0.500"]),
+            # What sums of floats leave behind is no difference to show.
+            ([0.1 + 0.2, 0.3, 0.25], ["0.300", "0.300", "0.250"]),
             ([0.0, 1.0, -0.25], ["0", "1.000", "-0.250"]),
             ([1234.5, 0.125], ["1234", "0.125"]),
             ([3.2e-7, 0.5], ["3.20e-07", "0.5000"]),

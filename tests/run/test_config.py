@@ -9,18 +9,10 @@ import pytest
 import yaml
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.run.config import (
-    DBKSVDConfig,
-    PCAConfig,
-    RandomConfig,
-    RunConfig,
-    TopKSAEConfig,
-    dump_config,
-    load_config,
-    parse_config,
-    view_name,
-    views,
-)
+from ksvd_sae.methods.controls import PCAMethod, RandomMethod
+from ksvd_sae.methods.db_ksvd import DBKSVDMethod
+from ksvd_sae.methods.sae import TopKSAEMethod
+from ksvd_sae.run.config import RunConfig, dump_config, load_config, parse_config, view_name
 from ksvd_sae.run.grid import load_study
 from ksvd_sae.run.replicas import replicas
 from tests.command_line import EVAL_CONFIGS
@@ -77,7 +69,7 @@ class TestRead:
         assert (run.model.source, run.harvest.train_tokens, run.harvest.outlier_factor) == ("hub", 4096, 4.0)
         assert (run.harvest.gradient_tokens, run.harvest.gradient_batch_contexts) == (0, 4)
         kinds = [type(dictionary) for dictionary in run.dictionaries.values()]
-        assert kinds == [DBKSVDConfig, TopKSAEConfig, PCAConfig, RandomConfig]
+        assert kinds == [DBKSVDMethod, TopKSAEMethod, PCAMethod, RandomMethod]
         assert run.evaluation.core is not None
         assert run.evaluation.sparse_probing is not None
         assert run.evaluation.sparse_probing.datasets == ["bbc-news"]
@@ -108,10 +100,10 @@ class TestViews:
     )
     def test_of_signed_codes(self, name: str, view: str, wanted: list[str]) -> None:
         run = parse_config(changed(f"dictionaries.{name}.view", view))
-        assert list(views(run.dictionaries[name])) == wanted
+        assert list(run.dictionaries[name].views) == wanted
 
     def test_by_default_codes_are_as_they_come(self) -> None:
-        assert {views(dictionary) for dictionary in parse_config(RAW).dictionaries.values()} == {("signed",)}
+        assert {method.views for method in parse_config(RAW).dictionaries.values()} == {("signed",)}
 
     @pytest.mark.parametrize("name", ["ours", "a.b_c-d", "0"])
     def test_names_are_names(self, name: str) -> None:
@@ -270,7 +262,7 @@ class TestOverrides:
 
     def test_a_new_dictionary(self, path: Path) -> None:
         run = load_config(path, ["dictionaries.more.kind=pca", "dictionaries.more.k=4"])
-        assert run.dictionaries["more"] == PCAConfig(k=4)
+        assert run.dictionaries["more"] == PCAMethod(k=4)
 
     def test_the_last_one_wins(self, path: Path) -> None:
         assert load_config(path, ["seed=1", "seed=2"]).seed == 2
@@ -336,6 +328,6 @@ def test_every_yaml_of_the_repository_loads(path: Path) -> None:
 
 def test_demo_full_has_seeds_for_error_bars() -> None:
     run = load_config(EVAL_CONFIGS / "demo-full.yaml")
-    by_budget = Counter((replica.name, replica.config.k) for replica in replicas(run))
+    by_budget = Counter((replica.name, replica.method.budget) for replica in replicas(run))
     assert {n for (_, k), n in by_budget.items() if k != 20} == {1}
     assert {n for (name, k), n in by_budget.items() if k == 20 and name != "pca"} == {3}

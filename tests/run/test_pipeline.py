@@ -15,15 +15,17 @@ from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 
 from ksvd_sae.activations.gradients import GRADIENTS_FILE, GradientMoments, gradients_folder, gradients_key
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.errors import KsvdSaeError, ManifestError
-from ksvd_sae.learning.dbksvd import DoubleBatchKSVD
-from ksvd_sae.methods import trainers
-from ksvd_sae.methods.trainers import TRAIN_LOG
-from ksvd_sae.run import pipeline
-from ksvd_sae.run.config import DictionaryConfig, RunConfig, parse_config
-from ksvd_sae.run.pipeline import Run
+from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
+from ksvd_sae.learning.dbksvd import DictionaryLearner
+from ksvd_sae.methods import METHODS, db_ksvd
+from ksvd_sae.methods.base import TRAIN_LOG, Derived, Facts, Method
+from ksvd_sae.methods.db_ksvd import DBKSVDMethod
+from ksvd_sae.report.compare import compare, table_so_far
+from ksvd_sae.run.config import RunConfig, parse_config
+from ksvd_sae.run.pipeline import Run, Scores
+from ksvd_sae.run.replicas import replicas
 from ksvd_sae.run.trained import TrainedDictionary
 from ksvd_sae.store import MANIFEST, content_hash, file_sha256, write_json, write_manifest
 from tests.tiny_saes import one_thread
@@ -67,8 +69,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Folder with cache/ and results/, where the harvest of RAW is finished."""
-    key = harvest_key(config_with(), {})
-    folder = harvest_folder(tmp_path / "cache", key)
+    harvested = config_with().harvested
+    key, folder = harvested.key, harvested.folder(tmp_path / "cache")
     x_ND = raw_activations(2500)
     write_harvest(folder, key, x_ND[:2000], x_ND[2000:])
     rows = [{"text": f"document {i}"} for i in range(3)]
@@ -89,13 +91,18 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kinds that are really learned, in order."""
     done: list[str] = []
 
-    original = pipeline.train_dictionary
+    def counted(kind: type[Method]) -> Any:
+        original = kind.train
 
-    def train(config: DictionaryConfig, *rest: Any) -> dict[str, Any]:
-        done.append(config.kind)
-        return original(config, *rest)
+        def train(self: Method, *rest: Any) -> Facts:
+            done.append(self.kind)
+            return original(self, *rest)
 
-    monkeypatch.setattr(pipeline, "train_dictionary", train)
+        return train
+
+    for kind in METHODS:
+        if not issubclass(kind, Derived):
+            monkeypatch.setattr(kind, "train", counted(kind))
     return done
 
 
@@ -151,7 +158,7 @@ def test_all_kinds(place: Path) -> None:
     fvu = {name: heldout_fvu(run, one) for name, one in trained.items()}
     assert fvu["db-ksvd"] < fvu["random"] < 1
     assert fvu["db-ksvd"] < 0.5 * fvu["pca"]
-    log = (trained["db-ksvd"].folder / pipeline.TRAIN_LOG).read_text().splitlines()
+    log = (trained["db-ksvd"].folder / TRAIN_LOG).read_text().splitlines()
     assert [json.loads(line)["samples_seen"] for line in log] == list(range(500, 4001, 500))
 
 
@@ -162,7 +169,7 @@ def test_provenance_travels_with_the_dictionary(place: Path) -> None:
     assert found == {
         "model": "some/model",
         "hook": RAW["model"]["hook"],
-        "harvest": content_hash(harvest_key(config_with(), {})),
+        "harvest": content_hash(config_with().harvested.key),
     }
 
 
@@ -193,7 +200,7 @@ def test_coders_share_a_training(place: Path, trainings: list[str]) -> None:
     assert plain.folder == refitted.folder == omp.folder
     assert len({plain.content, refitted.content, omp.content}) == 3
     saes = [run.load_sae(one) for one in (plain, refitted, omp)]
-    assert [sae.cfg.coder for sae in saes] == ["mp", "mp_refit", "omp"]
+    assert [sae.cfg.coding.coder for sae in saes] == ["mp", "mp_refit", "omp"]
     x_BD = run.shards("heldout").tensor()
     errors = [float(torch.linalg.vector_norm(sae(x_BD).detach() - x_BD)) for sae in saes]
     assert errors[1] < errors[0]
@@ -225,14 +232,13 @@ def test_another_config_trains_in_another_folder(place: Path, trainings: list[st
     assert snapshot(first.folder) == before
 
 
-def test_options_that_came_later_are_not_in_older_keys() -> None:
-    """Dictionaries learned before there was a choice of precision are still found."""
-    config = config_with().dictionaries["db-ksvd"]
-    assert "precision" not in trainers.training_fields(config)
-    assert "coder" not in trainers.training_fields(config)
-    rounded = trainers.training_fields(config.model_copy(update={"precision": "bfloat16"}))
-    assert rounded["precision"] == "bfloat16"
-    assert trainers.training_fields(config, seed=True)["seed"] is None
+def test_a_training_follows_from_its_options_and_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = config_with().dictionaries["db-ksvd"]
+    key = method.key()
+    assert key["precision"] == "float32"
+    assert not {"coder", "view", "seed"} & set(key), "what is chosen afterwards, and what a key has by itself"
+    monkeypatch.setattr(type(method), "version", 99)
+    assert method.key() == {**key, "version": 99}
 
 
 def test_another_seed_needs_another_harvest(place: Path) -> None:
@@ -312,7 +318,7 @@ def test_gradient_moments_of_the_run(place: Path) -> None:
         run_in(place).gradient_moments()
     run = run_in(place, config_with(harvest={**RAW["harvest"], "gradient_tokens": 100}))
     assert run.harvest_folder == run_in(place).harvest_folder
-    key = gradients_key(content_hash(harvest_key(config_with(), {})), run.config.harvest)
+    key = gradients_key(content_hash(config_with().harvested.key), run.config.harvest)
     folder = gradients_folder(run.harvest_folder, key)
     GradientMoments(100, torch.eye(D_IN, dtype=torch.float64)).save(folder / GRADIENTS_FILE)
     with pytest.raises(ManifestError, match=r"set harvest\.gradient_tokens"):
@@ -340,7 +346,7 @@ def test_interrupted_training_is_done_again(
 ) -> None:
     """Stopped with a log and weights half there; the same bits come out as of a training that was not stopped."""
     run = run_in(place, only(kind))
-    owner, name = (DoubleBatchKSVD, "fit") if kind == "db-ksvd" else (SAETrainer, "fit")
+    owner, name = (DictionaryLearner, "fit") if kind == "db-ksvd" else (SAETrainer, "fit")
     original = getattr(owner, name)
 
     def stopped(self: Any, *args: Any, **options: Any) -> None:
@@ -370,7 +376,7 @@ def test_interrupted_training_is_done_again(
 def test_stopped_db_ksvd_goes_on_from_its_checkpoint(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is left after being killed: the batches before the checkpoint are not done again, and no bit differs."""
     raw = {**RAW["dictionaries"]["db-ksvd"], "passes": 3, "batch_samples": 400}
-    monkeypatch.setattr(trainers, "CHECKPOINT_BATCHES", 2)
+    monkeypatch.setattr(db_ksvd, "CHECKPOINT_BATCHES", 2)
     run = run_in(place, only(long=raw))
     (whole,) = run.train()
     wanted, log = snapshot(whole.folder), (whole.folder / TRAIN_LOG).read_text().splitlines()
@@ -382,15 +388,16 @@ def test_stopped_db_ksvd_goes_on_from_its_checkpoint(place: Path, monkeypatch: p
         if len(seen) == 5:
             raise StopError
 
-    first = trainers.estimator
-    monkeypatch.setattr(trainers, "estimator", lambda *a, on_batch, **o: first(*a, on_batch=count_and_stop, **o))
+    first = DBKSVDMethod._learner
+    stopping = lambda self, setting, on_batch, folder: first(self, setting, count_and_stop, folder)  # noqa: E731
+    monkeypatch.setattr(DBKSVDMethod, "_learner", stopping)
     with pytest.raises(StopError):
         run.train()
-    assert (whole.folder / trainers.CHECKPOINT).exists()
+    assert (whole.folder / db_ksvd.CHECKPOINT).exists()
     (again,) = run.train()
     assert seen[5] == seen[4], "the fifth batch came after the last checkpoint"
     assert len(seen) == len(log) + 1
-    assert not (again.folder / trainers.CHECKPOINT).exists()
+    assert not (again.folder / db_ksvd.CHECKPOINT).exists()
     assert {name: bits for name, bits in snapshot(again.folder).items() if name.endswith(".safetensors")} == {
         name: bits for name, bits in wanted.items() if name.endswith(".safetensors")
     }
@@ -415,7 +422,7 @@ def test_evaluate_and_compare_without_saebench(place: Path) -> None:
     run = run_in(place)
     run.train()
     with pytest.raises(ManifestError, match="ksvd-sae evaluate"):
-        run.compare()
+        compare(run)
     manifest = run.evaluate()
     assert run.evaluated() == json.loads(json.dumps(manifest))
     rows = {(row["dictionary"], row["eval"], row["metric"]): row for row in manifest["rows"]}
@@ -430,7 +437,7 @@ def test_evaluate_and_compare_without_saebench(place: Path) -> None:
         "pca": "signed",
         "random": "signed",
     }
-    report = run.compare()
+    report = compare(run)
     assert report == place.resolve() / "results" / "tiny-run" / "report.html"
     assert "core, sparse_probing" in (run.results / "comparison.md").read_text(), "what was not run is named"
     for path in run.results.rglob("*"):
@@ -472,9 +479,9 @@ def test_both_views_of_one_training(place: Path, trainings: list[str]) -> None:
             size,
             2 * size,
         }
-    run.compare()
+    compare(run)
     markdown = (run.results / "comparison.md").read_text()
-    shown = [[cell.strip() for cell in line.split("|")[1:4]] for line in markdown.splitlines() if line[:2] == "| "][2:]
+    shown = [[cell.strip() for cell in line.split("|")[1:4]] for line in markdown.splitlines() if line[:2] == "| "][1:]
     assert shown[:2] == [["db-ksvd", "signed", "24"], ["db-ksvd", "split", "48"]]
     assert [row[:2] for row in shown[2:]] == [
         [name, view] for name in ("pca", "random") for view in ("signed", "split")
@@ -497,16 +504,49 @@ def test_view_alone_takes_the_scores_of_both(place: Path, monkeypatch: pytest.Mo
         assert alone.evaluate()["rows"] == [row for row in first["rows"] if row["view"] == view]
 
 
-def test_scores_from_before_there_were_views_are_found(place: Path) -> None:
-    """The keys of a signed view, as they were made then."""
-    run = run_in(place, only("db-ksvd"))
-    (trained,) = run.train()
+def test_another_view_is_another_evaluation_of_the_same_training(place: Path) -> None:
+    run, split = run_in(place, only("db-ksvd")), run_in(place, both_views("db-ksvd"))
+    (trained,), (both,) = run.train(), split.train()
     assert trained.in_views() == [trained]
-    assert trained.content == content_hash({"trained": trained.manifest["hash"], "coder": "mp"})
-    assert "view" not in trained.manifest["key"]["dictionary"]
-    assert sorted(run.evaluate()["key"]) == ["coders", "dictionaries", "evaluation", "harvest"]
-    split = run_in(place, both_views("db-ksvd"))
-    assert split.evaluate()["key"] == {**run.evaluated()["key"], "views": {"db-ksvd": ["signed", "split"]}}
+    assert both.manifest == trained.manifest
+    run.evaluate()
+    with pytest.raises(ManifestError):
+        split.evaluated()
+
+
+def test_content_is_known_before_the_training(place: Path) -> None:
+    run = run_in(place)
+    known = {replica.label: run.content(replica) for replica in replicas(run.config)}
+    assert known == {one.label: one.content for one in run.train()}
+
+
+def test_scores_come_in_as_trainings_end(place: Path, trainings: list[str]) -> None:
+    """Each dictionary is scored as soon as it is there, and what has come in is whole."""
+    run, shown = run_in(place), list[tuple[str, int, list[str], str]]()
+
+    def show(scores: Scores) -> None:
+        dictionaries = list(dict.fromkeys(row["dictionary"] for row in scores.rows))
+        shown.append((scores.news, len(trainings), dictionaries, table_so_far(run.config, scores)))
+
+    manifest = run.evaluate(show, train=True)
+    names = list(RAW["dictionaries"])
+    assert [news for news, *_ in shown] == names
+    assert [n_trained for _, n_trained, *_ in shown] == [1, 2, 3, 4]
+    assert [dictionaries for *_, dictionaries, _ in shown] == [names[: n + 1] for n in range(4)]
+    assert all("FVU" in text and "probing" not in text for *_, text in shown)
+    rows = run_in(place).evaluate()["rows"]
+    assert rows == manifest["rows"]
+
+
+def test_a_training_that_fails_takes_no_score_with_it(place: Path) -> None:
+    """k above d_in is only known once the harvest is there."""
+    broken = {"kind": "db_ksvd", "n_atoms": 24, "k": D_IN + 1}
+    run, shown = run_in(place, only("pca", broken=broken, **{"random": RAW["dictionaries"]["random"]})), list[str]()
+    with pytest.raises(KsvdSaeError, match="k is above d_in"):
+        run.evaluate(lambda scores: shown.append(scores.news), train=True)
+    assert shown == ["pca", "random"]
+    with pytest.raises(ManifestError):
+        run.evaluated()
 
 
 def test_scores_of_another_coder_are_not_taken(place: Path) -> None:
@@ -568,7 +608,7 @@ def test_atoms_in_context_are_those_of_the_run(place: Path, monkeypatch: pytest.
     assert (setting.atoms, setting.tokens, setting.examples, setting.context_tokens) == (5, 99, 8, 12)
     assert setting.norm_limit == run.shards("heldout").manifest["statistics"]["outlier_limit"]
     assert documents == run.harvest_folder / HELDOUT_DOCUMENTS
-    assert harvest == content_hash(harvest_key(config_with(), {}))
+    assert harvest == content_hash(config_with().harvested.key)
     assert output == place.resolve() / "cache" / "evaluations" / "examples"
     several = config_with(
         dictionaries={name: RAW["dictionaries"][name] for name in ("pca", "db-ksvd")},
@@ -582,3 +622,10 @@ def test_atoms_in_context_are_those_of_the_run(place: Path, monkeypatch: pytest.
     by_label = {t.label: t.content for t in run.trained()}
     assert [p.name for p in chosen] == ["pca", "db-ksvd"], "one training of each stands for all"
     assert [p.content for p in chosen] == [by_label["pca"], next(c for n, c in by_label.items() if n != "pca")]
+
+
+def test_a_run_without_any_eval_says_so(place: Path) -> None:
+    run = run_in(place, config_with(evaluation={"core": None, "sparse_probing": None, "heldout": None}))
+    run.evaluate(train=True)
+    with pytest.raises(EvaluationError, match=r"(?s)none has a score.*turn on an eval"):
+        compare(run)

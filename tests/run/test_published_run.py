@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from ksvd_sae.activations import language
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, harvest_folder, harvest_key
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.errors import ConfigError, HubError, ShapeError
+from ksvd_sae.report.compare import compare
 from ksvd_sae.report.headline import UNKNOWN, column_texts
 from ksvd_sae.report.scores import read_csv
+from ksvd_sae.run import pipeline
 from ksvd_sae.run.config import RunConfig, dump_config, load_config, parse_config
 from ksvd_sae.run.pipeline import Run
 from tests.strategies import generator
@@ -51,8 +52,8 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A finished harvest, and the Hub's cache with one SAE of its activations in it."""
-    key = harvest_key(config_with(), {})
-    folder = harvest_folder(tmp_path / "cache", key)
+    harvested = config_with().harvested
+    key, folder = harvested.key, harvested.folder(tmp_path / "cache")
     x_ND = raw_activations(2500)
     write_harvest(folder, key, x_ND[:2000], x_ND[2000:])
     (folder / HELDOUT_DOCUMENTS).write_text('{"text": "a document"}\n')
@@ -97,7 +98,7 @@ def test_it_is_scored_and_shown_like_any_other(place: Path) -> None:
     # An untrained SAE around the mean: better than the mean, by its own three latents.
     assert 0.3 < scored["value"] < 1
     assert scored["l0"] == pytest.approx(K, abs=0.2)
-    run.compare()
+    compare(run)
     # Nobody says how long it was trained: not 0, and no time of ours either.
     assert rows["published", "training", "samples_seen"]["value"] is None
     assert rows["published", "training", "seconds"]["value"] is None
@@ -131,7 +132,7 @@ def test_a_budget_that_nobody_tells(place: Path) -> None:
     run = run_in(place)
     run.train()
     run.evaluate()
-    run.compare()
+    compare(run)
     table = read_csv(run.results / "comparison.csv")
     assert table[table["dictionary"] == "published"]["k"].isna().all()
 
@@ -140,10 +141,10 @@ def test_once_here_the_hub_is_asked_no_more(place: Path) -> None:
     run_in(place).train()
     (place / "hub").rename(place / "gone")
     again = run_in(place)
-    again.fetch_published()
+    again.harvest()
     assert again.train()[0].manifest["repo_id"] == REPOSITORY
     with pytest.raises(HubError):
-        run_in(place, config_with(other={**PUBLISHED, "path": "TopK/trainer_1"})).fetch_published()
+        run_in(place, config_with(other={**PUBLISHED, "path": "TopK/trainer_1"})).harvest()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_harvest_fails_before_it_loads_the_model(
     def load_model(*_: Any) -> None:
         raise AssertionError("the model is loaded first")
 
-    monkeypatch.setattr(language, "load_model", load_model)
+    monkeypatch.setattr(pipeline, "load_model", load_model)
     run = Run(config_with(published={**PUBLISHED, **changes}), place / "results", place / "elsewhere")
     with pytest.raises(error, match=message):
         run.harvest()

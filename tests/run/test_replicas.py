@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 
 from ksvd_sae.errors import ConfigError, EvaluationError
-from ksvd_sae.evals import panel
-from ksvd_sae.evals.config import EvaluationConfig, SparseProbingConfig
-from ksvd_sae.evals.panel import EvalResults, evaluate_saebench, result_files, tidy_rows
+from ksvd_sae.evals import EvaluationConfig
+from ksvd_sae.evals.base import EvalResults
+from ksvd_sae.evals.core import CoreEval
+from ksvd_sae.evals.panel import result_files, run_evals, tidy_rows
+from ksvd_sae.evals.sparse_probing import SparseProbingEval
+from ksvd_sae.report.compare import compare
 from ksvd_sae.report.scores import read_csv
 from ksvd_sae.report.tables import intervals, summary
 from ksvd_sae.run.config import RunConfig, parse_config
@@ -49,7 +52,7 @@ def test_one_training_a_seed_where_something_is_drawn() -> None:
         "own",
     ]
     assert {replica.name for replica in found.values()} == {*RAW["dictionaries"], "own"}
-    assert [found[label].config.seed for label in ("db-ksvd.s3", "random.s4", "own")] == [3, 4, 7]  # type: ignore[union-attr]
+    assert [found[label].method.own_seed for label in ("db-ksvd.s3", "random.s4", "own")] == [3, 4, 7]
     assert found["pca"].seed is None
 
 
@@ -76,7 +79,7 @@ def test_seeds_to_the_table(place: Path) -> None:
     trained = run.train()
     assert len({t.folder for t in trained}) == 3 * 3 + 1
     run.evaluate()
-    run.compare()
+    compare(run)
     frame = read_csv(place / "results" / "tiny-run" / "comparison.csv")
     fvu = frame[(frame["eval"] == "heldout") & (frame["metric"] == "fvu")]
     by_seed = fvu[fvu["dictionary"] == "db-ksvd"].set_index("seed")["value"]
@@ -108,25 +111,26 @@ def test_first_seed_is_the_training_that_there_was(place: Path, monkeypatch: pyt
 def test_evals_that_draw_run_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
 
-    def probe(config: SparseProbingConfig, place: Any) -> EvalResults:
-        ran.append(config.seed)
-        return EvalResults("sparse_probing", "texts", 9, {"a": Path(f"a-{ran[-1]}.json")}, {"a": {"accuracy": 0.5}})
+    def probe(self: SparseProbingEval, *_: Any) -> EvalResults:
+        ran.append(self.seed)
+        files = {"a": Path(f"a-{ran[-1]}.json")}
+        return EvalResults("sparse_probing", "texts", 9, files, {"a": {"accuracy": 0.5}}, self.seed)
 
     def core(*_: Any) -> EvalResults:
         return EvalResults("core", "texts", 9, {"a": Path("a-core.json")}, {"a": {"loss": 1.0}})
 
-    monkeypatch.setitem(panel._EVALS, "sparse_probing", probe)
-    monkeypatch.setitem(panel._EVALS, "core", core)
+    monkeypatch.setattr(SparseProbingEval, "run", probe)
+    monkeypatch.setattr(CoreEval, "run", core)
     setting: Any = None
-    config = EvaluationConfig(sparse_probing=SparseProbingConfig(seed=8), seeds=[1, 2])
-    results = evaluate_saebench([], config, setting, "heldout", Path())
+    config = EvaluationConfig(heldout=None, sparse_probing=SparseProbingEval(seed=8), seeds=[1, 2])
+    results = list(run_evals([], config.seeded(), setting, Path()))
     assert ran == [1, 2]
     assert [(r.eval, r.seed) for r in results] == [("core", None), ("sparse_probing", 1), ("sparse_probing", 2)]
     assert result_files(results)["sparse_probing"] == {"a, seed 1": "a-1.json", "a, seed 2": "a-2.json"}
     assert result_files(results)["core"] == {"a": "a-core.json"}
     facts = {"a": {"dictionary": "a", "view": "signed", "d_sae": 4, "k": 2, "l0": 2.0, "seed": 0}}
     assert [row["eval_seed"] for r in results for row in tidy_rows(r, facts)] == [None, 1, 2]
-    own = evaluate_saebench([], config.model_copy(update={"seeds": []}), setting, "heldout", Path())
+    own = run_evals([], config.model_copy(update={"seeds": []}).seeded(), setting, Path())
     assert [r.seed for r in own] == [None, 8]
 
 
@@ -136,20 +140,20 @@ def test_an_eval_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPat
     def failing(*_: Any) -> EvalResults:
         raise EvaluationError("core: no score for a", cause="the disk is full")
 
-    def probe(config: SparseProbingConfig, place: Any) -> EvalResults:
-        ran.append(f"probing {config.seed}")
-        if config.seed == 2:
+    def probe(self: SparseProbingEval, *_: Any) -> EvalResults:
+        ran.append(f"probing {self.seed}")
+        if self.seed == 2:
             raise EvaluationError("sparse_probing: no score for b")
-        return EvalResults("sparse_probing", "texts", 9, {}, {})
+        return EvalResults("sparse_probing", "texts", 9, {}, {}, self.seed)
 
-    monkeypatch.setitem(panel._EVALS, "core", failing)
-    monkeypatch.setitem(panel._EVALS, "sparse_probing", probe)
+    monkeypatch.setattr(CoreEval, "run", failing)
+    monkeypatch.setattr(SparseProbingEval, "run", probe)
     setting: Any = None
     with pytest.raises(EvaluationError, match="core: no score for a"):
-        evaluate_saebench([], EvaluationConfig(seeds=[1]), setting, "heldout", Path())
+        list(run_evals([], EvaluationConfig(heldout=None, seeds=[1]).seeded(), setting, Path()))
     assert ran == ["probing 1"]
     with pytest.raises(EvaluationError, match="2 evals failed") as raised:
-        evaluate_saebench([], EvaluationConfig(seeds=[2, 3]), setting, "heldout", Path())
+        list(run_evals([], EvaluationConfig(heldout=None, seeds=[2, 3]).seeded(), setting, Path()))
     assert ran == ["probing 1", "probing 2", "probing 3"]
     assert "the disk is full" in str(raised.value)
     assert "no score for b" in str(raised.value)

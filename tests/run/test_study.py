@@ -3,74 +3,88 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from ksvd_sae.errors import EvaluationError, ManifestError, ShapeError
-from ksvd_sae.run import study as module
+from ksvd_sae.evals.base import EvalResults
 from ksvd_sae.run.grid import load_study
-from ksvd_sae.run.study import ROWS, Study
+from ksvd_sae.run.pipeline import Run
+from ksvd_sae.run.replicas import Replica
+from ksvd_sae.run.study import Study
 from tests.run.test_grid import write
 
-MEASURED = {"fvu": 0.1, "nats_lost": 0.5, "kl": float("nan")}
+MEASURED = {"fvu": 0.1, "nats_lost": 0.5, "kl": None}
 
 
-class Bench:
-    """Stands in for model and activations; counts trainings, and fails when told to."""
+class Stage:
+    """Stands in for a run's harvest, trainings and evals; counts trainings, and fails when told to."""
 
-    trained: ClassVar[list[str]] = []
-    fail_at: int | None = None
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.fail_at: int | None = None
+        self.refuse: str | None = None
 
-    def __init__(self, *_: Any) -> None:
-        self.train = None
-        self.run = SimpleNamespace(train_one=self.train_one)
-
-    def train_one(self, name: str, config: Any, shards: Any, of: Any) -> SimpleNamespace:
-        if Bench.fail_at == len(Bench.trained):
+    def train(self, run: Run, replica: Replica) -> SimpleNamespace:
+        name = f"{run.config.model.hook} {replica.label}"
+        if self.fail_at == len(self.trained):
             raise RuntimeError("the power went")
-        Bench.trained.append(name)
-        return SimpleNamespace(name=name, manifest={"samples_seen": 10, "seconds": 1.0})
+        self.trained.append(name)
+        if replica.label == self.refuse:
+            raise ShapeError("too few samples", got=3)
+        manifest = {"samples_seen": 10, "seconds": 1.0, "k": replica.method.budget, "d_sae": 32}
+        return SimpleNamespace(panelist=replica.label, manifest=manifest)
 
-    def measure(self, trained: Any, variant: Any) -> dict[str, float]:
-        return dict(MEASURED)
+    def scores(self, run: Run, trained: SimpleNamespace) -> list[EvalResults]:
+        return [EvalResults("loss", "text", 9, {}, {trained.panelist: dict(MEASURED)})]
 
 
 @pytest.fixture(autouse=True)
-def _bench(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_Bench", Bench)
-    monkeypatch.setattr(Bench, "trained", [])
-    monkeypatch.setattr(Bench, "fail_at", None)
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stage = Stage()
+    monkeypatch.setattr(Run, "prepare", lambda self: None)
+    monkeypatch.setattr(Run, "harvest", lambda self: None)
+    monkeypatch.setattr(Run, "train_replica", lambda self, replica: stage.train(self, replica))
+    monkeypatch.setattr(Run, "at_once", lambda self, trained: stage.scores(self, trained))
+    monkeypatch.setattr(Run, "trained_seconds", lambda self, replica: 1.0)
+    return stage
 
 
 def study(folder: Path, **changes: Any) -> Study:
     return Study(*load_study(write(folder, **changes)), results=folder / "results")
 
 
-def test_every_cell_once(tmp_path: Path) -> None:
+def n_missing(study: Study) -> int:
+    return sum(len(study.missing(layer)) for layer in study.layers)
+
+
+def test_every_cell_once(tmp_path: Path, stage: Stage) -> None:
     assert study(tmp_path).run() == 13
     assert study(tmp_path).run() == 0
-    assert len(Bench.trained) == 13
+    assert len(stage.trained) == len(set(stage.trained)) == 13
     rows = study(tmp_path).rows()
     assert len(rows) == 13
-    assert all(row["kl"] is None for row in rows), "NaN is no JSON"
+    assert all(row["kl"] is None for row in rows)
     assert {row["coding"] for row in rows if row["kind"] == "topk_sae"} == {"own"}
+    assert {
+        (row["entry"], row["coding"], row["coding_k"]) for row in rows if row["k"] == 4 and row["entry"] == "plain"
+    } == {("plain", "mp", 4)}
 
 
-def test_one_that_fails_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train_one(self: Bench, name: str, config: Any, shards: Any, of: Any) -> SimpleNamespace:
-        if len(Bench.trained) == 2 and name not in Bench.trained:
-            Bench.trained.append(name)
-            raise ShapeError("too few samples", got=3)
-        return train(self, name, config, shards, of)
+def test_whole_seeds_come_first(tmp_path: Path) -> None:
+    study(tmp_path, layers=[3]).run()
+    seeds = [row["seed"] for row in study(tmp_path, layers=[3]).rows()]
+    assert seeds == sorted(seeds)
 
-    train = Bench.train_one
-    monkeypatch.setattr(Bench, "train_one", train_one)
+
+def test_one_that_fails_takes_no_other_with_it(tmp_path: Path, stage: Stage) -> None:
+    stage.refuse = "once-k4"
     with pytest.raises(EvaluationError, match="1 dictionaries have no rows") as caught:
         study(tmp_path).run()
-    failed = Bench.trained[2]
-    assert f"{failed}: too few samples" in str(caught.value)
+    assert "layer 5, once-k4: too few samples" in str(caught.value)
     assert len(study(tmp_path).rows()) == 12
+    stage.refuse = None
     assert study(tmp_path).run() == 1
 
 
@@ -83,14 +97,14 @@ def test_processes_share_a_study_by_layer(tmp_path: Path) -> None:
     assert study(tmp_path, layers=[1, 2]).run() == 0
 
 
-def test_goes_on_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Bench, "fail_at", 4)
+def test_goes_on_after_a_crash(tmp_path: Path, stage: Stage) -> None:
+    stage.fail_at = 4
     with pytest.raises(RuntimeError):
         study(tmp_path).run()
     assert len(study(tmp_path).rows()) == 4
-    monkeypatch.setattr(Bench, "fail_at", None)
+    stage.fail_at = None
     assert study(tmp_path).run() == 9
-    assert len(set(Bench.trained)) == 13
+    assert len(set(stage.trained)) == 13
 
 
 def test_stops_in_time(tmp_path: Path) -> None:
@@ -99,9 +113,9 @@ def test_stops_in_time(tmp_path: Path) -> None:
 
 def test_a_change_is_measured_again(tmp_path: Path) -> None:
     study(tmp_path).run()
-    assert len(list(study(tmp_path, contexts=4).missing())) == 13
-    assert len(list(study(tmp_path, overrides=["harvest.train_tokens=70000"]).missing())) == 13
-    assert len(list(study(tmp_path, seeds=[0, 7, 9]).missing())) == 4
+    assert n_missing(study(tmp_path, contexts=4)) == 13
+    assert n_missing(study(tmp_path, overrides=["harvest.train_tokens=70000"])) == 13
+    assert n_missing(study(tmp_path, seeds=[0, 7, 9])) == 4
 
 
 def test_what_an_entry_is_of_is_in_its_key(tmp_path: Path) -> None:
@@ -117,7 +131,7 @@ def test_what_an_entry_is_of_is_in_its_key(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_off(tmp_path: Path) -> None:
     first = study(tmp_path)
     first.run()
-    with (first.folder / ROWS).open("a") as file:
+    with (first.folder / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"key": "x"})[:5])
     with pytest.raises(ManifestError, match=r"(?s)line 14 is no row.*delete that line"):
         first.rows()

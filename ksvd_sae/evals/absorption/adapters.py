@@ -1,14 +1,10 @@
-"""What SAEBench's absorption eval needs changed around it. Each adapter says why it exists.
+"""What stands in SAEBench's place while absorption runs; why: ``ksvd_sae.replaced``."""
 
-All are context managers that put everything back.
-"""
-
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sae_bench.evals.absorption import common, feature_absorption, k_sparse_probing
+from sae_bench.evals.absorption import common, feature_absorption
 from sae_bench.evals.absorption import main as absorption
 from sae_bench.evals.absorption.vocab import LETTERS
 from torch import Tensor
@@ -17,16 +13,12 @@ from transformer_lens import HookedTransformer
 from ksvd_sae.activations.language import hook_layer
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.absorption import binary_metrics
-from ksvd_sae.evals.saebench.adapters import replaced, seed_all
+from ksvd_sae.evals.saebench.adapters import seed_all
+from ksvd_sae.replaced import Changes
 
 
-@contextmanager
-def own_words(words: Callable[[Any], list[str]]) -> Iterator[None]:
-    """Let the eval use these words, as they are.
-
-    It takes the vocabulary in the tokenizer's order, which changes with every call, with words that stop it, and whole.
-    And it makes the words that it stored into strings as if they were tokens: with tokenizers that drop a leading space
-    in doing so (Llama's), the words that it goes on with are other ones, not all of them tokens.
+def own_words(words: Callable[[Any], list[str]]) -> Changes:
+    """The eval uses these words, as they are.
 
     Args: words: a tokenizer's words.
     """
@@ -41,21 +33,15 @@ def own_words(words: Callable[[Any], list[str]]) -> Iterator[None]:
     def parsed(tokenizer: Any, *arguments: Any, **options: Any) -> Any:
         return parse(_AsTheyAre, *arguments, **options)
 
-    with (
-        replaced(common, "get_alpha_tokens", words),
-        replaced(feature_absorption, "get_alpha_tokens", words),
-        replaced(common, "_parse_probe_data_split", parsed),
-    ):
-        yield
+    return {
+        "sae_bench.evals.absorption.common.get_alpha_tokens": words,
+        "sae_bench.evals.absorption.feature_absorption.get_alpha_tokens": words,
+        "sae_bench.evals.absorption.common._parse_probe_data_split": parsed,
+    }
 
 
-@contextmanager
-def stopped_at_the_hook() -> Iterator[None]:
-    """End a forward pass behind the block that it is read at.
-
-    The eval reads one block's output and runs the whole model, logits of the whole vocabulary and all: several times
-    the work, and gigabytes. What the hook gives is the same.
-    """
+def stopped_at_the_hook() -> Changes:
+    """A forward pass ends behind the block that it is read at; what the hook gives is the same."""
     whole = HookedTransformer.run_with_cache
 
     def stopped(self: Any, *arguments: Any, names_filter: Any = None, **options: Any) -> Any:
@@ -65,8 +51,7 @@ def stopped_at_the_hook() -> Iterator[None]:
             options = {"stop_at_layer": max(known) + 1, **options}
         return whole(self, *arguments, names_filter=names_filter, **options)
 
-    with replaced(HookedTransformer, "run_with_cache", stopped):
-        yield
+    return {"transformer_lens.HookedTransformer.run_with_cache": stopped}
 
 
 class WordActivations:
@@ -90,12 +75,10 @@ class WordActivations:
         return rows_BD
 
 
-@contextmanager
-def llm_once(memory: WordActivations) -> Iterator[None]:
-    """Run the LLM once for all SAEs of a hook.
+def llm_once(memory: WordActivations) -> Changes:
+    """The LLM runs once for all SAEs of a hook.
 
-    The eval runs it on the same prompts for each SAE (the same words, and the same examples as they are drawn by the
-    same seed), and uses the activation at the word alone.
+    Its prompts are the same for each SAE: the same words, and the same examples as they are drawn by the same seed.
     """
 
     class _Recalling:
@@ -115,25 +98,20 @@ def llm_once(memory: WordActivations) -> Iterator[None]:
         def __init__(self, *, model: Any, word_token_pos: int, **options: Any):
             super().__init__(model=_Recalling(model, word_token_pos), word_token_pos=word_token_pos, **options)
 
-    with replaced(feature_absorption, "FeatureAbsorptionCalculator", _Calculator):
-        yield
+    return {"sae_bench.evals.absorption.feature_absorption.FeatureAbsorptionCalculator": _Calculator}
 
 
-@contextmanager
-def quick_metrics() -> Iterator[None]:
-    """Count hits and misses without scikit-learn's checks: the same numbers in less time."""
-    with replaced(k_sparse_probing, "metrics", binary_metrics):
-        yield
+def less_work(memory: WordActivations) -> Changes:
+    """The same numbers in less time."""
+    metrics = {"sae_bench.evals.absorption.k_sparse_probing.metrics": binary_metrics}
+    return {**stopped_at_the_hook(), **llm_once(memory), **metrics}
 
 
-@contextmanager
-def seeded_in_folders(workspace: Path, probes: Path, seed: int, before: Callable[[Any, int], None]) -> Iterator[None]:
-    """Seed the eval, and let it write outside its own package.
+def seeded_in_folders(workspace: Path, probes: Path, seed: int, before: Callable[[Any, int], None]) -> Changes:
+    """The eval is seeded, and writes outside its own package.
 
-    It has a seed in its config and never uses it. It writes probes and tables inside the installed package, and finds
-    them again by names: the probes by model and layer, whatever the vocabulary, prompt and dtype were, the tables by
-    the SAE's name, even if they were written by halves. Each SAE is seeded by itself, so its scores do not depend on
-    which others are in the panel, nor on whether the probes were there already.
+    Each SAE is seeded by itself, so its scores do not depend on which others are in the panel, nor on whether the
+    probes were there already.
 
     Args:
         workspace: for an SAE's tables, empty. probes: SAEBench's ``probes_dir``.
@@ -159,33 +137,24 @@ def seeded_in_folders(workspace: Path, probes: Path, seed: int, before: Callable
             **options,
         )
 
-    with (
-        replaced(absorption, "run_k_sparse_probing_experiment", probe),
-        replaced(absorption, "run_feature_absortion_experiment", absorb),
-    ):
-        yield
+    return {
+        "sae_bench.evals.absorption.main.run_k_sparse_probing_experiment": probe,
+        "sae_bench.evals.absorption.main.run_feature_absortion_experiment": absorb,
+    }
 
 
-@contextmanager
-def noted(facts: Callable[[], dict[str, Any]]) -> Iterator[None]:
-    """Put facts into the result's ``eval_result_unstructured``: which words were left out belongs to the scores."""
+def noted(facts: Callable[[], dict[str, Any]]) -> Changes:
+    """Facts are in the result's ``eval_result_unstructured``."""
 
     def output(**fields: Any) -> Any:
         return make(eval_result_unstructured=facts(), **fields)
 
     make = absorption.AbsorptionEvalOutput
-    with replaced(absorption, "AbsorptionEvalOutput", output):
-        yield
+    return {"sae_bench.evals.absorption.main.AbsorptionEvalOutput": output}
 
 
-@contextmanager
-def every_letter_to_learn_from() -> Iterator[None]:
-    """Refuse a split that leaves a letter no word to learn from, before the LLM runs.
-
-    The weight of that letter's positives is infinite, which makes the loss of all letters no number.
-
-    Raises: EvaluationError naming the letters.
-    """
+def every_letter_to_learn_from() -> Changes:
+    """A split that leaves a letter no word to learn from is an error that names it, before the LLM runs."""
     split = common.create_dataset_probe_training
 
     def checked(*arguments: Any, **options: Any) -> Any:
@@ -201,5 +170,4 @@ def every_letter_to_learn_from() -> Iterator[None]:
             )
         return train, test
 
-    with replaced(common, "create_dataset_probe_training", checked):
-        yield
+    return {"sae_bench.evals.absorption.common.create_dataset_probe_training": checked}

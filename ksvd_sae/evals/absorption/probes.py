@@ -14,9 +14,10 @@ from sae_bench.evals.absorption import common
 from sae_bench.evals.absorption.vocab import LETTERS
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.absorption import AbsorptionEval
 from ksvd_sae.evals.absorption.adapters import every_letter_to_learn_from
-from ksvd_sae.evals.config import AbsorptionConfig
 from ksvd_sae.evals.saebench.adapters import seed_all
+from ksvd_sae.replaced import replaced
 
 logger = logging.getLogger(__name__)
 # What SAEBench reads again. probe.pth is a pickle: it is only ever read from ``folder``, where this module put it.
@@ -31,7 +32,7 @@ class LetterProbes:
     too_few: layer -> why no dictionary of it can be scored.
     """
 
-    config: AbsorptionConfig
+    config: AbsorptionEval
     folder: Path
     device: str
     too_few: dict[int, EvaluationError] = field(default_factory=dict)
@@ -59,7 +60,10 @@ class LetterProbes:
         logger.info("absorption: training letter probes at layer %d", layer)
         seed_all(self.config.seed)
         # SAEBench takes probes for finished as soon as their first file is there.
-        with tempfile.TemporaryDirectory(prefix="absorption-probes-") as folder, every_letter_to_learn_from():
+        with (
+            tempfile.TemporaryDirectory(prefix="absorption-probes-") as folder,
+            replaced(every_letter_to_learn_from()),
+        ):
             common.train_and_save_probes(
                 model,
                 layers=[layer],
@@ -89,12 +93,12 @@ class LetterProbes:
         place = {"layer": layer, "probes_dir": self.folder}
         probe = common.load_probe(model.cfg.model_name, device=self.device, **place)
         x_ND, words = common.load_probe_data_split(model, split="test", device=self.device, **place)
-        found_NL = (probe(x_ND) > 0).cpu().numpy()
+        said_NL = (probe(x_ND) > 0).cpu().numpy()
         f1 = {}
         for i, letter in enumerate(LETTERS):
             true_N = [label == i for _, label in words]
-            hits = int((found_NL[:, i] & true_N).sum())
-            f1[letter] = 2 * hits / max(1, int(found_NL[:, i].sum()) + sum(true_N))
+            hits = int((said_NL[:, i] & true_N).sum())
+            f1[letter] = 2 * hits / max(1, int(said_NL[:, i].sum()) + sum(true_N))
         good = [letter for letter, score in f1.items() if score > self.config.min_gt_probe_f1]
         logger.info("absorption: probes at layer %d find %d of 26 letters: %s", layer, len(good), "".join(good))
         if len(good) >= self.config.min_feats_for_eval:

@@ -1,18 +1,7 @@
-"""SAEBench's first-letter absorption: how far latents for a word take the place of the latent for its first letter.
-
-Lower is better. Two scores: the mean absorption fraction (how much of the letter's direction other latents carry) and
-full absorption (the share of words on which the letter's latents are silent and another one stands in for them).
-SAEBench redefined the fraction between 0.3.2, which all published numbers are from, and 0.6.0: compare it within a
-table only.
-
-Signed codes: k-sparse probes take the latents of the largest weight, not of the largest in size; a latent's part in the
-letter's direction counts only where code times cosine is positive, and a latent with a negative code counts as silent.
-The scores of signed codes are left as SAEBench gives them.
-"""
+"""How SAEBench's absorption is run, on words of the model's own vocabulary."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,8 +9,10 @@ from typing import Any
 
 from ksvd_sae.activations.language import hook_layer
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.config import AbsorptionConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist, run_eval
+from ksvd_sae.evals.absorption import AbsorptionEval
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.saebench.runner import results, run_eval
+from ksvd_sae.replaced import replaced
 from ksvd_sae.store import content_hash, versions
 
 # SAEBench looks at this many latents of each word.
@@ -32,16 +23,14 @@ _WITHOUT_EFFECT = {"llm_cache_bytes"}
 _OF_THE_PROBES = {"vocabulary_sample", "prompt_template", "prompt_token_pos", "seed"}
 
 
-def run_absorption(
-    panel: list[Panelist], config: AbsorptionConfig, setting: EvalSetting, output: Path
-) -> dict[str, Path]:
+def run_absorption(panel: list[Panelist], config: AbsorptionEval, setting: EvalSetting, output: Path) -> EvalResults:
     """SAEBench's absorption eval, on words of the model's own vocabulary.
 
     The LLM runs once for the panel, and no further than the hook; without a ``setting.cache`` whole and for each SAE,
     as SAEBench has it. Words that are no single token in the prompt are left out; their number is in the log and in the
     results' ``eval_result_unstructured``.
 
-    Returns, Raises: as ``core.run_core``; also for a dictionary of another hook than a block's ``hook_resid_post``, of
+    Returns, Raises: as ``Eval.run``; also for a dictionary of another hook than a block's ``hook_resid_post``, of
         fewer than 10 latents, and where probes on the activations find too few letters.
     """
     from sae_bench.evals.absorption import main as absorption
@@ -60,15 +49,7 @@ def run_absorption(
     probes = LetterProbes(config, folder, setting.device)
     memory = adapters.WordActivations(config.llm_cache_bytes)
     words, facts = _vocabulary(config)
-    output = output.resolve()
-
-    @contextmanager
-    def llm_shared() -> Iterator[None]:
-        if setting.cache is None:
-            yield
-            return
-        with adapters.stopped_at_the_hook(), adapters.llm_once(memory), adapters.quick_metrics():
-            yield
+    output = output.resolve() / "absorption"
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         # In the panel's order, which tells whoever asks which of them failed.
@@ -79,17 +60,22 @@ def run_absorption(
                 # SAEBench writes tables under the working directory, too.
                 working_directory(Path(workspace)),
                 random_states_kept(),
-                adapters.own_words(words),
-                llm_shared(),
-                adapters.seeded_in_folders(Path(workspace), folder, config.seed, probes.make_ready),
-                adapters.noted(facts),
+                replaced(
+                    adapters.own_words(words),
+                    {} if setting.cache is None else adapters.less_work(memory),
+                    adapters.seeded_in_folders(Path(workspace), folder, config.seed, probes.make_ready),
+                    adapters.noted(facts),
+                ),
             ):
                 absorption.run_eval(_eval_config(config, setting), fit, setting.device, str(output))
         if len(fit) < len(saes):
             raise _unfit(saes[len(fit)][1], config, probes.too_few) or EvaluationError("absorption: not scored")
 
     key = {"config": config.model_dump(exclude=_WITHOUT_EFFECT)}
-    return run_eval("absorption", panel, key, setting, output, evaluate)
+    files = run_eval("absorption", panel, key, setting, output, evaluate)
+    sample = config.vocabulary_sample
+    data = "vocabulary" if sample is None else f"vocabulary sample of {sample}"
+    return results("absorption", data, words_scored(next(iter(files.values()))), files, config.seed)
 
 
 def words_scored(path: Path) -> int:
@@ -98,7 +84,7 @@ def words_scored(path: Path) -> int:
     return sum(detail["num_probe_true_positives"] for detail in details)
 
 
-def _eval_config(config: AbsorptionConfig, setting: EvalSetting) -> Any:
+def _eval_config(config: AbsorptionEval, setting: EvalSetting) -> Any:
     from sae_bench.evals.absorption.eval_config import AbsorptionEvalConfig
 
     own = {"vocabulary_sample", "llm_cache_bytes", "seed", "llm_batch_contexts", "min_gt_probe_f1"}
@@ -112,7 +98,7 @@ def _eval_config(config: AbsorptionConfig, setting: EvalSetting) -> Any:
     )
 
 
-def _vocabulary(config: AbsorptionConfig) -> tuple[Callable[[Any], list[str]], Callable[[], dict[str, Any]]]:
+def _vocabulary(config: AbsorptionEval) -> tuple[Callable[[Any], list[str]], Callable[[], dict[str, Any]]]:
     """The words of a tokenizer, and what to say about them; made once, though SAEBench asks for each SAE."""
     from ksvd_sae.evals.absorption.vocabulary import Vocabulary
 
@@ -130,7 +116,7 @@ def _vocabulary(config: AbsorptionConfig) -> tuple[Callable[[Any], list[str]], C
     return words, lambda: made[0].facts()
 
 
-def _unfit(sae: Any, config: AbsorptionConfig, too_few: dict[int, EvaluationError]) -> EvaluationError | None:
+def _unfit(sae: Any, config: AbsorptionEval, too_few: dict[int, EvaluationError]) -> EvaluationError | None:
     """Why an SAE cannot be scored, as far as is known without scoring it."""
     hook = str(sae.cfg.metadata.hook_name)
     layer = hook_layer(hook)

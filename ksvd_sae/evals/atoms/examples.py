@@ -18,15 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
+from ksvd_sae.activations.harvest import HarvestConfig
 from ksvd_sae.activations.language import ActivationReader
-from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import contexts
 from ksvd_sae.errors import EvaluationError, ShapeError
+from ksvd_sae.evals.atoms import AtomsConfig
 from ksvd_sae.evals.atoms.logit_lens import logit_lens
 from ksvd_sae.evals.atoms.token_texts import TokenTexts
-from ksvd_sae.evals.saebench.runner import Panelist
-from ksvd_sae.run.config import RunConfig
+from ksvd_sae.evals.base import Heldout, Panelist
 from ksvd_sae.store import atomic_path, content_hash, copy_of_other_name
 
 logger = logging.getLogger(__name__)
@@ -79,24 +78,19 @@ class ReadText:
 
 
 def run_examples(
-    panel: list[Panelist],
-    config: RunConfig,
-    heldout: ActivationShards,
-    reader: Callable[[], ActivationReader],
-    output: Path,
+    panel: list[Panelist], config: AtomsConfig, harvest: HarvestConfig, seed: int, heldout: Heldout, output: Path
 ) -> dict[str, Path]:
     """``evaluate_examples`` as a run asks for it, on its held-out documents; empty if its report shows no atoms."""
-    if not config.report.atoms:
+    if not config.atoms:
         return {}
     setting = ExampleSetting(
-        **config.report.model_dump(),
-        context_tokens=config.harvest.context_tokens,
-        batch_contexts=config.harvest.batch_contexts,
-        norm_limit=heldout.manifest["statistics"]["outlier_limit"],
-        seed=config.seed,
+        **config.model_dump(),
+        context_tokens=harvest.context_tokens,
+        batch_contexts=harvest.batch_contexts,
+        norm_limit=heldout.outlier_limit,
+        seed=seed,
     )
-    documents = heldout.folder / HELDOUT_DOCUMENTS
-    return evaluate_examples(panel, setting, documents, reader, heldout.manifest["hash"], output)
+    return evaluate_examples(panel, setting, heldout.documents, heldout.reader, heldout.harvest_hash, output)
 
 
 def evaluate_examples(

@@ -1,7 +1,7 @@
 """SAEBench's AutoInterp under a judge of ours: what it asks, what is counted, and what becomes of failures.
 
 SAEBench gathers the activations, draws the texts, writes the messages, reads the answers and counts the hits; the
-adapter ``adapters.autointerp_judge`` puts the classes made here in place of its own.
+classes made here stand in place of its own (``adapters.judged_by``).
 """
 
 import json
@@ -55,7 +55,7 @@ class Judging:
     def begin(self, n_wanted: int, n_alive: int) -> None:
         self._latents, self._failures, self._before = {"wanted": n_wanted, "alive": n_alive}, {}, self._usage()
 
-    def found(self, n_latents: int) -> None:
+    def texts_found(self, n_latents: int) -> None:
         """Texts were found for so many latents.
 
         Raises: EvaluationError if they are too few to be judged.
@@ -101,13 +101,13 @@ class Judging:
 
     def record(self) -> dict[str, Any]:
         """What a result says of its judge: who, how many latents, and what it cost."""
-        found: dict[str, Any] = {"name": self.judge.name, **self.judge.identity, "latents": dict(self._latents)}
+        record: dict[str, Any] = {"name": self.judge.name, **self.judge.identity, "latents": dict(self._latents)}
         if (now := self._usage()) is not None and self._before is not None:
             usage = now.since(self._before)
-            found["usage"] = asdict(usage)
+            record["usage"] = asdict(usage)
             if self.prices is not None:
-                found["usage"]["cost"] = usage.cost(*self.prices)
-        return found
+                record["usage"]["cost"] = usage.cost(*self.prices)
+        return record
 
     def _usage(self) -> Usage | None:
         return Usage(**asdict(self.judge.usage)) if isinstance(self.judge, EndpointJudge) else None
@@ -155,12 +155,11 @@ def autointerp_class(judging: Judging, seed: int) -> Any:
 
         def gather_data(self) -> Any:
             generation, scoring = super().gather_data()
-            judging.found(len(generation))
+            judging.texts_found(len(generation))
             return generation, scoring
 
         def get_scoring_prompts(self, explanation: str, scoring_examples: Any) -> ScoringMessages:
-            # SAEBench shows an example of an answer, drawn from the process's random state in the order in which
-            # explanations come in: a second run would ask other questions than those that have answers.
+            # It draws the example of an answer from the process's random state, as explanations come in.
             shown = content_hash([seed, explanation, [ex.to_str() for ex in scoring_examples]])
             with _random_state(shown):
                 return ScoringMessages(super().get_scoring_prompts(explanation, scoring_examples))
@@ -190,7 +189,8 @@ def output_class(judging: Judging) -> Any:
     class Output(AutoInterpEvalOutput):
         def to_json_file(self, file_path: str, indent: int = 2) -> None:
             result, path = json.loads(self.to_json()), Path(file_path)
-            logs = [f"latent {n}\n{found.pop('logs')}\n" for n, found in result["eval_result_unstructured"].items()]
+            latents = result["eval_result_unstructured"].items()
+            logs = [f"latent {number}\n{latent.pop('logs')}\n" for number, latent in latents]
             judging.logs.mkdir(parents=True, exist_ok=True)
             stem = path.name.removesuffix("_custom_sae_eval_results.json")
             (judging.logs / f"{stem}.txt").write_text("\n".join(logs), encoding="utf-8")

@@ -7,49 +7,47 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ksvd_sae.evals.autointerp import AutoInterpEval
 from ksvd_sae.evals.autointerp.endpoint import EndpointJudge
 from ksvd_sae.evals.autointerp.lexical import Judge, LexicalJudge
-from ksvd_sae.evals.config import AutoInterpConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
+from ksvd_sae.replaced import replaced
 from ksvd_sae.store import content_hash
 
 # What scores follow from of these, the judge's identity says.
 _NO_SCORE = {"judge", "endpoint"}
 
 
-def run_autointerp(
-    panel: list[Panelist], config: AutoInterpConfig, dataset: str, setting: EvalSetting, output: Path
-) -> dict[str, Path]:
-    """SAEBench's automated interpretability ("detection" score).
+def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalSetting, output: Path) -> EvalResults:
+    """SAEBench's automated interpretability ("detection" score); see ``Eval.run``.
 
     Each result has a field ``judge`` beside SAEBench's own: who judged, how many latents, tokens and cost. What the
     judge was shown and said lies in ``setting.artifacts``, by the result's name.
 
     It looks at positive activations only: of a signed code, half is not judged; its split view has both halves.
 
-    Args: dataset: a Hub name, or the name of a folder in ``setting.data_folder``.
-    Returns, Raises: as ``core.run_core``; answers of an endpoint are kept, and not asked for again.
+    Answers of an endpoint are kept, and not asked for again.
     """
     from sae_bench.evals.autointerp import main as autointerp
 
+    from ksvd_sae.evals.autointerp.adapters import activations_kept, enough_text, judged_by
     from ksvd_sae.evals.autointerp.judging import Judging
-    from ksvd_sae.evals.saebench.adapters import activations_kept, autointerp_judge, enough_text, working_directory
+    from ksvd_sae.evals.saebench.adapters import working_directory
 
-    judge = judge_of(config, setting.artifacts.resolve())
+    dataset, judge = setting.data(config.dataset), judge_of(config, setting.artifacts.resolve())
     # SAEBench reuses tokens by the model's name and their number alone: the folder carries the rest.
     sizes = {"total_tokens": config.total_tokens, "context_tokens": config.context_tokens}
     tokens = {"model": setting.model_name, "data": setting.data_hash, "dataset": dataset, **sizes}
     artifacts = setting.artifacts.resolve() / f"autointerp-{content_hash(tokens)}"
-    output = output.resolve()
+    output = output.resolve() / "autointerp"
     judging = Judging(judge, config.least_latents, artifacts / "logs", _prices(config))
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         drop_half_written(artifacts)
         with (
             working_directory(setting.data_folder),
-            autointerp_judge(judging, config.seed),
-            enough_text(),
-            activations_kept(setting.cache),
+            replaced(judged_by(judging, config.seed), enough_text(), activations_kept(setting.cache)),
         ):
             _outside_event_loops(
                 lambda: autointerp.run_eval(
@@ -64,10 +62,12 @@ def run_autointerp(
 
     settings = {name: value for name, value in config.model_dump().items() if name not in _NO_SCORE}
     key = {"config": settings, "dataset": dataset, "judge": judge.identity}
-    return run_eval("autointerp", panel, key, setting, output, evaluate)
+    files = run_eval("autointerp", panel, key, setting, output, evaluate)
+    n_judged = {name: judged_latents(path) for name, path in files.items()}
+    return results("autointerp", f"{dataset}, judge: {config.judge_name}", n_judged, files, config.seed)
 
 
-def judge_of(config: AutoInterpConfig, artifacts: Path) -> Judge:
+def judge_of(config: AutoInterpEval, artifacts: Path) -> Judge:
     """The judge that the config asks for; an endpoint's answers are kept below ``artifacts``."""
     if config.judge == "lexical" or config.endpoint is None:
         return LexicalJudge()
@@ -89,14 +89,14 @@ def judged_latents(path: Path) -> int:
     return int(json.loads(path.read_text())["judge"]["latents"]["judged"])
 
 
-def _prices(config: AutoInterpConfig) -> tuple[float, float] | None:
+def _prices(config: AutoInterpEval) -> tuple[float, float] | None:
     endpoint = config.endpoint
     if endpoint is None or endpoint.input_price is None or endpoint.output_price is None:
         return None
     return endpoint.input_price, endpoint.output_price
 
 
-def bench_config(config: AutoInterpConfig, dataset: str, setting: EvalSetting) -> Any:
+def bench_config(config: AutoInterpEval, dataset: str, setting: EvalSetting) -> Any:
     """The eval's settings as SAEBench takes them."""
     from sae_bench.evals.autointerp.eval_config import AutoInterpEvalConfig
 

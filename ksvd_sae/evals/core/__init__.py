@@ -1,1 +1,67 @@
-"""SAEBench's core."""
+"""SAEBench's core: loss recovered, KL, L0."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from ksvd_sae.evals.base import Column, Eval, EvalResults, EvalSetting, Panelist
+
+
+class CoreEval(Eval):
+    """SAEBench's core eval."""
+
+    dataset: str = Field("Skylion007/openwebtext", description="a Hub data set; heldout: the held-out documents")
+    context_tokens: int = Field(128, ge=2)
+    batch_contexts: int = Field(16, ge=1)
+    reconstruction_batches: int = Field(200, ge=1)
+    sparsity_batches: int = Field(2000, ge=1)
+
+    name: ClassVar[str] = "core"
+    on_by_default: ClassVar[bool] = True
+    cost: ClassVar[str] = "the language model over all its text once for a panel; its layers after the hook for each"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column(
+            "loss recovered",
+            "core",
+            "ce_loss_score",
+            "score",
+            "how much of the cross-entropy between the model with its activations zeroed and the untouched model "
+            "the reconstruction wins back (no unit; 1 is the untouched model, 0 is no better than zeros)",
+            "higher",
+        ),
+        Column(
+            "KL",
+            "core",
+            "kl_div_with_sae",
+            "score",
+            "KL divergence between the model's next-token distributions with and without the reconstruction "
+            "(nats a token)",
+            "lower",
+        ),
+        Column(
+            "nats lost",
+            "core",
+            "ce_loss_with_sae",
+            "score",
+            "cross-entropy with the reconstruction minus that of the untouched model (nats a token)",
+            "lower",
+            minus="ce_loss_without_sae",
+        ),
+    )
+    published: ClassVar = {
+        "dataset": "Skylion007/openwebtext",
+        "context_tokens": 128,
+        "batch_contexts": 16,
+        "reconstruction_batches": 200,
+        "sparsity_batches": 2000,
+    }
+
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        from ksvd_sae.evals.core.run import run_core
+
+        return run_core(panel, self, setting, output)
+
+    @property
+    def n_predictions(self) -> int:
+        return self.reconstruction_batches * self.batch_contexts * (self.context_tokens - 1)

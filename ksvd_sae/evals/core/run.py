@@ -1,38 +1,31 @@
 """SAEBench's core: loss recovered, KL, L0."""
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ksvd_sae.evals.config import CoreConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist, run_eval
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.core import CoreEval
+from ksvd_sae.evals.saebench.runner import results, run_eval
+from ksvd_sae.replaced import replaced
 
 # Counts up when the same input gives other scores. 2: KL is no longer 0.001 nats too high.
 _VERSION = 2
 
 
-def run_core(
-    panel: list[Panelist], config: CoreConfig, dataset: str, setting: EvalSetting, output: Path
-) -> dict[str, Path]:
-    """SAEBench's core eval: loss recovered, KL, L0.
-
-    Args: dataset: a Hub name, or the name of a folder in ``setting.data_folder``.
-    Returns: the result file of each panelist.
-    Raises: EvaluationError naming every panelist without a result, and why.
-    """
+def run_core(panel: list[Panelist], config: CoreEval, setting: EvalSetting, output: Path) -> EvalResults:
+    """SAEBench's core eval: loss recovered, KL, L0; see ``Eval.run``."""
     from sae_bench.evals.core import main as core
 
     from ksvd_sae.evals.core.shared import shared_core_runs
-    from ksvd_sae.evals.saebench.adapters import collected_errors, nan_stays_nan, working_directory
+    from ksvd_sae.evals.saebench.adapters import collected_errors, working_directory
 
-    output = output.resolve()
-
-    def shared() -> AbstractContextManager[None]:
-        return nullcontext() if setting.cache is None else shared_core_runs(setting.cache, setting.memory_bytes)
+    dataset, output = setting.data(config.dataset), output.resolve() / "core"
+    nan_stays_nan = {"sae_bench.evals.core.main.replace_nans_with_negative_one": lambda value: value}
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         errors = collected_errors(core.__name__, reasons)
-        with working_directory(setting.data_folder), nan_stays_nan(), errors, shared():
+        shared = {} if setting.cache is None else shared_core_runs(setting.cache, setting.memory_bytes)
+        with working_directory(setting.data_folder), errors, replaced(nan_stays_nan, shared):
             core.multiple_evals(
                 selected_saes=saes,
                 n_eval_reconstruction_batches=config.reconstruction_batches,
@@ -49,4 +42,5 @@ def run_core(
             )
 
     key = {"config": config.model_dump(), "dataset": dataset, "version": _VERSION}
-    return run_eval("core", panel, key, setting, output, evaluate)
+    files = run_eval("core", panel, key, setting, output, evaluate)
+    return results("core", dataset, config.n_predictions, files, None)

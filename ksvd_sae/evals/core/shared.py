@@ -9,8 +9,7 @@ Notation: B contexts, L positions, D model dimensions, V vocabulary, n rows of a
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -19,25 +18,23 @@ import torch
 from sae_bench.evals.core import main as core
 from torch import Tensor
 
+from ksvd_sae.activations.splicing import Arithmetic, NextTokenLosses, RunsFromHook, Started
 from ksvd_sae.evals.llm_cache import TensorCache, model_fingerprint, tokens_hash
-from ksvd_sae.evals.runs_from_hook import RunsFromHook, Started
+from ksvd_sae.replaced import Changes
 from ksvd_sae.store import content_hash
 
 logger = logging.getLogger(__name__)
-# Logits made at a time: 268 MB in float32.
-_LOGITS_AT_ONCE = 2**26
 # Nats: e^-60 is far above where float32 loses digits (e^-87).
 _EXACT_UP_TO = 60.0
 # Hooks whose activations core flattens before an SAE sees them.
 _WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 
 
-@contextmanager
-def shared_core_runs(cache: TensorCache, memory_bytes: int) -> Iterator[None]:
-    """Let core share the model's runs between the SAEs that it is given.
+def shared_core_runs(cache: TensorCache, memory_bytes: int) -> Changes:
+    """The SAEs that core is given share the model's runs.
 
-    SAEBench evaluates each SAE as if it were the only one. Its functions stay; two of them get what they ask of the
-    model from here. An SAE on a single head of a hook goes SAEBench's own way.
+    Two functions of SAEBench's get what they ask of the model from here. An SAE on a single head of a hook goes
+    SAEBench's own way.
 
     Args: cache: for what the model gave.  memory_bytes: for probabilities of the model as it is, which are too large
         for a disk (a gigabyte for 1,000 tokens of Gemma); what does not fit is computed again for each SAE.
@@ -55,11 +52,10 @@ def shared_core_runs(cache: TensorCache, memory_bytes: int) -> Iterator[None]:
             return sparsity(sae, model, *rest, **options)
         return sparsity(sae, _KeptActivations(shared.of(model, sae.cfg.hook_name)), *rest, **options)
 
-    core.get_recons_loss, core.get_sparsity_and_variance_metrics = recons_loss, sparsity_metrics
-    try:
-        yield
-    finally:
-        core.get_recons_loss, core.get_sparsity_and_variance_metrics = loss, sparsity
+    return {
+        "sae_bench.evals.core.main.get_recons_loss": recons_loss,
+        "sae_bench.evals.core.main.get_sparsity_and_variance_metrics": sparsity_metrics,
+    }
 
 
 @dataclass
@@ -84,8 +80,7 @@ class _HookRuns:
     def __init__(self, model: Any, hook: str, cache: TensorCache, memory_bytes: int):
         self.model, self.hook, self.cache = model, hook, cache
         self.runs = RunsFromHook(model, hook)
-        self._clean_distributions = _CleanDistributions(memory_bytes)
-        self._space = _Space()
+        self._next_token = NextTokenLosses(model, _AsCore(), memory_bytes)
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -122,13 +117,13 @@ class _HookRuns:
         started = Started(batch_tokens, clean.get("start_BLD"), self._options(batch_tokens))
         final_BLD = self.runs.again(started, partial(_replaced, sae, kept_BL))
         ce_BL, kl_BL = self._losses(final_BLD, clean["final_BLD"], batch_tokens)
-        found: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         if compute_kl:
-            found |= {"kl_div_with_sae": kl_BL, "kl_div_with_ablation": clean["kl_ablated_BL"]}
+            losses |= {"kl_div_with_sae": kl_BL, "kl_div_with_ablation": clean["kl_ablated_BL"]}
         if compute_ce_loss:
-            found |= {"ce_loss_with_sae": ce_BL, "ce_loss_without_sae": clean["ce_BL"]}
-            found |= {"ce_loss_with_ablation": clean["ce_ablated_BL"]}
-        return found
+            losses |= {"ce_loss_with_sae": ce_BL, "ce_loss_without_sae": clean["ce_BL"]}
+            losses |= {"ce_loss_with_ablation": clean["ce_ablated_BL"]}
+        return losses
 
     def _clean(self, tokens_BL: Tensor) -> dict[str, Tensor]:
         """The run as it is and with zeros: where others start, what the unembedding got, and what was lost."""
@@ -139,71 +134,22 @@ class _HookRuns:
         zeroed_BLD = self.runs.again(started, torch.zeros_like)
         ce_BL, _ = self._losses(final_BLD, final_BLD, tokens_BL)
         ce_ablated_BL, kl_ablated_BL = self._losses(zeroed_BLD, final_BLD, tokens_BL)
-        found = {"final_BLD": final_BLD, "ce_BL": ce_BL, "ce_ablated_BL": ce_ablated_BL, "kl_ablated_BL": kl_ablated_BL}
+        clean = {"final_BLD": final_BLD, "ce_BL": ce_BL, "ce_ablated_BL": ce_ablated_BL, "kl_ablated_BL": kl_ablated_BL}
         if started.start_BLD is not None:
-            found["start_BLD"] = started.start_BLD
-        self.cache.put(key, found)
-        return found
+            clean["start_BLD"] = started.start_BLD
+        self.cache.put(key, clean)
+        return clean
 
     def _options(self, tokens_BL: Tensor) -> dict[str, Any]:
         _, _, shortformer, mask = self.model.input_to_embed(tokens_BL)
         return {"shortformer_pos_embed": shortformer, "attention_mask": mask}
 
     def _losses(self, final_BLD: Tensor, clean_BLD: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L−1) −ln p(next token) and (B, L) KL(clean ‖ this), chunk by chunk; the clean run itself may be given."""
-        n_contexts, n_positions = tokens_BL.shape
-        targets_N, name = tokens_BL.roll(-1, dims=1).flatten(), tokens_hash(tokens_BL)
-        step = max(1, _LOGITS_AT_ONCE // self.model.cfg.d_vocab_out)
-        rows_ND, clean_ND = final_BLD.flatten(0, 1), clean_BLD.flatten(0, 1)
-        losses, divergences = [], []
-        for start in range(0, len(rows_ND), step):
-            part, kept_as = slice(start, start + step), f"{name}-{start}"
-            logits_nV = self._logits(_one_if_equal(rows_ND[part]))
-            p_nV = torch.softmax(logits_nV, dim=-1, out=self._space.like(logits_nV, "p"))
-            # The clean distribution is kept as it is; another one is needed for its logarithm alone.
-            log_q_nV = p_nV.log() if final_BLD is clean_BLD else p_nV.log_()
-            losses.append(_cross_entropy(logits_nV, log_q_nV, targets_N[part]))
-            if final_BLD is clean_BLD:
-                self._clean_distributions.keep(kept_as, p_nV, log_q_nV)
-                divergences.append(torch.zeros_like(losses[-1]))
-                continue
-            clean = self._clean_distributions.of(kept_as, partial(self._logits, clean_ND[part]))
-            divergences.append(clean.divergence(log_q_nV))
-        ce_BL = torch.cat(losses).reshape(n_contexts, n_positions)[:, :-1]
-        return ce_BL, torch.cat(divergences).reshape(n_contexts, n_positions)
-
-    def _logits(self, rows_nD: Tensor) -> Tensor:
-        """What the model's forward makes of what the unembedding gets; in memory that the next call overwrites."""
-        model, cap = self.model, self.model.cfg.output_logits_soft_cap
-        out_nV = self._space.of("logits", len(rows_nD), model.W_U)
-        # Not model.unembed: it makes W_Uᵀ contiguous at every call, which for some layouts copies the whole matrix.
-        logits_nV = torch.addmm(model.b_U, rows_nD, model.W_U, out=out_nV)
-        return logits_nV.div_(cap).tanh_().mul_(cap) if cap > 0.0 else logits_nV
-
-
-class _Space:
-    """Memory for logits, used again and again: 268 MB fresh from the system cost as much as a softmax of them."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def of(self, name: str, n: int, weight_DV: Tensor) -> Tensor:
-        """(n, V), not initialized, of the weight's kind."""
-        kept = self._kept.get(name)
-        if kept is None or len(kept) < n or kept.dtype != weight_DV.dtype:
-            kept = self._kept[name] = weight_DV.new_empty(n, weight_DV.shape[1])
-        return kept[:n]
-
-    def like(self, logits_nV: Tensor, name: str) -> Tensor:
-        return self.of(name, len(logits_nV), logits_nV)
-
-
-def _one_if_equal(rows_nD: Tensor) -> Tensor:
-    """One row if all are equal, as behind zeros in a model without biases: it has one distribution."""
-    # In 16 bits a product of one row is rounded otherwise than one of many.
-    if rows_nD.dtype == torch.float32 and bool((rows_nD == rows_nD[0]).all()):
-        return rows_nD[:1]
-    return rows_nD
+        """(B, L−1) −ln p(next token) and (B, L) KL(clean ‖ this); the clean run itself may be given."""
+        targets_N, clean_ND = tokens_BL.roll(-1, dims=1).flatten(), clean_BLD.flatten(0, 1)
+        final_ND = clean_ND if final_BLD is clean_BLD else final_BLD.flatten(0, 1)
+        losses_N, divergences_N = self._next_token.of(final_ND, clean_ND, targets_N, tokens_hash(tokens_BL))
+        return losses_N.reshape(tokens_BL.shape)[:, :-1], divergences_N.reshape(tokens_BL.shape)
 
 
 def _replaced(sae: Any, kept_BL: Tensor, activation: Tensor) -> Tensor:
@@ -251,27 +197,29 @@ class _Clean:
         return self.negative_entropy_n - p_log_q_nV.sum(dim=-1)
 
 
-class _CleanDistributions:
-    """Of the model as it is, as many as fit into memory."""
+class _AsCore(Arithmetic[_Clean]):
+    """The logarithm of a softmax, in the model's dtype."""
 
-    def __init__(self, memory_bytes: int):
-        self._left = memory_bytes
-        self._kept: dict[str, _Clean] = {}
+    def __init__(self) -> None:
+        self._q_nV = torch.empty(0)
 
-    def of(self, name: str, logits: Callable[[], Tensor]) -> _Clean:
-        if name in self._kept:
-            return self._kept[name]
-        p_nV = torch.softmax(logits(), dim=-1)
-        return self.keep(name, p_nV, p_nV.log(), own=True)
+    def clean(self, logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, _Clean]:
+        p_nV = torch.softmax(logits_nV, dim=-1)
+        log_p_nV = p_nV.log()
+        losses_n = _cross_entropy(logits_nV, log_p_nV, targets_n)
+        return losses_n, _Clean(p_nV, log_p_nV.mul_(p_nV).sum(dim=-1))
 
-    def keep(self, name: str, p_nV: Tensor, log_p_nV: Tensor, own: bool = False) -> _Clean:
-        """Keep a distribution if there is room. ``log_p_nV`` is overwritten; ``own``: p is nobody else's memory."""
-        room = p_nV.nbytes <= self._left
-        clean = _Clean(p_nV.clone() if room and not own else p_nV, log_p_nV.mul_(p_nV).sum(dim=-1))
-        if room:
-            self._left -= p_nV.nbytes
-            self._kept[name] = clean
-        return clean
+    def changed(self, logits_nV: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self._q_nV) < len(logits_nV):
+            self._q_nV = torch.empty_like(logits_nV)
+        log_q_nV = torch.softmax(logits_nV, dim=-1, out=self._q_nV[: len(logits_nV)]).log_()
+        return _cross_entropy(logits_nV, log_q_nV, targets_n), log_q_nV
+
+    def divergence(self, clean: _Clean, log_q_nV: Tensor) -> Tensor:
+        return clean.divergence(log_q_nV)
+
+    def nbytes(self, kept: _Clean) -> int:
+        return kept.p_nV.nbytes
 
 
 # ---------------------------------------------------------------- activations
@@ -289,7 +237,7 @@ class _KeptActivations:
         key = runs.key("activations", tokens_BL)
         kept = runs.cache.get(key, runs.model.cfg.device)
         if kept is None:
-            _, found = runs.model.run_with_cache(tokens_BL, **options)
-            kept = {"activation": found[runs.hook]}
+            _, activations = runs.model.run_with_cache(tokens_BL, **options)
+            kept = {"activation": activations[runs.hook]}
             runs.cache.put(key, kept)
         return None, {runs.hook: kept["activation"]}

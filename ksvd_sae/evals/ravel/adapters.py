@@ -1,10 +1,10 @@
-"""What SAEBench's RAVEL needs changed around it: any decoder, one load for a panel, no score from nothing."""
+"""What stands in SAEBench's place while RAVEL runs; why: ``ksvd_sae.replaced``."""
 
 import hashlib
 import inspect
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from sae_bench.sae_bench_utils import activation_collection
 from torch import Tensor, nn
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.replaced import Changes
 
 # Llama's place, which most share; what text models inside image models have; Pythia's; OPT's; GPT-2's.
 _LAYERS = (
@@ -46,22 +47,15 @@ def seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)
 
 
-@contextmanager
-def model_known_by_name(name: str) -> Iterator[None]:
-    """Let RAVEL take the model's own name: its table from TransformerLens' names to the Hub's has two entries."""
+def model_known_by_name(name: str) -> Changes:
+    """RAVEL finds the Hub's name of the model, by the name that TransformerLens has for it."""
     from transformer_lens.loading_from_pretrained import get_official_model_name
 
     try:
         on_the_hub = get_official_model_name(name)
     except ValueError:
         on_the_hub = name
-    before = dict(ravel.LLM_NAME_MAP)
-    ravel.LLM_NAME_MAP[name] = on_the_hub
-    try:
-        yield
-    finally:
-        ravel.LLM_NAME_MAP.clear()
-        ravel.LLM_NAME_MAP.update(before)
+    return {"sae_bench.evals.ravel.main.LLM_NAME_MAP": {name: on_the_hub}}
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -70,11 +64,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises: EvaluationError if they are at none of the usual places.
     """
     for place in _LAYERS:
-        found: Any = model
+        layers: Any = model
         for part in place.split("."):
-            found = getattr(found, part, None)
-        if isinstance(found, nn.ModuleList):
-            return found
+            layers = getattr(layers, part, None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
     raise EvaluationError(
         f"ravel: the decoder layers of {type(model).__name__} were not found",
         limit=" or ".join(_LAYERS),
@@ -86,8 +80,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 class _Layer:
     """A decoder layer whose hooks get a tuple, whether the layer returns one or a tensor."""
 
-    def __init__(self, layer: nn.Module, handles: list[Any]):
-        self._layer, self._handles = layer, handles
+    def __init__(self, layer: nn.Module, hooks: ExitStack):
+        self._layer, self._hooks = layer, hooks
 
     def register_forward_hook(self, hook: Callable[..., Any]) -> Any:
         def tupled(module: nn.Module, inputs: Any, outputs: Any) -> Any:
@@ -96,42 +90,34 @@ class _Layer:
             changed = hook(module, inputs, (outputs,))
             return changed[0] if isinstance(changed, tuple) else changed
 
-        self._handles.append(self._layer.register_forward_hook(tupled))
-        return self._handles[-1]
+        handle = self._layer.register_forward_hook(tupled)
+        self._hooks.callback(handle.remove)
+        return handle
 
 
-@contextmanager
-def hooks_on_any_decoder() -> Iterator[None]:
-    """Let RAVEL hook the layers of any decoder.
+def hooks_on_any_decoder(hooks: ExitStack) -> Changes:
+    """RAVEL hooks the layers of any decoder.
 
-    SAEBench knows Gemma-2's and GPT-NeoX's layers, and takes ``outputs[0]`` of what they return: of a tensor, which
-    Llama's layers return, and all of them from transformers 5 on, that is the first row of the batch. And where a
-    dictionary fails inside a hook, SAEBench leaves the hook on the model.
+    Args: hooks: takes them off the model when it ends, also those that SAEBench leaves where a dictionary fails.
     """
-    original, handles = activation_collection.get_module, list[Any]()
-    activation_collection.get_module = lambda model, layer: _Layer(decoder_layers(model)[layer], handles)
-    try:
-        yield
-    finally:
-        activation_collection.get_module = original
-        for handle in handles:
-            handle.remove()
+    return {
+        "sae_bench.sae_bench_utils.activation_collection.get_module": lambda model, layer: _Layer(
+            decoder_layers(model)[layer], hooks
+        )
+    }
 
 
 class _SeenError(Exception):
     """Ends a forward pass whose activations have been read."""
 
 
-@contextmanager
-def activations_kept(kept: dict[str, Tensor]) -> Iterator[None]:
-    """Compute the source prompts' activations once for a panel, and no further than the layer.
+def activations_kept(kept: dict[str, Tensor]) -> Changes:
+    """The source prompts' activations are computed once for a panel, and no further than the layer.
 
-    SAEBench runs the whole model for them, in every epoch and for every SAE, although they follow from the prompts
-    alone, and the prompts are the same for every SAE (same seed).
+    The prompts are the same for every SAE: the same seed draws them.
 
     Args: kept: filled here; hash of prompts and layer -> activations.
     """
-    original = activation_collection.get_layer_activations
 
     def read(model: Any, target_layer: int, inputs: Any, source_pos_B: Tensor) -> Tensor:
         mask = inputs["attention_mask"]
@@ -141,20 +127,16 @@ def activations_kept(kept: dict[str, Tensor]) -> Iterator[None]:
             kept[key] = _activations(model, target_layer, inputs, source_pos_B)
         return kept[key]
 
-    activation_collection.get_layer_activations = read
-    try:
-        yield
-    finally:
-        activation_collection.get_layer_activations = original
+    return {"sae_bench.sae_bench_utils.activation_collection.get_layer_activations": read}
 
 
 @torch.no_grad()
 def _activations(model: Any, layer: int, inputs: Any, position_B: Tensor) -> Tensor:
-    found: list[Tensor] = []
+    rows: list[Tensor] = []
 
     def keep(module: nn.Module, _: Any, outputs: tuple[Tensor, ...]) -> None:
-        rows = torch.arange(len(position_B), device=outputs[0].device)
-        found.append(outputs[0][rows, position_B].clone())
+        prompts_B = torch.arange(len(position_B), device=outputs[0].device)
+        rows.append(outputs[0][prompts_B, position_B].clone())
         raise _SeenError
 
     handle = activation_collection.get_module(model, layer).register_forward_hook(keep)
@@ -164,71 +146,64 @@ def _activations(model: Any, layer: int, inputs: Any, position_B: Tensor) -> Ten
         pass
     finally:
         handle.remove()
-    return found[0]
+    return rows[0]
 
 
-@contextmanager
-def loaded_once(loaded: dict[Any, Any], prepare: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Load model and tokenizer once for a panel, and as an eval needs them.
-
-    SAEBench loads the tokenizer several times for each attribute (seconds, with Gemma's vocabulary), trains its masks
-    with gradients for every weight of the model, asks for the logits of every token where it reads the last one's, and
-    leaves dropout on once a mask was trained.
+def loaded_once(loaded: dict[Any, Any], prepare: Callable[[Any, Any], None]) -> Changes:
+    """Model and tokenizer are loaded once for a panel, the model as an eval needs it.
 
     Args:
         loaded: filled here; what was loaded before is taken from it.
         prepare: called with model and tokenizer before the first SAE of a call is evaluated.
     """
-    before = ravel.AutoModelForCausalLM, ravel.AutoTokenizer
+    load_model, load_tokenizer = ravel.AutoModelForCausalLM.from_pretrained, ravel.AutoTokenizer.from_pretrained
 
     def tokenizer(name: str) -> Any:
         if ("tokenizer", name) not in loaded:
-            loaded["tokenizer", name] = before[1].from_pretrained(name)
+            loaded["tokenizer", name] = load_tokenizer(name)
         return loaded["tokenizer", name]
 
     def model(name: str, **options: Any) -> Any:
         if ("model", name) not in loaded:
-            loaded["model", name] = _for_inference(before[0].from_pretrained(name, **options))
+            loaded["model", name] = ModelForInference(load_model(name, **options))
         prepare(loaded["model", name], tokenizer(name))
         return loaded["model", name]
 
-    ravel.AutoModelForCausalLM = SimpleNamespace(from_pretrained=model)
-    ravel.AutoTokenizer = SimpleNamespace(from_pretrained=tokenizer)
-    try:
-        yield
-    finally:
-        ravel.AutoModelForCausalLM, ravel.AutoTokenizer = before
+    return {
+        "sae_bench.evals.ravel.main.AutoModelForCausalLM": SimpleNamespace(from_pretrained=model),
+        "sae_bench.evals.ravel.main.AutoTokenizer": SimpleNamespace(from_pretrained=tokenizer),
+    }
 
 
-def _for_inference(model: Any) -> Any:
-    """No weight gets a gradient, dropout stays off, only the last token gets logits, completions are of full length."""
-    model.eval().requires_grad_(False)
-    model.train = lambda mode=True: model
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        model.register_forward_pre_hook(_last_logits_only, with_kwargs=True)
-    generate = model.generate
+class ModelForInference:
+    """A causal language model whose weights get no gradient, and which gives the logits of the last token alone.
 
-    def of_full_length(input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        # SAEBench takes the last max_new_tokens of what comes back: of completions that all ended early, too many.
-        output_BL: Tensor = generate(input_ids=input_ids, max_new_tokens=max_new_tokens, **options)
+    It is no module, so the mask that has it is put into training without it: dropout stays off.
+    """
+
+    def __init__(self, model: Any):
+        self._model = model.eval().requires_grad_(False)
+        takes_number = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._options = {"logits_to_keep": 1} if takes_number else {}
+
+    def __call__(self, **options: Any) -> Any:
+        return self._model(**self._options, **options)
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Completions of full length: SAEBench takes the last ``max_new_tokens`` of what comes back."""
+        output_BL: Tensor = self._model.generate(input_ids=input_ids, max_new_tokens=max_new_tokens, **options)
         missing = input_ids.shape[1] + max_new_tokens - output_BL.shape[1]
         return torch.cat([output_BL, output_BL[:, -1:].expand(-1, missing)], dim=1)
 
-    model.generate = of_full_length
-    return model
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
-def _last_logits_only(module: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return args, {"logits_to_keep": 1, **options}
+def entity_positions_without_bos() -> Changes:
+    """An entity's last token is found also where the tokenizer puts no token before a text.
 
-
-@contextmanager
-def entity_positions_without_bos() -> Iterator[None]:
-    """Find an entity's last token also where the tokenizer puts no token before a text.
-
-    SAEBench counts the tokens of what follows the entity, and takes it that one of them is a <bos>, which makes up for
-    the entity's last token lying one before it. Pythia's tokenizer adds none: the position was that of the next token,
-    or the first of all where nothing follows.
+    SAEBench counts the tokens of what follows the entity with a <bos> among them, which makes up for the entity's last
+    token lying one before it.
     """
     original = RAVELInstance.build_and_tokenize_prompts
 
@@ -239,19 +214,13 @@ def entity_positions_without_bos() -> Iterator[None]:
             prompt.final_entity_token_pos += n_before - 1
         return prompts
 
-    RAVELInstance.build_and_tokenize_prompts = build
-    try:
-        yield
-    finally:
-        RAVELInstance.build_and_tokenize_prompts = original
+    return {"sae_bench.evals.ravel.instance.RAVELInstance.build_and_tokenize_prompts": build}
 
 
-@contextmanager
-def no_score_of_no_pairs() -> Iterator[None]:
-    """Refuse to score where no pair is left to score, and store with each score how many pairs there were.
+def no_score_of_no_pairs() -> Changes:
+    """No score where no pair is left to score, and with each score how many pairs there were.
 
-    SAEBench takes the mean over pairs whose first token should change, and over those whose should not, also where
-    there are none: NaN.
+    There are two kinds: pairs whose first token should change, and those whose should not.
     """
     evaluate, generate = ravel.run_eval_single_cause_attribute, intervention.generate_batched_interventions
     pairs: dict[str, int] = {}
@@ -274,8 +243,7 @@ def no_score_of_no_pairs() -> Iterator[None]:
         now[:] = [dataset.config["entity_type"], cause_attribute]
         return {**evaluate(dataset, cause_attribute, *args, **options), **pairs}
 
-    ravel.run_eval_single_cause_attribute, intervention.generate_batched_interventions = evaluated, counted
-    try:
-        yield
-    finally:
-        ravel.run_eval_single_cause_attribute, intervention.generate_batched_interventions = evaluate, generate
+    return {
+        "sae_bench.evals.ravel.main.run_eval_single_cause_attribute": evaluated,
+        "sae_bench.evals.ravel.intervention.generate_batched_interventions": counted,
+    }

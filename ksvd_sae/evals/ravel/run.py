@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.config import RavelConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist, run_eval
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.ravel import RavelEval
+from ksvd_sae.evals.saebench.runner import results, run_eval
+from ksvd_sae.replaced import replaced
 from ksvd_sae.store import atomic_path, content_hash, file_sha256, versions
 
 HUB_DATASET = "adamkarvonen/ravel_prompts"
@@ -18,14 +20,14 @@ _KEPT = Path("artifacts") / "ravel"
 _HOOK = re.compile(r"blocks\.\d+\.hook_resid_post")
 
 
-def run_ravel(panel: list[Panelist], config: RavelConfig, setting: EvalSetting, output: Path) -> dict[str, Path]:
-    """SAEBench's RAVEL.
+def run_ravel(panel: list[Panelist], config: RavelEval, setting: EvalSetting, output: Path) -> EvalResults:
+    """SAEBench's RAVEL; see ``Eval.run``.
 
     For each attribute a mask over the latents is trained to bring another entity's value of it; scored is how often it
     does (cause) and how often another attribute's value stays (isolation). What depends on no dictionary, such as which
     prompts the model answers right, is computed once for a panel, and the answers are kept.
 
-    Returns, Raises: as ``core.run_core``; also EvaluationError if too few prompts are answered right.
+    Raises: also EvaluationError if too few prompts are answered right.
     """
     from sae_bench.evals.ravel import main as ravel
 
@@ -35,7 +37,7 @@ def run_ravel(panel: list[Panelist], config: RavelConfig, setting: EvalSetting, 
     prompts = _local_prompts(config, setting)
     hashes = {path.name: file_sha256(path) for path in prompts}
     kept = setting.artifacts.resolve() / f"ravel-{content_hash(_completions_key(config, setting, hashes))}"
-    output = output.resolve()
+    output = output.resolve() / "ravel"
     loaded: dict[Any, Any] = {}
     activations: dict[str, Any] = {}
 
@@ -47,18 +49,19 @@ def run_ravel(panel: list[Panelist], config: RavelConfig, setting: EvalSetting, 
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         _lay_out(prompts, kept)
-        with ExitStack() as stack:
-            for adapter in (
-                working_directory(kept),
-                adapters.seeded(config.seed),
+        with (
+            working_directory(kept),
+            adapters.seeded(config.seed),
+            ExitStack() as hooks,
+            replaced(
                 adapters.model_known_by_name(setting.model_name),
-                adapters.hooks_on_any_decoder(),
+                adapters.hooks_on_any_decoder(hooks),
                 adapters.activations_kept(activations),
                 adapters.entity_positions_without_bos(),
                 adapters.no_score_of_no_pairs(),
                 adapters.loaded_once(loaded, prepare),
-            ):
-                stack.enter_context(adapter)
+            ),
+        ):
             for name, sae in saes:
                 _require_residual_stream(name, sae)
                 sae.requires_grad_(False)
@@ -72,7 +75,9 @@ def run_ravel(panel: list[Panelist], config: RavelConfig, setting: EvalSetting, 
                 )
 
     key = {"config": config.model_dump(), "prompts": hashes}
-    return run_eval("ravel", panel, key, setting, output, evaluate)
+    files = run_eval("ravel", panel, key, setting, output, evaluate)
+    n_pairs = {name: scored_pairs(path) for name, path in files.items()}
+    return results("ravel", config.dataset or HUB_DATASET, n_pairs, files, config.seed)
 
 
 def _require_residual_stream(name: str, sae: Any) -> None:
@@ -95,7 +100,7 @@ def scored_pairs(path: Path) -> int:
     return sum(int(attribute["cause_pairs"]) + int(attribute["isolation_pairs"]) for attribute in scored)
 
 
-def _saebench_config(config: RavelConfig, setting: EvalSetting) -> Any:
+def _saebench_config(config: RavelEval, setting: EvalSetting) -> Any:
     from sae_bench.evals.ravel.eval_config import RAVELEvalConfig
 
     return RAVELEvalConfig(
@@ -115,7 +120,7 @@ def _saebench_config(config: RavelConfig, setting: EvalSetting) -> Any:
     )
 
 
-def _completions_key(config: RavelConfig, setting: EvalSetting, prompts: dict[str, str]) -> dict[str, Any]:
+def _completions_key(config: RavelEval, setting: EvalSetting, prompts: dict[str, str]) -> dict[str, Any]:
     """What the model's answers follow from; not how masks are trained."""
     asked = {"attributes", "top_n_entities", "downsample", "n_generated_tokens", "llm_batch_prompts", "dataset"}
     if config.downsample is not None:
@@ -130,7 +135,7 @@ def _completions_key(config: RavelConfig, setting: EvalSetting, prompts: dict[st
     }
 
 
-def _local_prompts(config: RavelConfig, setting: EvalSetting) -> list[Path]:
+def _local_prompts(config: RavelEval, setting: EvalSetting) -> list[Path]:
     """The files of a local data set; none for the Hub's, which SAEBench downloads."""
     if config.dataset is None:
         return []

@@ -1,1 +1,45 @@
-"""SAEBench's sparse probing on sae-probes' data."""
+"""SAEBench's sparse probing on the data sets of sae-probes, which the package brings along: no Hub is needed."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+
+# Numbers of latents that SAEBench's format of sae-probes' results has a place for.
+ProbeSize = Literal[1, 2, 5, 10, 20, 50, 100]
+
+
+class SaeProbesEval(SeededEval):
+    """SAEBench's sparse probing on sae-probes' 113 data sets, which its package brings along."""
+
+    datasets: list[str] | None = Field(
+        None, min_length=1, description="null: all 113; names such as 5_hist_fig_ismale choose some"
+    )
+    reg_type: Literal["l1", "l2"] = Field("l1", description="regularization of the probes, its strength by validation")
+    k_values: list[ProbeSize] = Field([1, 2, 5], min_length=1)
+    binarize: bool = Field(False, description="probe on whether a latent fires, not on how much")
+
+    name: ClassVar[str] = "sparse_probing_sae_probes"
+    cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
+    columns: ClassVar[tuple[Column, ...]] = tuple(
+        Column(
+            f"sae-probes top-{k}",
+            "sparse_probing_sae_probes",
+            f"sae_top_{k}_test_accuracy",
+            "score",
+            f"test accuracy of a linear probe on the {latents} at a text's last token "
+            "(fraction of texts, mean over data sets)",
+            "higher",
+            reference="llm_test_accuracy",
+            reference_is="a probe on the whole activation",
+            optional=True,
+        )
+        for k, latents in ((1, "single best latent"), (5, "five best latents"))
+    )
+
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        from ksvd_sae.evals.sae_probes.run import run_sae_probes
+
+        return run_sae_probes(panel, self, setting, output)

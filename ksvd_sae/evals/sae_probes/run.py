@@ -12,23 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.config import SaeProbesConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.sae_probes import SaeProbesEval
+from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
 from ksvd_sae.store import content_hash
 
 logger = logging.getLogger(__name__)
 NAME = "sparse_probing_sae_probes"
 
 
-def run_sae_probes(
-    panel: list[Panelist], config: SaeProbesConfig, setting: EvalSetting, output: Path
-) -> dict[str, Path]:
+def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSetting, output: Path) -> EvalResults:
     """SAEBench's ``sparse_probing_sae_probes``, in sae-probes' balanced ('normal') setting.
 
     The model runs once for a panel, in float32 whatever the run's dtype: sae-probes knows no other. Its 113 data sets
     are in the package; texts longer than 1,024 tokens keep their end.
 
-    Returns, Raises: as ``core.run_core``; EvaluationError for a data set that sae-probes has not, and if SAEBench's
+    Returns, Raises: as ``Eval.run``; EvaluationError for a data set that sae-probes has not, and if SAEBench's
         mean is over fewer data sets than were asked for.
     """
     from sae_bench.evals.sparse_probing_sae_probes import main as probing
@@ -53,7 +52,7 @@ def run_sae_probes(
         results_path=probes,
         model_cache_path="activations",
     )
-    output = output.resolve()
+    output = output.resolve() / NAME
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,12 +64,8 @@ def run_sae_probes(
     files = run_eval(NAME, panel, {"config": config.model_dump(), **of}, setting, output, evaluate)
     for name, path in files.items():
         _all_there(name, path, names, eval_config.ks)
-    return files
-
-
-def data_sets_probed(path: Path) -> int:
-    """Over how many data sets a result's scores are averaged."""
-    return len(json.loads(path.read_text())["eval_result_details"])
+    chosen = "all" if config.datasets is None else f"{len(names)} of the"
+    return results(NAME, f"{chosen} data sets of sae-probes", len(names), files, config.seed)
 
 
 def _known(asked: list[str] | None) -> list[str]:

@@ -1,8 +1,8 @@
-"""The language model is loaded once for all evals: SAEBench loads it anew in each.
+"""The language model is loaded once for all evals.
 
-Building TransformerLens' model takes longer than many an eval's share of it (masks over its whole context, weights
-twice). Evals leave it as it was but for its tokenizer, whose side of truncation sae-probes changes, and for hooks if
-they end in an exception; both are put back.
+Building TransformerLens' model takes long: masks over its whole context, weights twice. Evals leave it as it was but
+for its tokenizer, whose side of truncation sae-probes changes, and for hooks if they end in an exception; both are put
+back.
 """
 
 import copy
@@ -15,9 +15,9 @@ import torch
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.evals.llm_cache import model_fingerprint
+from ksvd_sae.replaced import replaced
 
 logger = logging.getLogger(__name__)
-_LOADER = "from_pretrained_no_processing"
 
 
 class LoadedModel:
@@ -31,13 +31,10 @@ class LoadedModel:
     @contextmanager
     def in_use(self) -> Iterator["LoadedModel"]:
         """Whoever loads a model inside gets the one that was loaded before, if it is the same."""
-        before = vars(HookedTransformer)[_LOADER]
-        self._load = getattr(HookedTransformer, _LOADER)
-        setattr(HookedTransformer, _LOADER, staticmethod(self.get))
-        try:
+        self._load = HookedTransformer.from_pretrained_no_processing
+        loader = "transformer_lens.HookedTransformer.from_pretrained_no_processing"
+        with replaced({loader: staticmethod(self.get)}):
             yield self
-        finally:
-            setattr(HookedTransformer, _LOADER, before)
 
     def get(self, model_name: str, **options: Any) -> HookedTransformer:
         """The model as if it had just been loaded; loaded if it is another than the last one."""

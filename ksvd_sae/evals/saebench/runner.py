@@ -15,51 +15,19 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ksvd_sae.activations.transformers_5 import make_loadable
+from ksvd_sae.activations.transformers_5 import loadable
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.llm_cache import TensorCache
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
 from ksvd_sae.store import content_hash, named_otherwise, versions, write_json
 
 logger = logging.getLogger(__name__)
 # Key of a result's ``eval_result_unstructured``: where there is null because the value was no finite number.
 _NULLED = "null because the value was"
-
-
-@dataclass(frozen=True)
-class Panelist:
-    """One SAE or dictionary under evaluation.
-
-    name: as in the tables. content: hash of what it is. load: gives a fresh SAELens SAE (evals change it in place).
-    """
-
-    name: str
-    content: str
-    load: Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class EvalSetting:
-    """Where evals run and what they read.
-
-    data_folder: holds a folder for each local data set, by name. data_hash: of the local data sets.
-    cache: for what the language model gives, shared by the panel; None: SAEBench asks the model for each SAE anew.
-    memory_bytes: for what is too large for the cache.
-    """
-
-    model_name: str
-    dtype: str
-    device: str
-    data_folder: Path
-    data_hash: str
-    artifacts: Path
-    cache: TensorCache | None = None
-    memory_bytes: int = 2 << 30
 
 
 def run_eval(
@@ -94,12 +62,11 @@ def run_eval(
         except Exception as error:
             reasons.append(f"loading {panelist.name}: {type(error).__name__}: {error}")
     if waiting:
-        make_loadable()
         logger.info("%s of %s", eval_name, ", ".join(p.name for p in missing))
     while waiting:
         try:
             # SAEBench switches gradients on and off as it goes, for the whole process.
-            with _chatter(), torch.set_grad_enabled(torch.is_grad_enabled()):
+            with _chatter(), torch.set_grad_enabled(torch.is_grad_enabled()), loadable():
                 evaluate(waiting, reasons)
             break
         # Whatever an eval throws is reported with what it was doing. SAEs are scored in order, so the first one
@@ -143,8 +110,8 @@ def _result_file(output: Path, stem: str) -> Path:
 def _is_result(path: Path) -> bool:
     """Whether the file is a whole result; one that is not is removed, or SAEBench would skip it as done."""
     try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict) and isinstance(found.get("eval_result_metrics"), dict):
+        result = json.loads(path.read_text())
+        if isinstance(result, dict) and isinstance(result.get("eval_result_metrics"), dict):
             return True
     except (OSError, ValueError):
         pass
@@ -209,3 +176,8 @@ def read_metrics(path: Path) -> dict[str, float | None]:
         for metric, value in group.items()
         if isinstance(value, int | float) or (value is None and keep_null)
     }
+
+
+def results(name: str, data: str, n: int | dict[str, int], files: dict[str, Path], seed: int | None) -> EvalResults:
+    """What an eval gave, from its result files; arguments as ``EvalResults``."""
+    return EvalResults(name, data, n, files, {who: read_metrics(path) for who, path in files.items()}, seed)

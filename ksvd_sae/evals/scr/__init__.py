@@ -1,1 +1,72 @@
-"""SAEBench's SCR."""
+"""SAEBench's spurious correlation removal (SCR)."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.offline import biographies
+
+
+class ScrEval(SeededEval):
+    """SAEBench's spurious correlation removal (SCR)."""
+
+    datasets: list[str] | None = Field(
+        None, description="null: SAEBench's two; templated-bias_in_bios: short biographies from templates"
+    )
+    pairs: dict[str, list[tuple[str, str]]] | None = Field(
+        None, description="data set -> pairs of professions; null: SAEBench's"
+    )
+    train_set_size: int = Field(4000, ge=8)
+    test_set_size: int = Field(1000, ge=8)
+    context_tokens: int = Field(
+        128, ge=2, description="no more than the texts have: SAEBench ablates latents in padding too"
+    )
+    llm_batch_contexts: int = Field(32, ge=1)
+    sae_batch_texts: int = Field(125, ge=1)
+    probe_epochs: int = Field(20, ge=1)
+    n_values: list[Annotated[int, Field(gt=0)]] = Field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
+
+    name: ClassVar[str] = "scr"
+    cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; coding them for each"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column(
+            "SCR top-20",
+            "scr",
+            "scr_metric_threshold_20",
+            "score",
+            "how much of a classifier's spurious gender bias goes when the 20 latents that carry it are zeroed "
+            "(fraction; below 0: bias was added)",
+            "higher",
+            optional=True,
+        ),
+    )
+    published: ClassVar = {
+        "datasets": None,
+        "pairs": None,
+        "train_set_size": 4000,
+        "test_set_size": 1000,
+        "context_tokens": 128,
+        "probe_epochs": 20,
+        "seed": 42,
+    }
+
+    @model_validator(mode="after")
+    def _every_data_set_has_pairs(self) -> Self:
+        missing = set(self.datasets or ()) - set(self.pairs or ())
+        if self.datasets is not None and missing:
+            raise ValueError(f"scr.pairs has no professions for {', '.join(sorted(missing))}")
+        return self
+
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        from ksvd_sae.evals.scr.run import run_scr
+
+        return run_scr(panel, self, setting, output)
+
+    def write_data(self, folder: Path) -> None:
+        if biographies.NAME in (self.datasets or ()):
+            # SAEBench takes a quarter of a set from each profession and gender, and twice that where they are biased.
+            sizes = (size // 2 + 1 for size in (self.train_set_size, self.test_set_size))
+            biographies.write_dataset(folder / biographies.NAME, *sizes)

@@ -5,28 +5,30 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.config import ScrConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
+from ksvd_sae.evals.scr import ScrEval
+from ksvd_sae.offline import biographies
+from ksvd_sae.replaced import replaced
 from ksvd_sae.store import content_hash
 
+# Local data sets laid out as bias_in_bios: name -> professions -> number.
+PROFESSIONS = {biographies.NAME: biographies.PROFESSIONS}
 
-def run_scr(
-    panel: list[Panelist], config: ScrConfig, data: dict[str, dict[str, int]], setting: EvalSetting, output: Path
-) -> dict[str, Path]:
-    """SAEBench's spurious correlation removal.
+
+def run_scr(panel: list[Panelist], config: ScrEval, setting: EvalSetting, output: Path) -> EvalResults:
+    """SAEBench's spurious correlation removal; see ``Eval.run``.
 
     A dictionary of fewer latents than some ``n_values`` is scored at the others; SAEBench cannot ablate more latents
     than there are. It ablates them in padding too, where the code is that of −b_dec, and divides by the tokens that are
     not padding: where texts are much shorter than ``context_tokens``, that is most of what the probes see. Published
     scores (128 tokens of short biographies) have it in them.
-
-    Args: data: local data sets laid out as bias_in_bios (in ``setting.data_folder``): name -> professions -> number.
-    Returns, Raises: as ``core.run_core``.
     """
     from sae_bench.evals.scr_and_tpp import main as scr
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
-    from ksvd_sae.evals.saebench.adapters import bias_in_bios_datasets, working_directory
+    from ksvd_sae.evals.saebench.adapters import working_directory
+    from ksvd_sae.evals.scr.adapters import bias_in_bios_datasets
 
     options: dict[str, Any] = {}
     if config.datasets is not None:
@@ -64,10 +66,12 @@ def run_scr(
                 n_values=list(n_values),
                 **options,
             )
-            with working_directory(setting.data_folder), bias_in_bios_datasets(data):
+            with working_directory(setting.data_folder), replaced(bias_in_bios_datasets(PROFESSIONS)):
                 scr.run_eval(eval_config, list(some), setting.device, str(output), artifacts_path=str(artifacts))
 
-    return run_eval("scr", panel, {"config": config.model_dump()}, setting, output / "scr", evaluate)
+    files = run_eval("scr", panel, {"config": config.model_dump()}, setting, output / "scr", evaluate)
+    data = "SAEBench's two data sets" if config.datasets is None else ", ".join(config.datasets)
+    return results("scr", data, config.test_set_size, files, config.seed)
 
 
 def _drop_without_probes(artifacts: Path) -> None:

@@ -3,27 +3,26 @@
 from pathlib import Path
 from typing import Any
 
-from ksvd_sae.evals.config import SparseProbingConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting, Panelist, drop_half_written, run_eval
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
+from ksvd_sae.evals.sparse_probing import SparseProbingEval
+from ksvd_sae.offline import bbc_news
+from ksvd_sae.replaced import replaced
 from ksvd_sae.store import content_hash
+
+# Local data sets of text and label, and their labels.
+LABELS = {bbc_news.NAME: [str(i) for i in range(len(bbc_news.CLASSES))]}
 
 
 def run_sparse_probing(
-    panel: list[Panelist],
-    config: SparseProbingConfig,
-    classes: dict[str, list[str]],
-    setting: EvalSetting,
-    output: Path,
-) -> dict[str, Path]:
-    """SAEBench's sparse probing.
-
-    Args: classes: local data sets of text and label (in ``setting.data_folder``) and their labels.
-    Returns, Raises: as ``core.run_core``.
-    """
+    panel: list[Panelist], config: SparseProbingEval, setting: EvalSetting, output: Path
+) -> EvalResults:
+    """SAEBench's sparse probing, on its own data sets and on local ones of text and label; see ``Eval.run``."""
     from sae_bench.evals.sparse_probing import main as probing
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
-    from ksvd_sae.evals.saebench.adapters import labelled_text_datasets, working_directory
+    from ksvd_sae.evals.saebench.adapters import working_directory
+    from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets
 
     eval_config = SparseProbingEvalConfig(
         random_seed=config.seed,
@@ -39,13 +38,15 @@ def run_sparse_probing(
     # SAEBench reuses LLM activations by the data set's name alone: the folder carries the rest.
     shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
     artifacts = setting.artifacts.resolve() / f"sparse_probing-{content_hash({**shared, 'data': setting.data_hash})}"
-    output = output.resolve()
+    output = output.resolve() / "sparse_probing"
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         drop_half_written(artifacts)
-        with working_directory(setting.data_folder), labelled_text_datasets(classes):
+        with working_directory(setting.data_folder), replaced(labelled_text_datasets(LABELS)):
             probing.run_eval(
                 eval_config, saes, setting.device, str(output), artifacts_path=str(artifacts), save_activations=True
             )
 
-    return run_eval("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
+    files = run_eval("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
+    data = "SAEBench's eight data sets" if config.datasets is None else ", ".join(config.datasets)
+    return results("sparse_probing", data, config.test_set_size, files, config.seed)

@@ -31,7 +31,8 @@ from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import Tensor
 
 from ksvd_sae.errors import ConfigError, DictionaryError, ShapeError
-from ksvd_sae.methods.published.config import WEIGHTS, PublishedSAEConfig
+from ksvd_sae.methods.base import Facts
+from ksvd_sae.methods.published import WEIGHTS, PublishedSAEMethod
 from ksvd_sae.methods.published.hub_files import HubFiles, hub_files
 from ksvd_sae.methods.sae.raw_units import weighted_topk
 
@@ -98,7 +99,7 @@ class Source:
         return f"{self.files.repo_id}/{self.files.path}"
 
 
-def fetch(config: PublishedSAEConfig, *, endpoint: str | None = None) -> Source:
+def fetch(config: PublishedSAEMethod, *, endpoint: str | None = None) -> Source:
     """Download the SAE that a config names, or find it in the Hub's cache.
 
     Raises: ConfigError (unknown release or sae_id), HubError.
@@ -139,13 +140,10 @@ def _listed(release: str, sae_id: str) -> tuple[str, str, str]:
 
 
 @torch.no_grad()
-def take_published(
-    config: PublishedSAEConfig, folder: Path, *, model_name: str, hook_name: str, d_in: int
-) -> dict[str, Any]:
+def take_published(config: PublishedSAEMethod, folder: Path, *, model_name: str, hook_name: str, d_in: int) -> Facts:
     """Fetch an SAE and save it in SAELens' format, in float32, as one of this run's.
 
-    Returns: facts for the manifest: where it came from (repo_id, path, revision, sha256 of its files), d_sae, k and
-        samples_seen (None where not known), signed.
+    Returns: with where it came from: repo_id, path, revision, sha256 of its files.
     Raises: HubError; ConfigError (another model, hook or k), ShapeError (another width), DictionaryError (no SAE in the
         files, or one that cannot be loaded).
     """
@@ -167,18 +165,21 @@ def take_published(
     sae.cfg.metadata.model_name = model_name
     sae.save_model(folder)
     files = source.files
-    return {
-        "samples_seen": seen if config.samples_seen is None else config.samples_seen,
-        "d_sae": sae.cfg.d_sae,
-        "k": config.k if k is None else k,
-        "signed": sae.cfg.architecture() in _SIGNED and not getattr(sae.cfg, "nonnegative", False),
-        "architecture": sae.cfg.architecture(),
-        "format": source.format,
-        "repo_id": files.repo_id,
-        "path": files.path,
-        "revision": files.commit,
-        "sha256": files.sha256,
-    }
+    return Facts(
+        d_sae=sae.cfg.d_sae,
+        k=config.k if k is None else k,
+        signed=sae.cfg.architecture() in _SIGNED and not getattr(sae.cfg, "nonnegative", False),
+        samples_seen=seen if config.samples_seen is None else config.samples_seen,
+        timed=False,
+        more={
+            "architecture": sae.cfg.architecture(),
+            "format": source.format,
+            "repo_id": files.repo_id,
+            "path": files.path,
+            "revision": files.commit,
+            "sha256": dict(files.sha256),
+        },
+    )
 
 
 def check_place(source: Source, its_model: str | None, its_hook: str | None, model_name: str, hook_name: str) -> None:
@@ -199,7 +200,7 @@ def check_place(source: Source, its_model: str | None, its_hook: str | None, mod
         )
 
 
-def check_fetched(config: PublishedSAEConfig, *, model_name: str, hook_name: str) -> Source:
+def check_fetched(config: PublishedSAEMethod, *, model_name: str, hook_name: str) -> Source:
     """Fetch an SAE and check its model and hook by its config alone: before any work on a GPU."""
     source = fetch(config)
     path = source.files.folder / WEIGHTS[source.format][0]

@@ -62,7 +62,7 @@ def _latents_as_rows(w_enc_DM: Tensor) -> Any:
     return np.ascontiguousarray(w_enc_DM.detach().T.numpy())
 
 
-class _SparseSteps:
+class SparseSteps:
     """What the three classes share.
 
     W_enc, (D, M), lies in memory latent by latent, as W_dec does: the gradients of a latent are then sums of rows.
@@ -148,7 +148,7 @@ def _auxiliary_loss(sae: Any, x_BD: Tensor, out_BD: Tensor, norms_M: Tensor, dea
     return sae.cfg.aux_loss_coefficient * min(len(dead_X) / most, 1.0) * error_BD.square().sum(dim=-1).mean()
 
 
-class SparseTopKTrainingSAE(_SparseSteps, TopKTrainingSAE):
+class SparseTopKTrainingSAE(SparseSteps, TopKTrainingSAE):
     """``TopKTrainingSAE``; the step in sparse arithmetic."""
 
     @override
@@ -156,7 +156,7 @@ class SparseTopKTrainingSAE(_SparseSteps, TopKTrainingSAE):
         return _step(self, step_input, [])
 
 
-class SparseBatchTopKTrainingSAE(_SparseSteps, BatchTopKTrainingSAE):
+class SparseBatchTopKTrainingSAE(SparseSteps, BatchTopKTrainingSAE):
     """``BatchTopKTrainingSAE``; the step in sparse arithmetic."""
 
     @override
@@ -166,7 +166,7 @@ class SparseBatchTopKTrainingSAE(_SparseSteps, BatchTopKTrainingSAE):
         return output
 
 
-class SparseMatryoshkaTrainingSAE(_SparseSteps, MatryoshkaBatchTopKTrainingSAE):
+class SparseMatryoshkaTrainingSAE(SparseSteps, MatryoshkaBatchTopKTrainingSAE):
     """``MatryoshkaBatchTopKTrainingSAE`` without its own auxiliary loss; the step in sparse arithmetic."""
 
     @override

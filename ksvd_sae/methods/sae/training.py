@@ -7,59 +7,38 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens.config import LoggingConfig, SAETrainerConfig
-from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
-from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
-from sae_lens.saes.matryoshka_batchtopk_sae import MatryoshkaBatchTopKTrainingSAE, MatryoshkaBatchTopKTrainingSAEConfig
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE
 from sae_lens.saes.sae import SAE, SAEMetadata, TrainStepOutput
-from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.errors import ConfigError, ManifestError, ShapeError
-from ksvd_sae.learning.matryoshka import paper_groups
+from ksvd_sae.errors import ConfigError, ShapeError
+from ksvd_sae.learning.fvu import fvu
 from ksvd_sae.learning.weighting import Weighting
-from ksvd_sae.methods.options import SAETraining
+from ksvd_sae.methods.base import TRAIN_LOG, Facts, TrainingSetting
+from ksvd_sae.methods.sae import SAEMethod, SAETraining
 from ksvd_sae.methods.sae.raw_units import TrainedSpace, to_raw_units
-from ksvd_sae.methods.sae.sparse_steps import (
-    SparseBatchTopKTrainingSAE,
-    SparseMatryoshkaTrainingSAE,
-    SparseTopKTrainingSAE,
-    sparse_steps_pay,
-)
+from ksvd_sae.methods.sae.sparse_steps import SparseSteps, sparse_steps_pay
 from ksvd_sae.progress import Advance, progress
-from ksvd_sae.run.config import (
-    BatchTopKSAEConfig,
-    JumpReLUSAEConfig,
-    MatryoshkaBatchTopKSAEConfig,
-    SAEConfig,
-    TopKSAEConfig,
-)
 
-LOG_FILE = "train_log.jsonl"
 # Samples that say how large weighted activations are, and where a BatchTopK SAE's threshold lies.
 _SCALE_SAMPLES, _THRESHOLD_SAMPLES = 65_536, 16_384
 
 
 def train_sae(
-    config: SAEConfig,
-    shards: ActivationShards,
+    method: SAEMethod,
+    setting: TrainingSetting,
     folder: Path,
-    *,
-    model_name: str,
-    hook_name: str,
-    context_size: int,
-    seed: int,
-    device: torch.device,
     weighting: Weighting | None = None,
     log_steps: int = 20,
-) -> dict[str, Any]:
+) -> Facts:
     """Train an SAE and save it in SAELens' format, decoder rows of unit norm, in raw units.
 
     The trainer sees centred activations, weighted if asked for and scaled to an average variance of 1 a dimension:
@@ -69,152 +48,108 @@ def train_sae(
 
     Into ``folder`` go the SAE; train_log.jsonl, a line every ``log_steps`` steps (samples_seen; fvu of the batch in the
     trainer's coordinates, before the step; l0; dead: latents that have not fired for as many steps as a pass has); and
-    snapshot-<n> for each n of ``config.snapshots``: the SAE after the first step that has seen n samples, at the
+    snapshot-<n> for each n of ``method.snapshots``: the SAE after the first step that has seen n samples, at the
     learning rate of that step.
 
     Args: weighting: the metric to train in; None for the activations' own.
-    Returns: facts for the manifest: samples_seen, seconds, dead_at_end, l0_at_end (of the last batch), products
-        ('sparse' or 'dense': how steps were computed).
+    Returns: with dead_at_end, l0_at_end (of the last batch), products ('sparse' or 'dense': how steps were computed).
     Raises: ShapeError (k too large, groups, a weighting of another width), ConfigError (a snapshot beyond the end).
     """
-    batch_samples, steps = size_of_training(config, shards)
-    _check(config, shards, weighting, steps * batch_samples)
-    torch.manual_seed(seed)
-    metadata = SAEMetadata(model_name=model_name, hook_name=hook_name, context_size=context_size, prepend_bos=True)
-    sae = _training_sae(config, steps, {"d_in": shards.d_in, "device": str(device), "metadata": metadata})
+    shards, device = setting.shards, setting.device
+    batch_samples, steps = size_of_training(method, shards)
+    last_snapshot, last_sample = max(method.snapshots, default=0), steps * batch_samples
+    if last_snapshot > last_sample:
+        raise ConfigError(
+            "train_sae: a snapshot after the last sample",
+            got=last_snapshot,
+            limit=f"{last_sample}: {method.passes} passes in whole batches",
+        )
+    if weighting is not None and weighting.d_in != shards.d_in:
+        raise ShapeError("train_sae: the weighting has another width", got=weighting.d_in, limit=shards.d_in)
+    method.check_sizes(shards.d_in)
+    torch.manual_seed(setting.seed)
+    sae = method.training_sae(
+        steps,
+        sparse_steps_pay(device),
+        d_in=shards.d_in,
+        d_sae=method.n_atoms,
+        device=str(device),
+        metadata=metadata(setting),
+    )
     space = trained_space(shards, weighting).to(device)
     save = partial(_save, sae, space, shards, batch_samples)
-    return fit_sae(config, sae, space, shards, folder, save, seed=seed, log_steps=log_steps, snapshots=config.snapshots)
+    return fit_sae(method, sae, space, setting, folder, save, method.k, log_steps, method.snapshots)
 
 
-def size_of_training(config: SAETraining, shards: ActivationShards) -> tuple[int, int]:
+def metadata(setting: TrainingSetting) -> SAEMetadata:
+    """What SAELens keeps of the place that an SAE is for."""
+    return SAEMetadata(
+        model_name=setting.model_name,
+        hook_name=setting.hook,
+        context_size=setting.context_tokens,
+        prepend_bos=True,
+    )
+
+
+def size_of_training(options: SAETraining, shards: ActivationShards) -> tuple[int, int]:
     """Samples in a batch, and steps."""
-    batch_samples = min(config.batch_samples, shards.n_samples)
-    return batch_samples, config.passes * shards.n_samples // batch_samples
+    batch_samples = min(options.batch_samples, shards.n_samples)
+    return batch_samples, options.passes * shards.n_samples // batch_samples
 
 
 def fit_sae(
-    config: SAETraining,
+    options: SAETraining,
     sae: Any,
     space: TrainedSpace,
-    shards: ActivationShards,
+    setting: TrainingSetting,
     folder: Path,
     save: Callable[[Path], None],
-    *,
-    seed: int,
+    k: int,
     log_steps: int,
     snapshots: Sequence[int] = (),
-) -> dict[str, Any]:
+) -> Facts:
     """SAELens' trainer on the shards in ``space``, with log and snapshots, saved by ``save``; see ``train_sae``.
 
-    Args: sae: SAELens' training SAE, on the device of ``space``.
+    Args: sae: SAELens' training SAE, on the device of ``space``.  k: its budget.
     """
-    started, device = time.perf_counter(), space.centre_D.device
-    batch_samples, steps = size_of_training(config, shards)
-    data = (space.apply(batch_BD.to(device)) for batch_BD in _endless(shards, batch_samples, seed))
+    started, device, shards = time.perf_counter(), space.centre_D.device, setting.shards
+    batch_samples, steps = size_of_training(options, shards)
+    data = (space.apply(batch_BD.to(device)) for batch_BD in _endless(shards, batch_samples, setting.seed))
     folder.mkdir(parents=True, exist_ok=True)
     # The trainer draws its own bar on stderr; ours shows the same.
-    with progress(f"train {_kind(config)}", steps * batch_samples, "samples") as advance:
+    with progress(f"train {sae.cfg.architecture()} SAE", steps * batch_samples, "samples") as advance:
         monitor = _Monitor(folder, log_steps, steps, snapshots, save, advance)
-        trainer = _Trainer(_trainer_config(config, steps, batch_samples, shards.n_samples, device), sae, data, monitor)
+        config = _trainer_config(options, steps, batch_samples, shards.n_samples, device)
+        trainer = _Trainer(config, sae, data, monitor)
         with contextlib.redirect_stderr(io.StringIO()):
             trainer.fit()
     save(folder)
-    return {
-        "samples_seen": trainer.n_training_samples,
-        "dead_at_end": monitor.last["dead"],
-        "l0_at_end": round(monitor.last["l0"], 2),
-        "products": "sparse" if isinstance(sae, _SPARSE) else "dense",
-        "seconds": round(time.perf_counter() - started, 1),
-    }
-
-
-def train_topk_sae(config: TopKSAEConfig, shards: ActivationShards, folder: Path, **setting: Any) -> dict[str, Any]:
-    """``train_sae`` by its first name."""
-    return train_sae(config, shards, folder, **setting)
-
-
-def load_sae(folder: Path, device: torch.device) -> SAE[Any]:
-    """A SAELens SAE from disk (safetensors and JSON: nothing is unpickled)."""
-    if not (folder / "cfg.json").exists():
-        raise ManifestError(f"loading SAE {folder}: no cfg.json there", cure="run `ksvd-sae train` first")
-    return SAE.load_from_disk(folder, device=str(device))
+    return Facts(
+        d_sae=sae.cfg.d_sae,
+        k=k,
+        signed=False,
+        samples_seen=trainer.n_training_samples,
+        seconds=round(time.perf_counter() - started, 1),
+        more={
+            "dead_at_end": monitor.last["dead"],
+            "l0_at_end": round(monitor.last["l0"], 2),
+            "products": "sparse" if isinstance(sae, SparseSteps) else "dense",
+        },
+    )
 
 
 # ---------------------------------------------------------------- what SAELens is given
 
 
-_SPARSE = (SparseTopKTrainingSAE, SparseBatchTopKTrainingSAE, SparseMatryoshkaTrainingSAE)
-
-
-def _kind(config: SAETraining) -> str:
-    return str(type(config).model_fields["kind"].default)
-
-
-def _check(config: SAEConfig, shards: ActivationShards, weighting: Weighting | None, n_total: int) -> None:
-    if max(config.snapshots, default=0) > n_total:
-        raise ConfigError(
-            "train_sae: a snapshot after the last sample",
-            got=max(config.snapshots),
-            limit=f"{n_total}: {config.passes} passes in whole batches",
-        )
-    if config.k > config.n_atoms or config.k > shards.d_in:
-        raise ShapeError("train_sae: k too large", got=config.k, limit=min(config.n_atoms, shards.d_in))
-    if weighting is not None and weighting.d_in != shards.d_in:
-        raise ShapeError("train_sae: the weighting has another width", got=weighting.d_in, limit=shards.d_in)
-    if isinstance(config, MatryoshkaBatchTopKSAEConfig) and sum(_groups(config)) != config.n_atoms:
-        raise ShapeError(
-            "train_sae: groups do not add up to n_atoms",
-            got=f"{list(_groups(config))}, sum {sum(_groups(config))}",
-            limit=config.n_atoms,
-            cure="groups: paper",
-        )
-
-
-def _groups(config: MatryoshkaBatchTopKSAEConfig) -> tuple[int, ...]:
-    return paper_groups(config.n_atoms) if config.groups == "paper" else tuple(config.groups)
-
-
-def _training_sae(config: SAEConfig, steps: int, common: dict[str, Any]) -> Any:
-    """SAELens' training SAE of the config's kind.
-
-    Args: common: d_in, device, metadata.
-    """
-    common, sparse = {**common, "d_sae": config.n_atoms}, sparse_steps_pay(torch.device(common["device"]))
-    if isinstance(config, JumpReLUSAEConfig):
-        jumprelu = JumpReLUTrainingSAEConfig(
-            jumprelu_init_threshold=config.initial_threshold,
-            jumprelu_bandwidth=config.bandwidth,
-            jumprelu_sparsity_loss_mode=config.sparsity_loss,
-            l0_coefficient=config.l0_coefficient,
-            l0_warm_up_steps=round(config.l0_warm_up_fraction * steps),
-            jumprelu_ste_to_input=config.threshold_gradient_to_all,
-            pre_act_loss_coefficient=config.pre_act_loss_coefficient,
-            target_l0=config.k if config.sparsity_loss == "quadratic" else None,
-            **common,
-        )
-        return JumpReLUTrainingSAE(jumprelu)
-    if not isinstance(config, TopKSAEConfig | BatchTopKSAEConfig | MatryoshkaBatchTopKSAEConfig):
-        raise ConfigError("train_sae: no SAE of this kind", got=type(config).__name__)
-    common = {**common, "k": config.k, "aux_loss_coefficient": config.aux_loss_coefficient}
-    if isinstance(config, TopKSAEConfig):
-        return (SparseTopKTrainingSAE if sparse else TopKTrainingSAE)(TopKTrainingSAEConfig(**common))
-    if isinstance(config, BatchTopKSAEConfig):
-        return (SparseBatchTopKTrainingSAE if sparse else BatchTopKTrainingSAE)(BatchTopKTrainingSAEConfig(**common))
-    widths = list(accumulate(_groups(config)))
-    nested = MatryoshkaBatchTopKTrainingSAEConfig(matryoshka_widths=widths, **common)
-    return (SparseMatryoshkaTrainingSAE if sparse else MatryoshkaBatchTopKTrainingSAE)(nested)
-
-
 def _trainer_config(
-    config: SAETraining, steps: int, batch_samples: int, n_samples: int, device: torch.device
+    options: SAETraining, steps: int, batch_samples: int, n_samples: int, device: torch.device
 ) -> SAETrainerConfig:
     return SAETrainerConfig(
         total_training_samples=steps * batch_samples,
         train_batch_size_samples=batch_samples,
-        lr=config.lr,
-        lr_end=config.lr / 100,
-        lr_decay_steps=round(config.lr_decay_fraction * steps),
+        lr=options.lr,
+        lr_end=options.lr / 100,
+        lr_decay_steps=round(options.lr_decay_fraction * steps),
         lr_warm_up_steps=round(0.02 * steps),
         dead_feature_window=max(1, n_samples // batch_samples),
         device=str(device),
@@ -322,14 +257,14 @@ class _Monitor:
         self._folder, self._log_steps, self._steps = folder, log_steps, steps
         self._waiting, self._save, self._advance = sorted(set(snapshots)), save, advance
         self.last: dict[str, Any] = {}
-        (folder / LOG_FILE).write_text("")
+        (folder / TRAIN_LOG).write_text("")
 
     def __call__(self, trainer: _Trainer, output: TrainStepOutput) -> None:
         # The trainer counts the step when this is over.
         done = trainer.n_training_steps + 1
         if done % self._log_steps == 0 or done in (1, self._steps):
             self.last = _entry(trainer, output)
-            with (self._folder / LOG_FILE).open("a") as file:
+            with (self._folder / TRAIN_LOG).open("a") as file:
                 file.write(json.dumps(self.last) + "\n")
         self._advance(
             len(output.sae_in), f"FVU {self.last['fvu']:.4f} L0 {self.last['l0']:.1f} dead {self.last['dead']}"
@@ -342,10 +277,9 @@ class _Monitor:
 def _entry(trainer: _Trainer, output: TrainStepOutput) -> dict[str, Any]:
     z_BD, acts = output.sae_in, output.feature_acts
     fired = acts.values() if acts.is_sparse else acts
-    error = float((output.sae_out - z_BD).double().square().sum())
     return {
         "samples_seen": trainer.n_training_samples,
-        "fvu": error / float((z_BD - z_BD.mean(dim=0)).double().square().sum()),
+        "fvu": fvu(z_BD, output.sae_out, "train_sae"),
         "l0": int((fired != 0).sum()) / len(z_BD),
         "dead": int(trainer.dead_neurons.sum()),
     }

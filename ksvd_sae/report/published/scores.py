@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from ksvd_sae.evals.base import Eval
+
 COMPARABLE = "comparable"
 REPRODUCED, MEANS = "saebench_reproduced.csv", "saebench_published_means.csv"
 SOURCES = {
@@ -23,81 +25,6 @@ SOURCES = {
 }
 # SAEBench versions whose definitions were compared.
 VERSIONS = ("0.3.2", "0.6.0")
-# (eval, metric) -> what happened to it between versions; every other metric means the same in both.
-REDEFINED = {
-    (
-        "absorption",
-        "mean_absorption_fraction_score",
-    ): "the fraction was redefined between SAEBench 0.3.2 and 0.6.0 and became up to 10 times smaller"
-}
-# Evals that read the sign of a code: a signed code is scored by its positive part only.
-SIGN_READERS = ("absorption", "autointerp")
-# Eval -> settings that its published scores were made with, by their names in the run's config.
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    "core": {
-        "dataset": "Skylion007/openwebtext",
-        "context_tokens": 128,
-        "batch_contexts": 16,
-        "reconstruction_batches": 200,
-        "sparsity_batches": 2000,
-    },
-    "sparse_probing": {
-        "datasets": None,
-        "train_set_size": 4000,
-        "test_set_size": 1000,
-        "context_tokens": 128,
-        "seed": 42,
-    },
-    "scr": {
-        "datasets": None,
-        "pairs": None,
-        "train_set_size": 4000,
-        "test_set_size": 1000,
-        "context_tokens": 128,
-        "probe_epochs": 20,
-        "seed": 42,
-    },
-    "absorption": {
-        "vocabulary_sample": None,
-        "prompt_template": "{word} has the first letter:",
-        "prompt_token_pos": -6,
-        "max_k_value": 10,
-        "f1_jump_threshold": 0.03,
-        "k_sparse_probe_l1_decay": 0.01,
-        "k_sparse_probe_num_epochs": 50,
-        "min_gt_probe_f1": 0.6,
-        "min_feats_for_eval": 20,
-    },
-    "ravel": {
-        "dataset": None,
-        "attributes": {
-            "city": ["Country", "Continent", "Language"],
-            "nobel_prize_winner": ["Country of Birth", "Field", "Gender"],
-        },
-        "top_n_entities": 500,
-        "downsample": None,
-        "pairs_per_attribute": 5000,
-        "train_fraction": 0.7,
-        "learning_rate": 1e-3,
-        "epochs": 2,
-        "n_generated_tokens": 6,
-        "seed": 42,
-    },
-    "autointerp": {
-        "judge": "gpt-4o-mini",
-        "dataset": "monology/pile-uncopyrighted",
-        "n_latents": 1000,
-        "total_tokens": 2_000_000,
-        "context_tokens": 128,
-        "n_top_ex_for_generation": 10,
-        "n_iw_sampled_ex_for_generation": 5,
-        "n_top_ex_for_scoring": 2,
-        "n_iw_sampled_ex_for_scoring": 2,
-        "n_random_ex_for_scoring": 10,
-        "dead_latent_threshold": 15,
-        "seed": 42,
-    },
-}
 # L0s further apart than this factor are no match.
 L0_FACTOR = 1.25
 # Of one architecture and metric, at most this many published SAEs.
@@ -156,12 +83,12 @@ class OwnScore:
 class RunProtocol:
     """How a run scored.
 
-    settings: eval -> its settings, as in the config. version: of SAEBench; None if not known.
+    evals: by name, those that ran. version: of SAEBench; None if not known.
     """
 
     model: str
     hook: str
-    settings: Mapping[str, Mapping[str, Any]]
+    evals: Mapping[str, Eval]
     version: str | None
 
 
@@ -292,17 +219,16 @@ def verdict(published: PublishedScore, own: OwnScore, protocol: RunProtocol) -> 
     reasons = [
         *_of_settings(published.eval, protocol),
         *_of_version(published, protocol),
-        *_of_scores(published, own),
+        *_of_scores(published, own, protocol),
     ]
     return "; ".join(reasons) or COMPARABLE
 
 
 def _of_settings(eval_name: str, protocol: RunProtocol) -> list[str]:
-    theirs, ours = PROTOCOLS.get(eval_name), protocol.settings.get(eval_name)
-    if theirs is None or ours is None:
+    section = protocol.evals.get(eval_name)
+    if section is None or section.published is None:
         return [f"whether {eval_name} ran with the published settings was not checked"]
-    if ours.get("judge") == "endpoint":
-        ours = {**ours, "judge": ours["endpoint"]["model"]}
+    ours, theirs = section.as_published(), section.published
     differing = [name for name, value in theirs.items() if name not in ours or ours[name] != value]
     return [f"{name} {_said(ours.get(name))}, theirs {_said(theirs[name])}" for name in differing]
 
@@ -317,15 +243,17 @@ def _of_version(published: PublishedScore, protocol: RunProtocol) -> list[str]:
     if protocol.version not in VERSIONS:
         known = " and ".join(VERSIONS)
         return [f"SAEBench {protocol.version or 'of an unknown version'}: only {known} were compared"]
-    changed = REDEFINED.get((published.eval, published.metric))
+    section = protocol.evals.get(published.eval)
+    changed = None if section is None else section.redefined.get(published.metric)
     if changed is not None and published.version != protocol.version:
         return [f"of SAEBench {published.version}, here {protocol.version}: {changed}"]
     return []
 
 
-def _of_scores(published: PublishedScore, own: OwnScore) -> list[str]:
+def _of_scores(published: PublishedScore, own: OwnScore, protocol: RunProtocol) -> list[str]:
     reasons = []
-    if own.view == "signed" and own.eval in SIGN_READERS:
+    section = protocol.evals.get(own.eval)
+    if own.view == "signed" and section is not None and section.reads_signs:
         reasons.append(f"signed codes, of which {own.eval} reads the positive part only")
     if published.l0_ratio(own.l0) > (1.0 if published.l0_range else L0_FACTOR):
         theirs = f"{published.l0:.1f}" if published.l0 is not None else "40 to 200"

@@ -2,7 +2,6 @@
 
 import pandas as pd
 
-from ksvd_sae.methods.published.config import PublishedSAEConfig
 from ksvd_sae.report import scores, tables
 from ksvd_sae.report.headline import HEADLINES
 from ksvd_sae.report.published.scores import (
@@ -37,7 +36,7 @@ def published_section(
     protocol = RunProtocol(
         config.model.name,
         config.model.hook,
-        {name: part for name, part in config.evaluation.model_dump().items() if isinstance(part, dict)},
+        {section.name: section for section in config.evaluation.evals()},
         version,
     )
     scored = {(s.eval, s.metric) for s in published_scores()}
@@ -107,14 +106,3 @@ def _row(match: Match) -> list[str]:
         f"{ours.value:.4f}",
         match.verdict,
     ]
-
-
-def published_note(config: RunConfig) -> str | None:
-    """What a reader must know of the published SAEs that the run itself scored."""
-    names = [name for name, chosen in config.dictionaries.items() if isinstance(chosen, PublishedSAEConfig)]
-    if not names:
-        return None
-    return (
-        f"Published SAEs, scored here like every other: {', '.join(names)}. Others trained them, on more and other "
-        "text than ours; their manifests name repository, commit and hashes."
-    )

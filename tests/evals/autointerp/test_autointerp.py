@@ -23,12 +23,13 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.autointerp import AutoInterpEval
 from ksvd_sae.evals.autointerp.lexical import LexicalJudge
 from ksvd_sae.evals.autointerp.run import bench_config
-from ksvd_sae.evals.config import AutoInterpConfig, EvaluationConfig
+from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.evals.panel import evaluate_saebench, tidy_rows
-from ksvd_sae.evals.saebench.runner import EvalSetting, read_metrics
+from ksvd_sae.evals.panel import run_evals, tidy_rows
+from ksvd_sae.evals.saebench.runner import read_metrics
 from ksvd_sae.sae import DBKSVDSAE
 from tests.evals.autointerp.tiny_autointerp import CONFIG, ShuffledSAE, changed, run_on, word_sae
 from tests.evals.conftest import COMMIT, LONG_TEXT, CountedPanel
@@ -95,7 +96,7 @@ def test_words_are_interpretable_and_noise_is_not(setting: EvalSetting, tmp_path
 def test_same_seed_same_result_and_another_seed_another(
     words: CountedPanel, setting: EvalSetting, tmp_path: Path
 ) -> None:
-    def judged(folder: str, config: AutoInterpConfig) -> Any:
+    def judged(folder: str, config: AutoInterpEval) -> Any:
         random.seed(folder)
         torch.manual_seed(len(folder))
         files = run_on(words, setting, tmp_path / folder, config)
@@ -260,7 +261,7 @@ def test_too_few_latents(counted: CountedPanel, setting: EvalSetting, tmp_path: 
     with pytest.raises(EvaluationError, match=r"(?s)no score for words.*too few.*got: 19.*min_latents: 20.*cure") as e:
         run_on(counted, setting, tmp_path / "out", changed(n_latents=300, min_latents=20))
     assert "topk-sae" not in str(e.value).splitlines()[0]
-    assert len(list((tmp_path / "out").glob("topk-sae-*"))) == 1, "the other is scored"
+    assert len(list((tmp_path / "out").rglob("topk-sae-*"))) == 1, "the other is scored"
 
 
 def test_too_little_text(words: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
@@ -272,9 +273,8 @@ def test_too_little_text(words: CountedPanel, setting: EvalSetting, tmp_path: Pa
 
 
 def test_panel_rows(words: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:
-    autointerp_config = changed(dataset="heldout", n_latents=300, min_latents=4)
-    config = EvaluationConfig(core=None, sparse_probing=None, autointerp=autointerp_config)
-    (results,) = evaluate_saebench(words.panelists(), config, setting, LONG_TEXT, tmp_path / "out")
+    config = changed(n_latents=300, min_latents=4)
+    (results,) = run_evals(words.panelists(), [config], setting, tmp_path / "out")
     assert results.seed == 42
     rows = tidy_rows(results, {"words": {"view": "signed", "d_sae": 19, "k": 4, "l0": 4.0, "seed": 0}})
     assert {row["metric"] for row in rows} == {"autointerp_score", "autointerp_std_dev"}
@@ -302,7 +302,7 @@ def test_one_that_fails_leaves_the_others_result(setting: EvalSetting, tmp_path:
     counted = CountedPanel({"broken": lambda: Broken(tiny_db_ksvd_sae().cfg), "topk-sae": tiny_topk_sae})
     with pytest.raises(EvaluationError, match=r"(?s)no score for broken\n.*this code is broken"):
         run_on(counted, setting, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("topk-sae-*.json"))) == 1
+    assert len(list((tmp_path / "out").rglob("topk-sae-*.json"))) == 1
 
 
 def test_results_name_no_place_and_no_commit(

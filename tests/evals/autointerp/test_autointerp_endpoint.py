@@ -16,9 +16,9 @@ from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.autointerp import endpoint as endpoint_judge
 from ksvd_sae.evals.autointerp.endpoint import ANSWERS
 from ksvd_sae.evals.autointerp.lexical import LexicalJudge
-from ksvd_sae.evals.config import EvaluationConfig
-from ksvd_sae.evals.panel import evaluate_saebench
-from ksvd_sae.evals.saebench.runner import EvalSetting, read_metrics
+from ksvd_sae.evals.base import EvalSetting
+from ksvd_sae.evals.panel import run_evals
+from ksvd_sae.evals.saebench.runner import read_metrics
 from tests.evals.autointerp.endpoints import KEY, Endpoint, Reply, failed, said
 from tests.evals.autointerp.tiny_autointerp import CONFIG, asking, run_on, word_sae
 from tests.evals.conftest import CountedPanel
@@ -144,7 +144,7 @@ def test_an_endpoint_that_goes_away_and_comes_back(
     assert re.search(r"latent \d+: .*503", text)
     assert re.search(r"\d latents are judged, and every answer is kept", text)
     assert KEY not in text
-    assert not list((tmp_path / "out").glob("*.json"))
+    assert not list((tmp_path / "out").rglob("*.json"))
     (kept,) = setting.artifacts.rglob(ANSWERS)
     assert len(kept.read_text().splitlines()) == 11
     # It was asked little after it went: ten threads, two tries each, and none for the other SAE.
@@ -232,8 +232,7 @@ def test_judges_share_no_result(
 def test_the_table_names_the_model(
     words: CountedPanel, setting: EvalSetting, endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    config = EvaluationConfig(core=None, sparse_probing=None, autointerp=asking(endpoint))
-    (results,) = evaluate_saebench(words.panelists(), config, setting, "", tmp_path / "out")
+    (results,) = run_evals(words.panelists(), [asking(endpoint)], setting, tmp_path / "out")
     assert results.data == f"{CONFIG.dataset}, judge: m"
     assert results.n == {"words": N}
 

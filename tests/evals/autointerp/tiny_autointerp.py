@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ksvd_sae.evals.autointerp import AutoInterpEval
 from ksvd_sae.evals.autointerp.run import run_autointerp
-from ksvd_sae.evals.config import AutoInterpConfig
-from ksvd_sae.evals.saebench.runner import EvalSetting
+from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.sae import DBKSVDSAE
 from tests.evals.autointerp.endpoints import Endpoint
 from tests.evals.conftest import LONG_TEXT, CountedPanel
 from tests.tiny_saes import CONTEXT_TOKENS, HOOK, WORDS, tiny_db_ksvd_sae, tiny_model
 
-CONFIG = AutoInterpConfig(
+CONFIG = AutoInterpEval(
     dataset=LONG_TEXT,
     n_latents=6,
     min_latents=4,
@@ -31,20 +31,20 @@ CONFIG = AutoInterpConfig(
 )
 
 
-def changed(**change: Any) -> AutoInterpConfig:
-    return AutoInterpConfig(**{**CONFIG.model_dump(), **change})
+def changed(**change: Any) -> AutoInterpEval:
+    return AutoInterpEval(**{**CONFIG.model_dump(), **change})
 
 
-def asking(endpoint: Endpoint, **change: Any) -> AutoInterpConfig:
+def asking(endpoint: Endpoint, **change: Any) -> AutoInterpEval:
     """CONFIG with an endpoint for a judge: two tries, and a price."""
     own = {"model": "m", "base_url": endpoint.url, "key_variable": "JUDGE_KEY", "max_retries": 1}
     return changed(judge="endpoint", endpoint={**own, "input_price": 2.0, "output_price": 8.0, **change})
 
 
 def run_on(
-    counted: CountedPanel, setting: EvalSetting, output: Path, config: AutoInterpConfig = CONFIG
+    counted: CountedPanel, setting: EvalSetting, output: Path, config: AutoInterpEval = CONFIG
 ) -> dict[str, Path]:
-    return run_autointerp(counted.panelists(), config, config.dataset, setting, output)
+    return run_autointerp(counted.panelists(), config, setting, output).files
 
 
 class WordSAE(DBKSVDSAE):

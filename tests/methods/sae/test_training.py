@@ -14,57 +14,62 @@ from sae_lens.saes.jumprelu_sae import JumpReLUSAE
 from sae_lens.saes.topk_sae import TopKSAE
 from safetensors.torch import load_file
 
+from ksvd_sae.activations.gradients import GradientMoments
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.errors import ConfigError, ManifestError, ShapeError
-from ksvd_sae.evals.heldout import heldout_metrics
+from ksvd_sae.evals.heldout.metrics import heldout_metrics
 from ksvd_sae.learning.weighting import Weighting, weighting_by_fisher, weighting_by_std
+from ksvd_sae.methods.base import Facts, TrainingSetting, load_sae
+from ksvd_sae.methods.sae import (
+    BatchTopKSAEMethod,
+    JumpReLUSAEMethod,
+    MatryoshkaBatchTopKSAEMethod,
+    SAEMethod,
+    TopKSAEMethod,
+)
 from ksvd_sae.methods.sae import training as baselines
 from ksvd_sae.methods.sae.raw_units import WeightedTopKSAE
-from ksvd_sae.methods.sae.training import load_sae, train_sae, train_topk_sae
-from ksvd_sae.run.config import (
-    BatchTopKSAEConfig,
-    JumpReLUSAEConfig,
-    MatryoshkaBatchTopKSAEConfig,
-    SAEConfig,
-    TopKSAEConfig,
-)
+from ksvd_sae.methods.sae.training import train_sae
 from tests.strategies import generator
 from tests.tiny_shards import raw_activations, write_harvest
 from tests.tolerances import FOLDED_SAE, SPARSE_TRAINING, UNIT_NORM
 
 HOOK = "blocks.0.hook_resid_post"
-CONFIG = TopKSAEConfig(n_atoms=96, k=6, passes=10, batch_samples=128, lr=5e-3)
-SHORT = TopKSAEConfig(n_atoms=20, k=2, passes=1, batch_samples=128)
+CONFIG = TopKSAEMethod(n_atoms=96, k=6, passes=10, batch_samples=128, lr=5e-3)
+SHORT = TopKSAEMethod(n_atoms=20, k=2, passes=1, batch_samples=128)
 _SIZES: dict[str, Any] = {"n_atoms": 48, "k": 4, "passes": 10, "batch_samples": 128, "lr": 5e-3}
-CONFIGS: dict[str, SAEConfig] = {
-    "topk": TopKSAEConfig(**_SIZES),
-    "batchtopk": BatchTopKSAEConfig(**_SIZES),
-    "matryoshka": MatryoshkaBatchTopKSAEConfig(groups=[8, 16, 24], **_SIZES),
+CONFIGS: dict[str, SAEMethod] = {
+    "topk": TopKSAEMethod(**_SIZES),
+    "batchtopk": BatchTopKSAEMethod(**_SIZES),
+    "matryoshka": MatryoshkaBatchTopKSAEMethod(groups=[8, 16, 24], **_SIZES),
     # Thresholds move by a learning rate a step: they need the way.
-    "jumprelu": JumpReLUSAEConfig(**{**_SIZES, "passes": 20, "lr": 1e-2}),
+    "jumprelu": JumpReLUSAEMethod(**{**_SIZES, "passes": 20, "lr": 1e-2}),
 }
 
 
 def train(
-    config: SAEConfig,
+    config: SAEMethod,
     shards: ActivationShards,
     folder: Path,
     seed: int = 0,
     weighting: Weighting | None = None,
     log_steps: int = 20,
-) -> dict[str, Any]:
-    return train_sae(
-        config,
-        shards,
-        folder,
+) -> Facts:
+    setting = TrainingSetting(
         model_name="tiny",
-        hook_name=HOOK,
-        context_size=12,
+        hook=HOOK,
+        context_tokens=12,
         seed=seed,
         device=torch.device("cpu"),
-        weighting=weighting,
-        log_steps=log_steps,
+        harvest_hash="",
+        shards=shards,
+        gradient_moments=no_gradients,
     )
+    return train_sae(config, setting, folder, weighting, log_steps)
+
+
+def no_gradients() -> GradientMoments:
+    raise AssertionError("no metric here follows from gradients")
 
 
 def log_lines(folder: Path) -> list[dict[str, Any]]:
@@ -127,9 +132,10 @@ def test_samples_seen(shards: ActivationShards, tmp_path: Path, passes: int, bat
     """passes · n, rounded down to whole batches."""
     config = SHORT.model_copy(update={"passes": passes, "batch_samples": batch_samples})
     facts = train(config, shards, tmp_path)
-    assert facts["samples_seen"] == seen == passes * 2000 // batch_samples * batch_samples
-    assert 0 <= facts["dead_at_end"] <= SHORT.n_atoms
-    assert facts["seconds"] >= 0
+    assert facts.samples_seen == seen == passes * 2000 // batch_samples * batch_samples
+    assert 0 <= facts.more["dead_at_end"] <= SHORT.n_atoms
+    assert facts.seconds is not None
+    assert facts.seconds >= 0
 
 
 def test_same_seed_same_bits(shards: ActivationShards, tmp_path: Path) -> None:
@@ -144,7 +150,7 @@ def test_same_seed_same_bits(shards: ActivationShards, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("n_atoms", "k", "limit"), [(12, 13, "12"), (40, 17, "16")])
 def test_k_too_large(shards: ActivationShards, tmp_path: Path, n_atoms: int, k: int, limit: str) -> None:
-    config = TopKSAEConfig(n_atoms=n_atoms, k=k)
+    config = TopKSAEMethod(n_atoms=n_atoms, k=k)
     with pytest.raises(ShapeError, match=rf"(?s)k too large.*got: {k}.*limit: {limit}"):
         train(config, shards, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -158,7 +164,7 @@ def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
     facts = None
     with contextlib.suppress(ShapeError):
         facts = train(SHORT.model_copy(update={"passes": 4}), few, tmp_path / "sae")
-    assert facts is None or facts["samples_seen"] >= 100
+    assert facts is None or facts.samples_seen >= 100
 
 
 def test_nothing_is_pickled(trained: Path) -> None:
@@ -170,14 +176,6 @@ def test_nothing_is_pickled(trained: Path) -> None:
 def test_no_sae_there(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match=r"no cfg\.json"):
         load_sae(tmp_path, torch.device("cpu"))
-
-
-def test_the_first_name(shards: ActivationShards, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"model_name": "tiny", "hook_name": HOOK, "context_size": 12, "seed": 3}
-    train_topk_sae(SHORT, shards, tmp_path / "a", device=torch.device("cpu"), **options)
-    train(SHORT, shards, tmp_path / "b", 3)
-    first, second = (load_file(tmp_path / name / "sae_weights.safetensors") for name in "ab")
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ---------------------------------------------------------------- every kind
@@ -219,10 +217,10 @@ def test_the_prefixes_of_a_matryoshka_sae_do_more_than_those_of_another(
 
 
 def test_matryoshka_groups(shards: ActivationShards, tmp_path: Path) -> None:
-    config = MatryoshkaBatchTopKSAEConfig(n_atoms=30, k=2, groups=[10, 10])
+    config = MatryoshkaBatchTopKSAEMethod(n_atoms=30, k=2, groups=[10, 10])
     with pytest.raises(ShapeError, match=r"(?s)do not add up.*sum 20.*limit: 30"):
         train(config, shards, tmp_path)
-    assert baselines._groups(MatryoshkaBatchTopKSAEConfig(n_atoms=1024, k=2)) == (256, 256, 512)
+    assert MatryoshkaBatchTopKSAEMethod(n_atoms=1024, k=2).nested == (256, 256, 512)
 
 
 # ---------------------------------------------------------------- the log and snapshots
@@ -235,7 +233,7 @@ def test_log(shards: ActivationShards, tmp_path: Path, name: str) -> None:
     assert [line["samples_seen"] // 128 for line in lines] == [1, 10, 20, 30, 31]
     assert all(set(line) == {"samples_seen", "fvu", "l0", "dead"} for line in lines)
     assert lines[0]["fvu"] > 1.2 * lines[-1]["fvu"] > 0
-    assert (facts["dead_at_end"], facts["l0_at_end"]) == (lines[-1]["dead"], round(lines[-1]["l0"], 2))
+    assert (facts.more["dead_at_end"], facts.more["l0_at_end"]) == (lines[-1]["dead"], round(lines[-1]["l0"], 2))
     if name != "jumprelu":
         assert lines[-1]["l0"] <= _SIZES["k"]
 
@@ -253,7 +251,7 @@ def test_logged_fvu_is_that_of_the_trained_coordinates(shards: ActivationShards,
 
 def test_snapshots(shards: ActivationShards, tmp_path: Path) -> None:
     config = SHORT.model_copy(update={"passes": 2, "snapshots": [3968, 1000, 1000]})
-    assert train(config, shards, tmp_path)["samples_seen"] == 3968
+    assert train(config, shards, tmp_path).samples_seen == 3968
     assert sorted(path.name for path in tmp_path.glob("snapshot-*")) == ["snapshot-1000", "snapshot-3968"]
     final = load_file(tmp_path / "sae_weights.safetensors")
     at_end = load_file(tmp_path / "snapshot-3968" / "sae_weights.safetensors")
@@ -377,9 +375,9 @@ def test_sparse_products_train_the_same_sae(
 ) -> None:
     # Enough passes for dead latents to be helped: the auxiliary loss is part of the step.
     config = CONFIGS[name].model_copy(update={"n_atoms": 200, "groups": [40, 160], "passes": 4})
-    assert train(config, shards, tmp_path / "sparse")["products"] == "sparse"
+    assert train(config, shards, tmp_path / "sparse").more["products"] == "sparse"
     monkeypatch.setattr(baselines, "sparse_steps_pay", lambda device: False)
-    assert train(config, shards, tmp_path / "dense")["products"] == "dense"
+    assert train(config, shards, tmp_path / "dense").more["products"] == "dense"
     for sparse, dense in zip(log_lines(tmp_path / "sparse"), log_lines(tmp_path / "dense"), strict=True):
         assert sparse["fvu"] == pytest.approx(dense["fvu"], rel=SPARSE_TRAINING)
         assert sparse["dead"] == pytest.approx(dense["dead"], abs=2)

@@ -1,0 +1,281 @@
+"""An eval: its options in a YAML, how it scores a panel of SAEs, and how its scores read.
+
+An eval is a folder of its own with a subclass of ``Eval`` and a line in evals/__init__.py. Nothing else knows evals
+apart: runs, tables, reports and the comparison with published scores ask the eval.
+"""
+
+import json
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import JsonValue
+from typing_extensions import Self
+
+from ksvd_sae.activations.gradients import GradientMoments
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
+from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.llm_cache import TensorCache
+from ksvd_sae.store import content_hash, copy_of_other_name, write_json
+from ksvd_sae.strict import Strict
+
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import SAE
+
+logger = logging.getLogger(__name__)
+# What an eval's ``dataset`` says for the run's own held-out documents.
+HELDOUT_DATA = "heldout"
+ARROWS = {"lower": "↓", "higher": "↑"}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the headline table.
+
+    Attributes:
+        label: the column's name.
+        eval: the eval that scores it.
+        metric: the metric's name in that eval.
+        style: how its numbers are written.
+        meaning: what it is, with its unit, as a phrase.
+        better: the better direction; None for what is no contest (a budget, an amount).
+        minus: a metric of the same eval to subtract, for differences.
+        reference: a metric of the same eval to name beside it: what no dictionary reaches by itself.
+        reference_is: what gives that, as a phrase.
+        optional: no column where nothing was scored; for evals that run only where a config asks for them.
+        last: stands behind the columns of all evals.
+    """
+
+    label: str
+    eval: str
+    metric: str
+    style: Literal["count", "score", "percent"]
+    meaning: str
+    better: Literal["lower", "higher"] | None = None
+    minus: str | None = None
+    reference: str | None = None
+    reference_is: str = "the same probe on the raw activations"
+    optional: bool = False
+    last: bool = False
+
+    @property
+    def arrow(self) -> str:
+        return ARROWS.get(self.better or "", "")
+
+    @property
+    def heading(self) -> str:
+        return f"{self.label} {self.arrow}".strip()
+
+
+@dataclass(frozen=True)
+class Panelist:
+    """One SAE or dictionary under evaluation.
+
+    name: as in the tables. content: hash of what it is. load: gives a fresh SAELens SAE (evals change it in place).
+    """
+
+    name: str
+    content: str
+    load: "Callable[[], SAE[Any]]"
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The part of a run's text that no dictionary has learned from.
+
+    name: as a data set. shards: its activations. reader: loads the model. gradient_moments: of the training part; None
+    where none were collected. gradients_hash: of how they were; None where none were.
+    """
+
+    name: str
+    shards: ActivationShards
+    reader: Callable[[], ActivationReader]
+    gradient_moments: Callable[[], GradientMoments] | None = None
+    gradients_hash: str | None = None
+
+    @property
+    def documents(self) -> Path:
+        """JSONL with the documents under 'text'."""
+        return self.shards.folder / HELDOUT_DOCUMENTS
+
+    @property
+    def harvest_hash(self) -> str:
+        return str(self.shards.manifest["hash"])
+
+    @property
+    def outlier_limit(self) -> float | None:
+        """Norm above which a token is an outlier, which the harvest leaves out; None: none is."""
+        limit: float | None = self.shards.manifest["statistics"]["outlier_limit"]
+        return limit
+
+
+@dataclass(frozen=True)
+class EvalSetting:
+    """Where evals run and what they read.
+
+    data_folder: holds a folder for each local data set, by name. data_hash: of the local data sets.
+    cache: for what the language model gives, shared by the panel; None: SAEBench asks the model for each SAE anew.
+    memory_bytes: for what is too large for the cache.
+    heldout: what ``dataset: heldout`` stands for; None where there is none.
+    """
+
+    model_name: str
+    dtype: str
+    device: str
+    data_folder: Path
+    data_hash: str
+    artifacts: Path
+    cache: TensorCache | None = None
+    memory_bytes: int = 2 << 30
+    heldout: Heldout | None = None
+
+    def data(self, name: str) -> str:
+        """The true name of the data set that an eval's ``dataset`` names."""
+        return self.heldout.name if name == HELDOUT_DATA and self.heldout is not None else name
+
+    @cached_property
+    def between_calls(self) -> dict[str, object]:
+        """What an eval keeps from one panel to the next, such as a model that took long to load."""
+        return {}
+
+
+@dataclass(frozen=True)
+class EvalResults:
+    """What one eval gave for the panel.
+
+    Attributes:
+        eval: its name. data: the data's true name, with the judge where one judges.
+        n: what a score is averaged over; by panelist where that differs.
+        files: panelist -> result file. metrics: panelist -> metric -> value (None: not finite).
+        seed: that the eval drew with; None if it draws nothing.
+    """
+
+    eval: str
+    data: str
+    n: int | dict[str, int]
+    files: dict[str, Path]
+    metrics: dict[str, dict[str, float | None]]
+    seed: int | None = None
+
+    def averaged_over(self, panelist: str) -> int:
+        """What the panelist's scores are averaged over."""
+        return self.n[panelist] if isinstance(self.n, dict) else self.n
+
+
+class Eval(Strict, ABC):
+    """One eval: what a YAML says of it, and all that is done with that.
+
+    Class attributes:
+        name: its key in a config's ``evaluation``, and in tables.
+        on_by_default: whether it runs where a config does not mention it.
+        columns: of the headline table.
+        cost: what it takes, in a phrase.
+        at_once: it is cheap, and runs on each dictionary as soon as that is there.
+        loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
+        reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
+        published: settings, by their names here, that its published scores were made with; None: none are published.
+        redefined: metric -> what happened to it between the version of SAEBench that published and today's.
+    """
+
+    name: ClassVar[str]
+    on_by_default: ClassVar[bool] = False
+    columns: ClassVar[tuple[Column, ...]] = ()
+    cost: ClassVar[str]
+    at_once: ClassVar[bool] = False
+    loads_own_model: ClassVar[bool] = False
+    reads_signs: ClassVar[bool] = False
+    published: ClassVar[Mapping[str, JsonValue] | None] = None
+    redefined: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        """Score the panel; what has a result is not scored again.
+
+        Args: output: folder that holds a folder of results for each eval.
+        Raises: EvaluationError naming every panelist without a result, and why; finished results stay.
+        """
+
+    def write_data(self, folder: Path) -> None:
+        """Write the data sets of ours that it reads, each into a folder of its name."""
+
+    def notes(self) -> list[str]:
+        """What a reader must know to read its scores right."""
+        return []
+
+    def as_published(self) -> dict[str, JsonValue]:
+        """Its settings by the names that ``published`` has them under."""
+        settings: dict[str, JsonValue] = self.model_dump(mode="json")
+        return settings
+
+    @property
+    def own_seed(self) -> int | None:
+        """What it draws with; None if it draws nothing."""
+        return None
+
+    def with_seed(self, seed: int) -> Self:
+        """The same, drawing with another seed; itself if it draws nothing."""
+        return self
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One panelist's result. scores: metric -> value. n: what they are averaged over. more: worth keeping beside."""
+
+    scores: Mapping[str, float]
+    n: int
+    more: Mapping[str, JsonValue] = field(default_factory=dict)
+
+
+class MeasuredHere(Eval):
+    """An eval of our own on held-out activations or documents: a file of results for each panelist.
+
+    Class attribute: counts: what ``Measured.n`` is called in a result.
+    """
+
+    counts: ClassVar[str] = "n_tokens"
+
+    @abstractmethod
+    def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
+        """A panelist's result."""
+
+    def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
+        """What a result follows from, beside the dictionary."""
+        return {"config": self.model_dump(mode="json"), "harvest": heldout.harvest_hash}
+
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        heldout = setting.heldout
+        if heldout is None:
+            raise EvaluationError(f"{self.name}: no held-out activations", cure="run `ksvd-sae harvest` first")
+        files, metrics, n = {}, {}, {}
+        for panelist in panel:
+            key = {"eval": self.name, "dictionary": panelist.content, **self.follows_from(heldout)}
+            path = output / self.name / f"{panelist.name}-{content_hash(key)}.json"
+            if not path.exists() and not copy_of_other_name(path):
+                logger.info("%s of %s", self.name, panelist.name)
+                measured = self.measure(panelist, setting, heldout)
+                scores = {name: value if math.isfinite(value) else None for name, value in measured.scores.items()}
+                write_json(path, {"scores": scores, self.counts: measured.n, **measured.more})
+            result = json.loads(path.read_text())
+            files[panelist.name], metrics[panelist.name] = path, result["scores"]
+            n[panelist.name] = result[self.counts]
+        return EvalResults(self.name, heldout.name, n, files, metrics, self.own_seed)
+
+
+class SeededEval(Eval):
+    """An eval that draws."""
+
+    seed: int = 42
+
+    @property
+    def own_seed(self) -> int | None:
+        return self.seed
+
+    def with_seed(self, seed: int) -> Self:
+        return self.model_copy(update={"seed": seed})

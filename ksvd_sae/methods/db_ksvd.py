@@ -1,0 +1,158 @@
+"""DB-KSVD dictionaries (arXiv 2505.18441), plain and Matryoshka."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from ksvd_sae.dictionary import Dictionary
+from ksvd_sae.learning.backends import Precision, coder_backend
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
+from ksvd_sae.learning.matryoshka import paper_groups
+from ksvd_sae.learning.redraw import Redraw
+from ksvd_sae.learning.training import Update
+from ksvd_sae.methods.base import (
+    TRAIN_LOG,
+    Coded,
+    Facts,
+    KeptAsDictionary,
+    Seeded,
+    Source,
+    TrainingSetting,
+    Waypoint,
+    WeightingConfig,
+)
+from ksvd_sae.progress import progress
+
+# Where a training stands, from which it goes on if it was stopped.
+CHECKPOINT = "training.safetensors"
+CHECKPOINT_BATCHES = 64
+
+
+class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
+    """A DB-KSVD dictionary; what the options are worth: docs/learning.md."""
+
+    kind: Literal["db_ksvd"] = "db_ksvd"
+    n_atoms: int = Field(gt=0)
+    weighting: WeightingConfig = Field(default_factory=WeightingConfig)
+    passes: int = Field(1, ge=1)
+    batch_samples: int | None = Field(None, ge=1, description="null: 4 times n_atoms; the paper: 65536")
+    update: Update = "sums"
+    atom_batch: int = Field(128, ge=1, description="atoms updated in parallel by the exact update")
+    init: Literal["data", "random"] = "data"
+    redraw: Redraw = Field("residual", description="what replaces unused and repeated atoms; the paper: random")
+    duplicate_cosine: float | None = Field(0.99, gt=0, description="atoms this parallel repeat each other; paper: null")
+    average: bool = Field(True, description="give the running average of the atoms over the batches; paper: false")
+    centre: bool = Field(True, description="subtract the mean; paper: false")
+    groups: Literal["paper"] | list[int] | None = Field(
+        None, description="Matryoshka groups: 'paper' for 2^8, 2^8, 2^9, …, or sizes that add up to n_atoms"
+    )
+    max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
+    precision: Precision = Field("float32", description="of the products in training's coding; tf32 needs a GPU")
+
+    version: ClassVar[int] = 2
+    may_vary: ClassVar[frozenset[str]] = frozenset({"k", "seed", "passes"})
+    has_waypoints: ClassVar[bool] = True
+    unfinished: ClassVar[frozenset[str]] = frozenset({CHECKPOINT, TRAIN_LOG})
+
+    @property
+    def size(self) -> int:
+        return self.n_atoms
+
+    @property
+    def metric(self) -> WeightingConfig:
+        return self.weighting
+
+    @property
+    def group_sizes(self) -> tuple[int, ...] | None:
+        if self.groups == "paper":
+            return paper_groups(self.n_atoms)
+        return None if self.groups is None else tuple(self.groups)
+
+    @property
+    def coding(self) -> Coding:
+        return replace(super().coding, max_steps=self.max_steps_factor * self.k)
+
+    def train(self, setting: TrainingSetting, folder: Path, source: Source | None) -> Facts:
+        """Goes on from the checkpoint that it finds in the folder."""
+        samples = setting.shards
+        with progress("train db_ksvd", self.passes * samples.n_samples, "samples") as advance:
+            seen = 0
+
+            def on_batch(entry: BatchLog) -> None:
+                nonlocal seen
+                advance(entry.samples_seen - seen, f"FVU {entry.fvu:.4f} L0 {entry.l0:.1f} dead {entry.dead}")
+                seen = entry.samples_seen
+
+            learned = self._learner(setting, on_batch, folder).fit(samples, resume=True)
+        setting.save(Dictionary.from_estimator(learned), folder)
+        return Facts(
+            d_sae=self.n_atoms,
+            k=self.k,
+            signed=self.has_signs,
+            samples_seen=learned.samples_seen,
+            more={
+                "dead_at_end": learned.log[-1].dead,
+                "redrawn": sum(entry.redrawn for entry in learned.log),
+                "backend": coder_backend(setting.device, n_atoms=self.n_atoms, k=self.k),
+            },
+        )
+
+    def dictionary(self, setting: TrainingSetting, folder: Path) -> Dictionary:
+        learned = super().dictionary(setting, folder)
+        return replace(learned, coding=replace(learned.coding, coder=self.coder))
+
+    def waypoints(self, setting: TrainingSetting, spacing: float) -> Iterator[Waypoint]:
+        """One training: without a schedule, what it is after n samples is what training on n samples gives."""
+        points: list[Waypoint] = []
+        started, waiting, last_seen = time.perf_counter(), 0.0, 0
+
+        def on_batch(entry: BatchLog) -> None:
+            nonlocal waiting, last_seen
+            now = time.perf_counter()
+            at_end = entry.samples_seen >= self.passes * setting.shards.n_samples
+            if not last_seen or entry.samples_seen >= spacing * last_seen or at_end:
+                last_seen = entry.samples_seen
+                dictionary = Dictionary.from_estimator(learner)
+                evaluated = replace(dictionary, coding=replace(dictionary.coding, coder=self.coder))
+                points.append(Waypoint(entry.samples_seen, now - started - waiting, evaluated))
+            # Copying the atoms is no training.
+            waiting += time.perf_counter() - now
+
+        learner = self._learner(setting, on_batch, None)
+        learner.fit(setting.shards)
+        return iter(points)
+
+    def _learner(
+        self, setting: TrainingSetting, on_batch: Callable[[BatchLog], None], folder: Path | None
+    ) -> DictionaryLearner:
+        """Not yet fitted; log and checkpoints go into ``folder``."""
+        options = LearnerOptions(
+            self.n_atoms,
+            # Which coder, whoever loads the dictionary says.
+            replace(self.coding, coder="mp"),
+            passes=self.passes,
+            batch_samples=self.batch_samples,
+            update=self.update,
+            atom_batch=self.atom_batch,
+            init=self.init,
+            redraw=self.redraw,
+            duplicate_cosine=self.duplicate_cosine,
+            average=self.average,
+            centre=self.centre,
+            weighting=setting.weighting(self.weighting),
+            precision=self.precision,
+            seed=setting.seed,
+        )
+        return DictionaryLearner(
+            options,
+            device=str(setting.device),
+            log_path=None if folder is None else folder / TRAIN_LOG,
+            checkpoint_path=None if folder is None else folder / CHECKPOINT,
+            checkpoint_every=None if folder is None else CHECKPOINT_BATCHES,
+            on_batch=on_batch,
+        )

@@ -1,0 +1,67 @@
+"""A results folder by what it keeps: scores from the evals' own files in raw.zip, tables from the scores."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ksvd_sae.report.differences import against_best, write_verdicts
+from ksvd_sae.report.headline import HEADLINES
+from ksvd_sae.report.raw import RawResults, result_name
+from ksvd_sae.report.scores import read_csv
+from ksvd_sae.report.tables import intervals, summary, to_markdown
+from ksvd_sae.run.config import load_config
+
+
+def check_recomputable(folder: Path, scratch: Path, not_kept: frozenset[str] = frozenset()) -> None:
+    """Rows of comparison.csv from the files that they name, to the last digit; comparison.md and verdicts.csv from it.
+
+    Args: scratch: an empty folder.  not_kept: evals whose files are not in the archive; that all others are is checked.
+    """
+    frame, config = read_csv(folder / "comparison.csv"), load_config(folder / "config.yaml")
+    with RawResults(folder) as raw:
+        _check_scores(frame.to_dict("records"), raw, not_kept)
+        learned = {name for name, method in config.dictionaries.items() if method.source is None}
+        n_logs = _check_training(frame[frame["dictionary"].isin(learned)].to_dict("records"), raw)
+    assert n_logs, "no dictionary has a training log"
+    table = to_markdown(summary(frame), config.controls, intervals(frame))
+    assert f"\n\n{table}" in (folder / "comparison.md").read_text(), "the table is not that of the scores"
+    write_verdicts(against_best(frame, config.saes), scratch / "verdicts.csv")
+    assert (folder / "verdicts.csv").read_bytes() == (scratch / "verdicts.csv").read_bytes()
+
+
+def _check_scores(rows: list[dict[Any, Any]], raw: RawResults, not_kept: frozenset[str]) -> None:
+    sources = {(row["eval"], row["source"]) for row in rows if row["eval"] not in ("training", *not_kept)}
+    assert {h.eval for h in HEADLINES if not h.optional} - {"training"} <= {name for name, _ in sources} | not_kept
+    members = {result_name(eval_name, source): eval_name for eval_name, source in sources}
+    assert set(members) == {name for name in raw if name.startswith(("saebench/", "heldout/"))}
+    metrics = {member: _metrics(json.loads(raw[member])) for member in members}
+    for row in rows:
+        if row["eval"] in ("training", *not_kept):
+            continue
+        value = metrics[result_name(row["eval"], row["source"])][row["metric"]]
+        # The table has nine digits, and nothing for what is not finite.
+        kept = math.nan if value is None else float(f"{value:.9g}")
+        assert row["value"] == kept or (math.isnan(row["value"]) and math.isnan(kept)), row
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float | None]:
+    """Metric -> value, of our held-out scores or of an eval in SAEBench's format."""
+    if "scores" in result:
+        return dict(result["scores"])
+    groups = result["eval_result_metrics"].values()
+    flat = [(metric, value) for group in groups for metric, value in group.items()]
+    assert len(dict(flat)) == len(flat), "two groups have a metric of one name"
+    return dict(flat)
+
+
+def _check_training(rows: list[dict[Any, Any]], raw: RawResults) -> int:
+    """Samples seen by the last line of each training's log; how many logs there are."""
+    logs = set()
+    for row in rows:
+        names = (row["dictionary"], f"{row['dictionary']}.s{row['seed']}")
+        for member in (f"training/{name}.jsonl" for name in names if f"training/{name}.jsonl" in raw):
+            logs.add(member)
+            if row["metric"] == "samples_seen":
+                assert json.loads(raw[member].splitlines()[-1])["samples_seen"] == row["value"], member
+    return len(logs)

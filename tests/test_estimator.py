@@ -1,0 +1,324 @@
+"""DoubleBatchKSVD as a scikit-learn transformer, and with every kind of input that is not a good tensor."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import estimator_checks_generator
+from torch import Tensor
+
+from ksvd_sae.errors import ActivationError, NotFittedError, ShapeError
+from ksvd_sae.estimator import DoubleBatchKSVD
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
+from ksvd_sae.learning.weighting import weighting_by_std
+from tests import tolerances
+from tests.strategies import generator, planted
+
+X_ND = planted(300, 12, 20, 3, noise=0.1).x_BD + 1.5
+
+
+def estimator(n_atoms: int = 20, k: int = 3, **options: Any) -> DoubleBatchKSVD:
+    return DoubleBatchKSVD(n_atoms, k, **{"device": "cpu", **options})
+
+
+def normal(n_samples: int, d_in: int, seed: int = 0) -> Tensor:
+    return torch.randn(n_samples, d_in, generator=generator(seed))
+
+
+def scikit_learn_checks() -> list[Any]:
+    """(estimator, check) of scikit-learn's ``check_estimator``, for three ways to learn and code."""
+    kinds = {
+        "plain": estimator(8, 2),
+        "matryoshka": estimator(8, 2, groups=(4, 4), coder="matryoshka", nonnegative=True),
+        "exact": estimator(8, 2, update="exact", average=False, redraw="none", coder="omp"),
+    }
+    return [
+        pytest.param(ksvd, check, id=f"{kind}, {getattr(check, 'func', check).__name__}")
+        for kind, each in kinds.items()
+        for ksvd, check in estimator_checks_generator(each, mark="xfail")
+    ]
+
+
+CHECKS = scikit_learn_checks()
+
+
+class TestScikitLearn:
+    @pytest.mark.parametrize(("ksvd", "check"), CHECKS)
+    def test_its_own_checks(self, ksvd: Any, check: Any) -> None:
+        """All of them apply and pass; it skips its array-API check itself where SCIPY_ARRAY_API is not set."""
+        check(ksvd)
+
+    def test_clone_keeps_every_argument(self, tmp_path: Path) -> None:
+        weighting = weighting_by_std(X_ND.var(dim=0))
+        ksvd = estimator(weighting=weighting, groups=[8, 12], passes=2, log_path=tmp_path / "log", seed=7).fit(X_ND)
+        copy = clone(ksvd)
+        assert copy.get_params().keys() == ksvd.get_params().keys()
+        assert torch.equal(copy.weighting.matrix, weighting.matrix)
+        assert {**copy.get_params(), "weighting": None} == {**ksvd.get_params(), "weighting": None}
+        assert not hasattr(copy, "atoms_MD")
+        assert torch.equal(copy.fit(X_ND).atoms_MD, ksvd.atoms_MD)
+
+    def test_arguments_are_set_by_name_and_checked_by_fit(self) -> None:
+        ksvd = estimator().set_params(k=5, n_atoms=16)
+        assert (ksvd.k, ksvd.n_atoms) == (5, 16)
+        with pytest.raises(ShapeError, match=r"(?s)Invalid parameter 'n_atom'.*limit: n_atoms, k"):
+            ksvd.set_params(n_atom=3)
+        with pytest.raises(ShapeError, match="k = 17, n_atoms = 16"):
+            ksvd.set_params(k=17).fit(X_ND)
+
+    def test_shown_by_what_is_not_default(self) -> None:
+        assert repr(estimator(passes=2)) == "DoubleBatchKSVD(device='cpu', k=3, n_atoms=20, passes=2)"
+
+    def test_in_a_pipeline_and_a_grid_search(self) -> None:
+        pipeline = make_pipeline(StandardScaler(), estimator())
+        search = GridSearchCV(pipeline, {"doublebatchksvd__k": [1, 4]}, cv=2).fit(X_ND.numpy())
+        assert search.best_params_ == {"doublebatchksvd__k": 4}, "more atoms a sample, less error"
+
+
+class TestArrays:
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_transform_and_back(self, weighted: bool) -> None:
+        weighting = weighting_by_std(X_ND.var(dim=0), power=1.0) if weighted else None
+        ksvd = estimator(weighting=weighting).fit(X_ND.numpy())
+        codes = ksvd.transform(X_ND.numpy())
+        assert (codes.shape, codes.dtype) == ((300, 20), np.float32)
+        assert ((codes != 0).sum(axis=1) <= 3).all()
+        assert np.array_equal(codes, ksvd.encode(X_ND).to_dense(20).numpy())
+        rebuilt = ksvd.inverse_transform(codes)
+        wanted = ksvd.decode(ksvd.encode(X_ND)).numpy()
+        assert np.abs(rebuilt - wanted).max() <= tolerances.CODE_ERROR[torch.float32] * np.abs(wanted).max()
+        assert np.array_equal(rebuilt, codes @ ksvd.components_ + ksvd.mean_)
+        norms = np.linalg.norm(ksvd.components_, axis=1)
+        assert (np.abs(norms - 1).max() <= tolerances.UNIT_NORM[torch.float32]) == (not weighted)
+
+    def test_score_is_minus_the_fvu(self) -> None:
+        ksvd = estimator().fit(X_ND)
+        rebuilt_ND = ksvd.decode(ksvd.encode(X_ND))
+        fvu = (X_ND - rebuilt_ND).square().sum() / (X_ND - X_ND.mean(dim=0)).square().sum()
+        assert ksvd.score(X_ND.numpy()) == pytest.approx(-float(fvu), rel=1e-5)
+        assert ksvd.score(X_ND) > estimator(k=1).fit(X_ND).score(X_ND)
+
+    @pytest.mark.parametrize(
+        "samples",
+        [X_ND.numpy(), X_ND.numpy().tolist(), pd.DataFrame(X_ND.numpy()), np.asfortranarray(X_ND.numpy())],
+        ids=["array", "rows", "frame", "columns first"],
+    )
+    def test_arrays_are_as_good_as_tensors(self, samples: Any) -> None:
+        assert torch.equal(estimator().fit(samples).atoms_MD, estimator().fit(X_ND).atoms_MD)
+        assert torch.equal(estimator().partial_fit(samples).atoms_MD, estimator().fit(X_ND).atoms_MD)
+        ksvd = estimator().fit(X_ND)
+        assert np.array_equal(ksvd.transform(samples), ksvd.transform(X_ND))
+        assert np.array_equal(estimator().fit_transform(samples), ksvd.transform(X_ND))
+
+    def test_a_view_that_may_not_be_written_to(self) -> None:
+        array = X_ND.numpy().copy()
+        array.flags.writeable = False
+        assert torch.equal(estimator().fit(array).atoms_MD, estimator().fit(X_ND).atoms_MD)
+
+    def test_sparse_samples(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)sparse samples are not supported.*cure: samples\.toarray\(\)"):
+            estimator().fit(sparse.csr_matrix(X_ND.numpy()))
+
+    def test_codes_of_another_dictionary(self) -> None:
+        ksvd = estimator().fit(X_ND)
+        with pytest.raises(ShapeError, match=r"(?s)codes do not fit.*\(5, 19\).*\(N, 20\)"):
+            ksvd.inverse_transform(np.zeros((5, 19)))
+
+    @pytest.mark.parametrize("name", ["components_", "mean_", "n_features_in_", "atoms_MD", "centre_D"])
+    def test_nothing_is_there_before_fit(self, name: str) -> None:
+        ksvd = estimator()
+        assert not hasattr(ksvd, name)
+        with pytest.raises(NotFittedError):
+            getattr(ksvd, name)
+        assert hasattr(ksvd.fit(X_ND), name)
+
+    @pytest.mark.parametrize("method", ["transform", "score", "inverse_transform"])
+    def test_methods_before_fit(self, method: str) -> None:
+        with pytest.raises(NotFittedError, match="call fit or partial_fit first"):
+            getattr(estimator(), method)(np.zeros((5, 20), dtype=np.float32))
+
+
+# A value other than the default for every argument.
+CHANGED: dict[str, Any] = {
+    "n_atoms": 16,
+    "k": 4,
+    "passes": 2,
+    "batch_samples": 100,
+    "update": "exact",
+    "atom_batch": 7,
+    "init": "random",
+    "redraw": "data",
+    "duplicate_cosine": 0.9,
+    "average": False,
+    "centre": False,
+    "weighting": weighting_by_std(X_ND.var(dim=0)),
+    "groups": (8, 8),
+    "nonnegative": True,
+    "rtol": 0.1,
+    "max_steps": 9,
+    "precision": "bfloat16",
+    "coder": "matryoshka",
+    "seed": 5,
+    "device": "cpu",
+    "keep_on_device": False,
+    "log_path": Path("log"),
+    "checkpoint_path": Path("checkpoint"),
+    "checkpoint_every": 3,
+    "on_batch": print,
+}
+
+
+class TestTheLearnerBeneath:
+    def test_gets_every_argument(self) -> None:
+        ksvd = DoubleBatchKSVD(**CHANGED)
+        assert ksvd.get_params() == CHANGED
+        learner = ksvd.learner
+        flat = {**vars(learner), **vars(learner.options), **vars(learner.coding)}
+        assert {name: flat[name] for name in CHANGED} == CHANGED
+        default = DoubleBatchKSVD(8, 2).learner
+        assert (default.options, default.coding) == (LearnerOptions(8, Coding(2)), Coding(2))
+
+    @pytest.mark.parametrize("average", [True, False])
+    def test_gives_the_same(self, average: bool) -> None:
+        ksvd = estimator(passes=2, batch_samples=150, average=average, coder="omp").fit(X_ND)
+        options = LearnerOptions(20, Coding(3, "omp"), passes=2, batch_samples=150, average=average)
+        learner = DictionaryLearner(options, device="cpu").fit(X_ND)
+        assert torch.equal(ksvd.atoms_MD, learner.atoms_MD)
+        assert torch.equal(ksvd.encode(X_ND).values_BK, learner.encode(X_ND).values_BK)
+
+    def test_shows_its_atoms_while_it_learns(self) -> None:
+        seen: list[Tensor] = []
+        ksvd = estimator(passes=3, batch_samples=100)
+        ksvd.set_params(on_batch=lambda line: seen.append(ksvd.atoms_MD.clone())).fit(X_ND)
+        assert len(seen) == len(ksvd.log) == 9
+        assert not torch.equal(seen[0], seen[-1])
+        assert torch.equal(seen[-1], ksvd.atoms_MD)
+
+    def test_codes_with_the_arguments_as_they_are_now(self) -> None:
+        ksvd = estimator().fit(X_ND)
+        atoms_MD, plain = ksvd.atoms_MD, ksvd.transform(X_ND)
+        refitted = ksvd.set_params(coder="omp").transform(X_ND)
+        assert torch.equal(ksvd.atoms_MD, atoms_MD)
+        assert not np.array_equal(refitted, plain)
+        assert np.array_equal(refitted, estimator(coder="omp").fit(X_ND).transform(X_ND))
+
+    def test_resumes(self, tmp_path: Path) -> None:
+        class StopError(Exception): ...
+
+        def stop(line: BatchLog) -> None:
+            if line.batch == 3:
+                raise StopError
+
+        options: dict[str, Any] = {"passes": 3, "batch_samples": 150}
+        kept = {"checkpoint_path": tmp_path / "training.safetensors", "checkpoint_every": 1}
+        with pytest.raises(StopError):
+            estimator(on_batch=stop, **options, **kept).fit(X_ND)
+        resumed = estimator(**options, **kept).fit(X_ND, resume=True)
+        assert torch.equal(resumed.atoms_MD, estimator(**options).fit(X_ND).atoms_MD)
+        assert len(resumed.log) == 6
+
+
+UPDATES = ("sums", "exact")
+
+
+def in_order(ksvd: DoubleBatchKSVD, x_ND: Tensor) -> float:
+    """The FVU, after a look at what must hold for every dictionary."""
+    norms_M = torch.linalg.vector_norm(ksvd.atoms_MD.double(), dim=1)
+    assert (norms_M - 1).abs().max() <= tolerances.UNIT_NORM[torch.float32]
+    code = ksvd.encode(x_ND)
+    assert code.values_BK.isfinite().all()
+    assert code.l0().max() <= ksvd.k
+    assert all(np.isfinite([line.fvu, line.fvu_after_update]).all() for line in ksvd.log)
+    error_ND = ksvd.decode(code) - x_ND
+    return float(error_ND.double().square().sum() / (x_ND - x_ND.mean(dim=0)).double().square().sum())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+class TestOddInputWorks:
+    def test_zero_rows(self, update: str) -> None:
+        x_ND = normal(200, 8)
+        x_ND[::2] = 0
+        ksvd = estimator(12, 3, centre=False, update=update, passes=2).fit(x_ND)
+        assert in_order(ksvd, x_ND) < 0.5
+        assert not ksvd.encode(x_ND[:1]).values_BK.any()
+
+    def test_duplicate_samples(self, update: str) -> None:
+        """Six different samples, 50 times each, for 12 atoms: six atoms are enough and the others stay unit rows."""
+        x_ND = normal(6, 8).repeat(50, 1)
+        # The average of the atoms still holds a little of what they were at first.
+        ksvd = estimator(12, 1, centre=False, update=update, average=False, passes=3, batch_samples=100).fit(x_ND)
+        assert in_order(ksvd, x_ND) < tolerances.PERFECT_FVU
+
+    @pytest.mark.parametrize("k", [1, 8])
+    def test_k_is_1_and_k_is_d(self, update: str, k: int) -> None:
+        x_ND = normal(300, 8)
+        ksvd = estimator(12, k, update=update, passes=3).fit(x_ND)
+        assert in_order(ksvd, x_ND) < (0.65 if k == 1 else 0.02)
+
+    def test_as_many_samples_as_atoms(self, update: str) -> None:
+        x_ND = normal(12, 8)
+        assert in_order(estimator(12, 1, centre=False, update=update).fit(x_ND), x_ND) < tolerances.PERFECT_FVU
+
+    def test_one_atom_one_dimension(self, update: str) -> None:
+        x_ND = normal(50, 1)
+        assert in_order(estimator(1, 1, update=update).fit(x_ND), x_ND) < tolerances.PERFECT_FVU
+
+    @pytest.mark.parametrize("scale", [1e-15, 1e-4, 1e4, 1e15])
+    def test_scale(self, update: str, scale: float) -> None:
+        """The dictionary of c·x is that of x; so tiny and huge samples learn as well as others."""
+        x_ND = normal(300, 8)
+        plain, scaled = (estimator(12, 3, update=update, passes=2).fit(x_ND * c) for c in (1.0, scale))
+        fvus = [in_order(ksvd, x_ND * c) for ksvd, c in ((plain, 1.0), (scaled, scale))]
+        assert fvus[1] == pytest.approx(fvus[0], rel=0.1)
+
+    def test_more_atoms_than_the_data_has_directions(self, update: str) -> None:
+        """Rank 2 in 8 dimensions: residuals vanish, so nothing is left to draw atoms from."""
+        x_ND = normal(300, 2) @ normal(2, 8, 1)
+        ksvd = estimator(12, 2, update=update, passes=4, batch_samples=100).fit(x_ND)
+        assert in_order(ksvd, x_ND) < 0.05
+
+
+class TestOddInputIsRefused:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("method", ["fit", "partial_fit"])
+    def test_nan_in_every_precision(self, method: str, dtype: torch.dtype) -> None:
+        x_ND = normal(50, 8).to(dtype)
+        x_ND[3, 3] = float("nan")
+        with pytest.raises(ActivationError, match="1 of 50 samples hold NaN"):
+            getattr(estimator(12, 3), method)(x_ND)
+
+    def test_nan_in_a_later_batch_leaves_the_estimator_as_it_was(self) -> None:
+        ksvd = estimator().partial_fit(X_ND)
+        atoms_MD, spoilt_ND = ksvd.atoms_MD.clone(), X_ND.clone()
+        spoilt_ND[3, 3] = float("nan")
+        with pytest.raises(ActivationError):
+            ksvd.partial_fit(spoilt_ND)
+        assert torch.equal(ksvd.atoms_MD, atoms_MD)
+        assert (len(ksvd.log), ksvd.samples_seen) == (1, 300)
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_an_empty_batch(self, first: bool) -> None:
+        ksvd = estimator() if first else estimator().partial_fit(X_ND)
+        with pytest.raises(ShapeError, match="batch is empty"):
+            ksvd.partial_fit(X_ND[:0])
+
+    def test_no_samples(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)fewer samples than atoms.*0 samples"):
+            estimator().fit(X_ND[:0])
+
+    def test_no_dimensions(self) -> None:
+        with pytest.raises(ShapeError, match=r"0 feature\(s\)"):
+            estimator().fit(torch.empty(300, 0))
+
+    def test_samples_too_large_for_float32(self) -> None:
+        with pytest.raises(ActivationError, match="hold NaN or infinity"):
+            estimator().fit(X_ND.double() * 1e300)
