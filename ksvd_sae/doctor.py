@@ -27,18 +27,18 @@ class Examination:
 
 def examine() -> Examination:
     """Look at this machine; nothing is changed or downloaded."""
-    found = Examination()
-    found.facts += list(versions().items())
-    found.facts.append(("device", _device()))
-    found.facts.append(("hub", hub_status()))
+    examination = Examination()
+    examination.facts += list(versions().items())
+    examination.facts.append(("device", _device()))
+    examination.facts.append(("hub", hub_status()))
     free = shutil.disk_usage(_existing(cache_dir())).free / 2**30
-    found.facts.append(("cache", f"{cache_dir()} ({free:.1f} GiB free)"))
+    examination.facts.append(("cache", f"{cache_dir()} ({free:.1f} GiB free)"))
     for extra, packages in _EXTRAS.items():
         missing = [p for p in packages if _installed(p) is None]
         state = "installed" if not missing else f"not installed: pip install 'ksvd-sae[{extra}]'"
-        found.facts.append((f"extra {extra}", state))
-    found.problems += version_problems() + torchvision_problems()
-    return found
+        examination.facts.append((f"extra {extra}", state))
+    examination.problems += version_problems() + torchvision_problems()
+    return examination
 
 
 def version_problems() -> list[str]:

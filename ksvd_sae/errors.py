@@ -24,6 +24,7 @@ Each message names the operation and what went wrong in its first line, and, whe
 known, the value received, the limit, the likely cause and the cure in the lines below it.
 """
 
+from functools import partial
 from typing import Any
 
 
@@ -50,6 +51,10 @@ class KsvdSaeError(Exception):
         self.what, self.got, self.limit, self.cause, self.cure = what, got, limit, cause, cure
         rows = [("got", got), ("limit", limit), ("likely cause", cause), ("cure", cure)]
         super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in rows if value is not None)]))
+
+    def __reduce__(self) -> Any:
+        """Errors of other processes arrive whole."""
+        return partial(type(self), self.what, got=self.got, limit=self.limit, cause=self.cause, cure=self.cure), ()
 
 
 class ConfigError(KsvdSaeError): ...

@@ -61,6 +61,14 @@ TABLE: dict[str, Replacement] = {
         noticed_by=("tests/activations/test_transformers_5.py::test_transformer_lens_asks_for_the_old_name",),
         added=True,
     ),
+    "gguf.GGUFReader": Replacement(
+        used_by="converting the demo's model",
+        instead="gives one reader of the file",
+        why="A reader takes a dozen seconds to go through Gemma's vocabulary, and transformers makes two, one for the "
+        "config and one for the weights, beside the one for the tokenizer.",
+        seen_in="gguf 0.19 with transformers 4.57 and 5",
+        noticed_by=("tests/offline/test_gemma.py::test_transformers_reads_the_file_anew_each_time",),
+    ),
     # ------------------------------------------------------------ core
     "sae_bench.evals.core.main.get_recons_loss": Replacement(
         used_by="core",

@@ -81,13 +81,13 @@ def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Installed versions of everything that a number depends on; absent packages are left out."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in TRACKED_PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @lru_cache(maxsize=1)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-UPSTREAM = {"sae_bench", "sae_lens", "sae_probes", "transformer_lens", "transformers", "datasets"}
+UPSTREAM = {"sae_bench", "sae_lens", "sae_probes", "transformer_lens", "transformers", "datasets", "gguf"}
 _IN_PLACE = {
     "update",
     "setdefault",

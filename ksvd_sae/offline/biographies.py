@@ -173,15 +173,15 @@ def biographies(profession: str, gender: str, n: int, seed: int) -> list[str]:
             got=f"{profession!r}, {gender!r}",
             limit=f"{', '.join(PROFESSIONS)}; {', '.join(GENDERS)}",
         )
-    found: dict[str, None] = {}
+    different: dict[str, None] = {}
     texts = _texts(profession, gender, random.Random(f"{seed}-{profession}-{gender}"))
     for _ in range(20 * n):
-        if len(found) == n:
+        if len(different) == n:
             break
-        found[next(texts)] = None
-    if len(found) < n:
-        raise TextError("biographies: too many asked for", got=n, limit=f"about {len(found)} different ones")
-    return list(found)
+        different[next(texts)] = None
+    if len(different) < n:
+        raise TextError("biographies: too many asked for", got=n, limit=f"about {len(different)} different ones")
+    return list(different)
 
 
 def _texts(profession: str, gender: str, draw: random.Random) -> Iterator[str]:

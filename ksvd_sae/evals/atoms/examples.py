@@ -122,8 +122,8 @@ def evaluate_examples(
     logger.info("examples: read %d tokens in %.1f s", len(text.x_ND), time.perf_counter() - started)
     for panelist in missing:
         started = time.perf_counter()
-        found = atoms_in_context(panelist.load(), text, read, texts, setting)
-        _write(files[panelist.name], found)
+        atoms = atoms_in_context(panelist.load(), text, read, texts, setting)
+        _write(files[panelist.name], atoms)
         logger.info("examples of %s: %.1f s", panelist.name, time.perf_counter() - started)
     return files
 
@@ -293,9 +293,9 @@ def _nearest(atoms_FD: Tensor, chosen: list[int]) -> list[dict[str, Any] | None]
     magnitudes_AF = cosines_AF.abs()
     magnitudes_AF[own, torch.tensor(chosen, device=own.device)] = -1
     nearest_A = magnitudes_AF.argmax(dim=1)
-    found = zip(nearest_A.tolist(), cosines_AF[own, nearest_A].tolist(), strict=True)
+    neighbours = zip(nearest_A.tolist(), cosines_AF[own, nearest_A].tolist(), strict=True)
     # + 0.0: no -0.0.
-    return [{"atom": atom, "cosine": round(cosine, 4) + 0.0} for atom, cosine in found]
+    return [{"atom": atom, "cosine": round(cosine, 4) + 0.0} for atom, cosine in neighbours]
 
 
 class _Finder:
@@ -314,16 +314,16 @@ class _Finder:
         activation_N[token_n] = value_n
         wanted = value_n * sign > 0
         token_n, value_n = token_n[wanted], value_n[wanted]
-        found: list[dict[str, Any]] = []
+        chosen: list[dict[str, Any]] = []
         seen: set[int] = set()
         for token in token_n[torch.argsort(value_n * sign, descending=True, stable=True)].tolist():
             document = int(self._document_N[token])
             if document not in seen:
                 seen.add(document)
-                found.append({"document": document, **self._cut(token, activation_N)})
-            if len(found) == self._n_examples:
+                chosen.append({"document": document, **self._cut(token, activation_N)})
+            if len(chosen) == self._n_examples:
                 break
-        return found
+        return chosen
 
     def _cut(self, token: int, activation_N: Tensor) -> dict[str, Any]:
         """The ordinary tokens of the same document and context around a token."""
@@ -346,15 +346,15 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _write(path: Path, found: dict[str, Any]) -> None:
+def _write(path: Path, described: dict[str, Any]) -> None:
     """JSON with a line an atom: n_tokens, n_documents, n_atoms, n_dead (on this text), signed, and atoms.
 
     An atom: its index, stratum, density (share of tokens), strongest |activation|, nearest (largest |cosine|),
     logit_lens, and examples of the positive and (where codes have signs) the negative sign. An example: document,
     peak (index of its token), tokens (texts), activations.
     """
-    facts = {name: value for name, value in found.items() if name != "atoms"}
+    facts = {name: value for name, value in described.items() if name != "atoms"}
     head = json.dumps(facts, ensure_ascii=False, allow_nan=False).removesuffix("}")
-    lines = ",\n".join(json.dumps(atom, ensure_ascii=False, allow_nan=False) for atom in found["atoms"])
+    lines = ",\n".join(json.dumps(atom, ensure_ascii=False, allow_nan=False) for atom in described["atoms"])
     with atomic_path(path) as temporary:
         temporary.write_text(f'{head}, "atoms": [\n{lines}\n]}}\n', encoding="utf-8")

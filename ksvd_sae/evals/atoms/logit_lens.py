@@ -35,12 +35,12 @@ def logit_lens(
     logits_AV = (rows_AD if gain is None else rows_AD * gain) @ model.W_U
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=logits_AV.device)
     special = special[special < logits_AV.shape[1]]
-    found = {}
+    tokens = {}
     for name, sign in (("raised", 1), ("lowered", -1)):
         signed_AV = sign * logits_AV
         signed_AV[:, special] = -torch.inf
-        found[name] = signed_AV.topk(min(SHOWN, logits_AV.shape[1] - len(special)), dim=1).indices.tolist()
+        tokens[name] = signed_AV.topk(min(SHOWN, logits_AV.shape[1] - len(special)), dim=1).indices.tolist()
     return [
         {"raised": texts.all(raised), "lowered": texts.all(lowered)}
-        for raised, lowered in zip(found["raised"], found["lowered"], strict=True)
+        for raised, lowered in zip(tokens["raised"], tokens["lowered"], strict=True)
     ]

@@ -90,8 +90,8 @@ class LexicalJudge:
 
     def _predict(self, explanation: str, texts: dict[int, str]) -> str:
         tokens = _tokens(explanation)
-        found = [n for n, text in texts.items() if any(_occurrences(token, text.lower()) for token in tokens)]
-        return ", ".join(map(str, found)) or "None"
+        where = [n for n, text in texts.items() if any(_occurrences(token, text.lower()) for token in tokens)]
+        return ", ".join(map(str, where)) or "None"
 
 
 def _texts(message: str) -> dict[int, str]:
@@ -117,7 +117,7 @@ def _tokens(explanation: str) -> list[str]:
 
 def _count(token: str, texts: dict[int, str]) -> int:
     """Times that the token is marked."""
-    return sum(found.lower() == token for text in texts.values() for found in _MARKED.findall(text))
+    return sum(marked.lower() == token for text in texts.values() for marked in _MARKED.findall(text))
 
 
 def _occurrences(token: str, text: str) -> int:

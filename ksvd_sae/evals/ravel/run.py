@@ -140,16 +140,16 @@ def _local_prompts(config: RavelEval, setting: EvalSetting) -> list[Path]:
     if config.dataset is None:
         return []
     folder = setting.data_folder / config.dataset / "base"
-    found = sorted(folder.glob("ravel_*.json"))
+    files = sorted(folder.glob("ravel_*.json"))
     kinds = [kind for kind in config.attributes if not (folder / f"ravel_{kind}_entity_attributes.json").exists()]
     if kinds:
         raise EvaluationError(
             f"ravel: the data set {config.dataset} has no {', '.join(kinds)}",
-            got=", ".join(path.name for path in found) or "no files",
+            got=", ".join(path.name for path in files) or "no files",
             cause="evaluation.ravel.dataset or .attributes names what is not there",
             cure="own-ravel has city and nobel_prize_winner; null takes the Hub's data set",
         )
-    return found
+    return files
 
 
 def _lay_out(prompts: list[Path], kept: Path) -> None:

@@ -34,10 +34,10 @@ def hub_files(
     """
     commit, folder = revision, None
     for name in names:
-        found = _download(repo_id, f"{path}/{name}" if path else name, commit, endpoint)
+        local = _download(repo_id, f"{path}/{name}" if path else name, commit, endpoint)
         if folder is None:
             # Hub caches have snapshots/<commit>/<path>/<name>: the other files come from the same commit.
-            commit, folder = found.parts[-2 - len([part for part in path.split("/") if part])], found.parent
+            commit, folder = local.parts[-2 - len([part for part in path.split("/") if part])], local.parent
     if folder is None or commit is None:
         raise HubError(f"reading {path or 'the top'} of {repo_id}: no files were asked for")
     return HubFiles(repo_id, path, commit, folder, {name: file_sha256(folder / name) for name in names})

@@ -205,8 +205,8 @@ def check_fetched(config: PublishedSAEMethod, *, model_name: str, hook_name: str
     source = fetch(config)
     path = source.files.folder / WEIGHTS[source.format][0]
     if source.format == "dictionary_learning":
-        found = _dictionary_learning_config(source)
-        check_place(source, found["lm_name"], found["hook_name"], model_name, hook_name)
+        upstream = _dictionary_learning_config(source)
+        check_place(source, upstream["lm_name"], upstream["hook_name"], model_name, hook_name)
         return source
     stored = _json(source, path)
     named = {**stored, **(stored.get("metadata") or {}), **source.overrides}
@@ -252,12 +252,12 @@ def _overridden_disk_loader(
 
 def _json(source: Source, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        mapping = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DictionaryError(f"loading published SAE {source.name}: {path.name} is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise DictionaryError(f"loading published SAE {source.name}: {path.name} holds no mapping", got=type(found))
-    return found
+    if not isinstance(mapping, dict):
+        raise DictionaryError(f"loading published SAE {source.name}: {path.name} holds no mapping", got=type(mapping))
+    return mapping
 
 
 def _dictionary_learning_config(source: Source) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _dictionary_learning_config(source: Source) -> dict[str, Any]:
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """A checkpoint of tensors by name; anything else in it is refused, and none of it is run."""
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     # UnpicklingError for what is no tensor; RuntimeError, EOFError and others for what is no checkpoint.
     except Exception as error:
         raise DictionaryError(
@@ -298,9 +298,9 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
             cause="another format, a broken download, or a file that would run code when it is loaded",
             cure="do not load it otherwise, unless you know who made it",
         ) from error
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise DictionaryError(f"{what}: {path.name} holds no tensors by name", got=type(found).__name__)
-    return found
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise DictionaryError(f"{what}: {path.name} holds no tensors by name", got=type(tensors).__name__)
+    return tensors
 
 
 def _from_dictionary_learning(source: Source) -> tuple[Any, int | None, int | None]:

@@ -84,7 +84,7 @@ def _choose_by_row(bits16_BM, x_BD, folded_MD, offset_M, error_M, k, columns_BK,
         floats_M, lower_bits, upper_bits = bits_M.view(np.float32), lower_M.view(np.int32), upper_M.view(np.int32)
         maxima, columns = np.empty(n_blocks, np.int32), np.empty(m + 1, np.int32)
         uppers, lowers, ranks = np.empty(m + 1, np.int32), np.empty(m + 1, np.int32), np.empty(m + 1, np.float32)
-        found, scratch = ranks.view(np.int32), np.empty(m + 1, np.int32)
+        candidates, scratch = ranks.view(np.int32), np.empty(m + 1, np.int32)
         for row in range(group * ROWS, min((group + 1) * ROWS, n_rows)):
             x_D, bound = x_BD[row], LEAST
             _bounds(bits16_BM[row], offset_M, error_M, np.sqrt(dot(x_D, x_D)), bits_M, floats_M, lower_M, upper_M)
@@ -105,15 +105,15 @@ def _choose_by_row(bits16_BM, x_BD, folded_MD, offset_M, error_M, k, columns_BK,
                 ranks[i] += offset_M[columns[i]]
             last, ties = LEAST, n
             if n > k:
-                scratch[:n] = found[:n]
+                scratch[:n] = candidates[:n]
                 last, ties = max(LEAST, nth_largest(scratch[:n], k)), k
                 for i in range(n):
-                    ties -= found[i] > last
+                    ties -= candidates[i] > last
             kept = 0
             for i in range(n):
-                if found[i] > last or (found[i] == last and ties > 0):
-                    ties -= found[i] == last
-                    columns_BK[row, kept], bits_BK[row, kept] = columns[i], found[i]
+                if candidates[i] > last or (candidates[i] == last and ties > 0):
+                    ties -= candidates[i] == last
+                    columns_BK[row, kept], bits_BK[row, kept] = columns[i], candidates[i]
                     kept += 1
             counts_B[row] = kept
 

@@ -62,17 +62,17 @@ def nth_largest(bits_N, n):  # type: ignore[no-untyped-def]
 
 
 @njit(inline="always")
-def _collect(bits_M, bound, columns, found):  # type: ignore[no-untyped-def]
+def _collect(bits_M, bound, columns, candidates):  # type: ignore[no-untyped-def]
     """Columns and bits of the entries from bound on; returns how many. Both arrays have room for M + 1."""
     n, whole = 0, bits_M.shape[0] // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         block = bits_M[start : start + BLOCK]
         if maximum(block) >= bound:
             for i in range(BLOCK):
-                columns[n], found[n] = start + i, block[i]
+                columns[n], candidates[n] = start + i, block[i]
                 n += block[i] >= bound
     for m in range(whole, bits_M.shape[0]):
-        columns[n], found[n] = m, bits_M[m]
+        columns[n], candidates[n] = m, bits_M[m]
         n += bits_M[m] >= bound
     return n
 
@@ -83,7 +83,7 @@ def _choose_by_row(bits_BM, k, columns_BK, bits_BK, counts_B):  # type: ignore[n
     n_blocks = m // BLOCK
     for group in prange((n_rows + ROWS - 1) // ROWS):
         maxima, columns = np.empty(n_blocks, np.int32), np.empty(m + 1, np.int32)
-        found, scratch = np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
+        candidates, scratch = np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
         for row in range(group * ROWS, min((group + 1) * ROWS, n_rows)):
             bits_M, bound = bits_BM[row], LEAST
             # k blocks have a maximum that is no smaller than the k-th largest maximum.
@@ -91,18 +91,18 @@ def _choose_by_row(bits_BM, k, columns_BK, bits_BK, counts_B):  # type: ignore[n
                 for block in range(n_blocks):
                     maxima[block] = maximum(bits_M[block * BLOCK : (block + 1) * BLOCK])
                 bound = max(bound, nth_largest(maxima, k))
-            n = _collect(bits_M, bound, columns, found)
+            n = _collect(bits_M, bound, columns, candidates)
             last, ties = bound, n
             if n > k:
-                scratch[:n] = found[:n]
+                scratch[:n] = candidates[:n]
                 last, ties = nth_largest(scratch[:n], k), k
                 for i in range(n):
-                    ties -= found[i] > last
+                    ties -= candidates[i] > last
             kept = 0
             for i in range(n):
-                if found[i] > last or (found[i] == last and ties > 0):
-                    ties -= found[i] == last
-                    columns_BK[row, kept], bits_BK[row, kept] = columns[i], found[i]
+                if candidates[i] > last or (candidates[i] == last and ties > 0):
+                    ties -= candidates[i] == last
+                    columns_BK[row, kept], bits_BK[row, kept] = columns[i], candidates[i]
                     kept += 1
             counts_B[row] = kept
 
@@ -129,10 +129,10 @@ def _count(bits_BM, bound, counts_B):  # type: ignore[no-untyped-def]
 def _collect_all(bits_BM, bound, starts_B, columns_Z, bits_Z):  # type: ignore[no-untyped-def]
     n_rows, m = bits_BM.shape
     for group in prange((n_rows + ROWS - 1) // ROWS):
-        columns, found = np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
+        columns, chosen = np.empty(m + 1, np.int32), np.empty(m + 1, np.int32)
         for row in range(group * ROWS, min((group + 1) * ROWS, n_rows)):
-            n, start = _collect(bits_BM[row], bound, columns, found), starts_B[row]
-            columns_Z[start : start + n], bits_Z[start : start + n] = columns[:n], found[:n]
+            n, start = _collect(bits_BM[row], bound, columns, chosen), starts_B[row]
+            columns_Z[start : start + n], bits_Z[start : start + n] = columns[:n], chosen[:n]
 
 
 @njit(cache=True, boundscheck=False, error_model="numpy")

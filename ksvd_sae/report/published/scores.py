@@ -192,8 +192,8 @@ def matches(own: Iterable[OwnScore], protocol: RunProtocol) -> list[Match]:
             row = kept.setdefault((score.eval, score.metric, score.d_sae, architecture), {})
             if nearest not in row or _distance(match) < _distance(row[nearest]):
                 row[nearest] = match
-    found = [m for row in kept.values() for m in sorted(row.values(), key=_distance)[:PER_KIND]]
-    return sorted(found, key=_order)
+    kept_matches = [m for row in kept.values() for m in sorted(row.values(), key=_distance)[:PER_KIND]]
+    return sorted(kept_matches, key=_order)
 
 
 def _preferred(kind: list[PublishedScore], protocol: RunProtocol) -> list[PublishedScore]:

@@ -50,26 +50,26 @@ def published_section(
             f"No published scores to compare with: SAEBench published {' and '.join(places)}, not {protocol.model} "
             f"({protocol.hook})."
         )
-    found = matches(own, protocol)
-    if not found:
+    comparisons = matches(own, protocol)
+    if not comparisons:
         widths = ", ".join(f"{width:,}" for width in sorted({s.d_sae for s in here if s.l0 or s.l0_range}))
         return f"No published scores to compare with: published SAEs of this model and hook have {widths} latents."
     lead = (
         "SAEs that SAEBench published (trained on 500M tokens), of as many latents as ours and the nearest L0, beside "
         "the nearest of ours. They were not measured here and take part in no ranking above. "
-        f"Of {len(found)} scores {sum(m.verdict == COMPARABLE for m in found)} were measured as ours were; the last "
-        "column says what stands in the way of the others."
+        f"Of {len(comparisons)} scores {sum(m.verdict == COMPARABLE for m in comparisons)} were measured as ours were; "
+        "the last column says what stands in the way of the others."
     )
-    names = [f"{SOURCES[name]}; SAEBench {_versions(found, name)}" for name in _files(found)]
-    return Section(TITLE, "published", lead, HEADS, NUMBERS, [_row(match) for match in found], names)
+    names = [f"{SOURCES[name]}; SAEBench {_versions(comparisons, name)}" for name in _files(comparisons)]
+    return Section(TITLE, "published", lead, HEADS, NUMBERS, [_row(match) for match in comparisons], names)
 
 
-def _files(found: list[Match]) -> list[str]:
-    return [name for name in SOURCES if any(m.published.file == name for m in found)]
+def _files(comparisons: list[Match]) -> list[str]:
+    return [name for name in SOURCES if any(m.published.file == name for m in comparisons)]
 
 
-def _versions(found: list[Match], name: str) -> str:
-    return " and ".join(sorted({m.published.version for m in found if m.published.file == name}))
+def _versions(comparisons: list[Match], name: str) -> str:
+    return " and ".join(sorted({m.published.version for m in comparisons if m.published.file == name}))
 
 
 def _own_scores(frame: pd.DataFrame, controls: frozenset[str]) -> list[OwnScore]:
