@@ -49,9 +49,11 @@ def _stage(config: Path, overrides: list[str] | None, results: Path, verbose: bo
     """Load the config, prepare the model's place, run ``steps`` on the Run; our errors end with exit code 1."""
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
+        from ksvd_sae.device import keep_freed_memory
         from ksvd_sae.run.config import load_config
         from ksvd_sae.run.pipeline import Run
 
+        keep_freed_memory()
         run = Run(load_config(config, overrides or ()), results)
         run.prepare()
         steps(run)
@@ -151,10 +153,12 @@ def study(
     """Train and measure a grid of dictionaries, row by row; then its table and plot. Goes on where it stopped."""
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
+        from ksvd_sae.device import keep_freed_memory
         from ksvd_sae.report.study import write_report
         from ksvd_sae.run.grid import load_study
         from ksvd_sae.run.study import Study
 
+        keep_freed_memory()
         grid, layers = load_study(config)
         if layer not in (None, *grid.layers):
             raise ConfigError(f"study: no layer {layer}", limit=f"layers: {grid.layers}", cure="give one of these")

@@ -177,6 +177,7 @@ class Eval(Strict, ABC):
         on_by_default: whether it runs where a config does not mention it.
         columns: of the headline table.
         cost: what it takes, in a phrase.
+        demo_seconds: about what it takes in the demo, on one core: of several at a time, the longest begin.
         at_once: it is cheap, and runs on each dictionary as soon as that is there.
         loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
@@ -188,6 +189,7 @@ class Eval(Strict, ABC):
     on_by_default: ClassVar[bool] = False
     columns: ClassVar[tuple[Column, ...]] = ()
     cost: ClassVar[str]
+    demo_seconds: ClassVar[float] = 30
     at_once: ClassVar[bool] = False
     loads_own_model: ClassVar[bool] = False
     reads_signs: ClassVar[bool] = False

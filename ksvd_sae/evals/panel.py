@@ -57,10 +57,10 @@ def _outcomes(
             for section in evals:
                 yield _outcome(section, panel, setting, output, model)
         return
-    # What an eval keeps for its next seed is not for two at a time, so its seeds stay together. The dearest come last
-    # in a run's order; here they begin, so that none of them is left alone at the end.
-    tasks = [partial(_in_process, task, panel, setting, output) for task in reversed(by_name.values())]
-    for outcomes in side_by_side(tasks, processes):
+    # What an eval keeps for its next seed is not for two at a time, so its seeds stay together. The longest begin, so
+    # that none of them is left alone at the end.
+    together = sorted(by_name.values(), key=lambda sections: -len(sections) * sections[0].demo_seconds)
+    for outcomes in side_by_side([partial(_in_process, some, panel, setting, output) for some in together], processes):
         yield from outcomes
 
 

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ksvd_sae.device import keep_freed_memory
 from ksvd_sae.errors import EvaluationError
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def side_by_side(tasks: Iterable[Callable[[], T]], processes: int) -> Iterator[T
 
 def _start(end_of_file: Connection, logs: Any, verbose: bool) -> None:
     """In a new process, before its first task."""
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, args=(end_of_file,), daemon=True).start()
     root = logging.getLogger()
     root.handlers[:] = [logging.handlers.QueueHandler(logs)]

@@ -219,12 +219,15 @@ class Run:
         for scores in self._scored(train=train):
             if show is not None:
                 show(scores)
+        # In the config's order, whichever ended first.
+        position = {section.name: i for i, section in enumerate(self.config.evaluation.evals()) if not section.at_once}
+        rows = sorted(scores.rows, key=lambda row: position.get(row["eval"], -1))
         return write_manifest(
             self._evaluation_folder,
             EVALUATE_STAGE,
             self._evaluation_key,
-            rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in scores.rows],
-            files=result_files(scores.results),
+            rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in rows],
+            files=result_files(sorted(scores.results, key=lambda result: position.get(result.eval, -1))),
             examples={name: path.name for name, path in self._examples().items()},
             config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),

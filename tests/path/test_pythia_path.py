@@ -1,6 +1,7 @@
 """eval_configs/pythia-160m.yaml from text to report, through the command line, on a tiny model of that name."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any, NoReturn
@@ -173,6 +174,18 @@ def test_a_second_run_reuses_every_stage(place: Workplace, tmp_path: Path) -> No
     assert "evaluate: reusing" in again.stderr
     assert files(place.results) == before
     assert files(place.folder / "cache") == cached
+
+
+def test_evals_side_by_side_give_the_same_scores(place: Workplace, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(place.folder / "cache", cache, ignore=shutil.ignore_patterns("evaluations", "artifacts", "llm"))
+    done = succeeded(place.ksvd_sae("evaluate", changes={"evaluation.processes": "2"}, cache=cache))
+    assert "scr of db-ksvd" in done.stderr, "what an eval's process logs is shown"
+    rows, again = (
+        strict_json(next((folder / "evaluations").glob(f"{CONFIG}-*/{MANIFEST}")))["rows"]
+        for folder in (place.folder / "cache", cache)
+    )
+    assert again == rows
 
 
 def test_each_stage_alone(place: Workplace, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ class AbsorptionEval(SeededEval):
 
     name: ClassVar[str] = "absorption"
     cost: ClassVar[str] = "the language model over two prompts a word once for a panel; k-sparse probes for each"
+    demo_seconds: ClassVar[float] = 200
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "absorption",

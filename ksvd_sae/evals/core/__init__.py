@@ -20,6 +20,7 @@ class CoreEval(Eval):
     name: ClassVar[str] = "core"
     on_by_default: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model over all its text once for a panel; its layers after the hook for each"
+    demo_seconds: ClassVar[float] = 70
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "loss recovered",

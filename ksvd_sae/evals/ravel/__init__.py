@@ -38,6 +38,7 @@ class RavelEval(SeededEval):
 
     name: ClassVar[str] = "ravel"
     cost: ClassVar[str] = "the whole language model: answers once for a panel, masks with gradients for each"
+    demo_seconds: ClassVar[float] = 200
     loads_own_model: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = (
         Column(

@@ -23,6 +23,7 @@ class SaeProbesEval(SeededEval):
 
     name: ClassVar[str] = "sparse_probing_sae_probes"
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
+    demo_seconds: ClassVar[float] = 250
     columns: ClassVar[tuple[Column, ...]] = tuple(
         Column(
             f"sae-probes top-{k}",

@@ -31,6 +31,7 @@ class ScrEval(SeededEval):
 
     name: ClassVar[str] = "scr"
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; coding them for each"
+    demo_seconds: ClassVar[float] = 70
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "SCR top-20",
