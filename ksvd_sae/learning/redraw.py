@@ -1,6 +1,6 @@
 """Atoms that are of no use, and what takes their place.
 
-Two kinds are of no use: those that no sample of a batch picked, and the weaker of two that point the same way.
+Two kinds are of no use: those that no sample has picked for long, and the weaker of two that point the same way.
 K-SVD cannot get rid of the second kind by itself. Both atoms of such a pair are used and share what one would do, while
 another atom lies between two directions of the data and does the work of two: a local minimum, and the larger the
 batch, the less noise there is to leave it by. Aharon, Elad & Bruckstein (2006) clear their dictionary of pairs with
@@ -22,7 +22,7 @@ from ksvd_sae.errors import ShapeError
 Redraw = Literal["residual", "data", "random", "none"]
 REDRAWS: tuple[Redraw, ...] = ("residual", "data", "random", "none")
 # An atom is taken for unused once an average one has been used so often since it last was: a batch that holds few uses
-# of each atom says little about the rare ones.
+# of each atom says little about the rare ones. (With another value, trainings are others: DBKSVDMethod.version.)
 ENOUGH_IDLE = 20.0
 # Rows of the Gram matrix that the search for pairs holds at a time.
 _PAIR_ROWS = 1024

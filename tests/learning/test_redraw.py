@@ -161,9 +161,9 @@ class TestInTraining:
         )
 
     def test_an_atom_that_is_used_now_and_then_stays(self) -> None:
-        """Samples along one atom each; two batches of three lack those of atom 0."""
-        sizes_BD = normal(40, 1).abs() + 1
-        some_BD, all_BD = (sizes_BD * torch.eye(8)[torch.arange(40) % n + 8 - n] for n in (7, 8))
+        """Samples near one atom each, so that there are residuals to draw from; two batches of three lack atom 0's."""
+        sizes_BD, off_BD = normal(40, 1).abs() + 1, 0.05 * normal(40, 8)
+        some_BD, all_BD = (sizes_BD * torch.eye(8)[torch.arange(40) % n + 8 - n] + off_BD for n in (7, 8))
         ksvd = learner(8, 1, centre=False)
         ksvd.state = ksvd._started(torch.zeros(8), torch.eye(8))
         for batch_BD in [some_BD, some_BD, all_BD] * 4:
