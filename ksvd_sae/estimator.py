@@ -28,10 +28,10 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
     """Learn a dictionary of unit atoms such that k of them, with signs, rebuild a sample.
 
     Args:
-        n_atoms, passes, batch_samples, update, atom_batch, init, redraw, duplicate_cosine, average, centre, weighting,
-            precision, seed: see ``LearnerOptions``.
-        k, coder, groups, nonnegative, rtol, max_steps: see ``Coding``. Training always codes by plain MP, with groups
-            group by group; the coder is that of ``encode``, ``transform`` and the dictionary.
+        n_atoms, passes, batch_samples, update, atom_batch, init, redraw, duplicate_cosine, coherence, average, centre,
+            weighting, precision, seed: see ``LearnerOptions``.
+        k, coder, groups, nonnegative, rtol, tau, max_steps: see ``Coding``. Training always codes by plain MP, with
+            groups group by group; the coder is that of ``encode``, ``transform`` and the dictionary.
         device, keep_on_device, log_path, checkpoint_path, checkpoint_every, on_batch: see ``DictionaryLearner``.
 
     Attributes after fitting: ``atoms_MD`` (unit rows of the weighted space), ``centre_D``, ``samples_seen``, ``log``
@@ -57,12 +57,14 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
         init: Init = "data",
         redraw: Redraw = "residual",
         duplicate_cosine: float | None = 0.99,
+        coherence: float | None = None,
         average: bool = True,
         centre: bool = True,
         weighting: Weighting | None = None,
         groups: Sequence[int] | None = None,
         nonnegative: bool = False,
         rtol: float = 0.0,
+        tau: float = 0.0,
         max_steps: int | None = None,
         precision: Precision = "float32",
         coder: AnyCoder = "mp",
@@ -77,9 +79,10 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
         # Stored as given and checked by fit, as scikit-learn's clone and set_params want it.
         self.n_atoms, self.k, self.passes, self.batch_samples = n_atoms, k, passes, batch_samples
         self.update, self.atom_batch, self.init = update, atom_batch, init
-        self.redraw, self.duplicate_cosine, self.average = redraw, duplicate_cosine, average
+        self.redraw, self.duplicate_cosine, self.coherence, self.average = redraw, duplicate_cosine, coherence, average
         self.centre, self.weighting, self.groups, self.nonnegative = centre, weighting, groups, nonnegative
-        self.rtol, self.max_steps, self.precision, self.coder, self.seed = rtol, max_steps, precision, coder, seed
+        self.rtol, self.tau, self.max_steps, self.precision = rtol, tau, max_steps, precision
+        self.coder, self.seed = coder, seed
         self.device, self.keep_on_device, self.log_path, self.on_batch = device, keep_on_device, log_path, on_batch
         self.checkpoint_path, self.checkpoint_every = checkpoint_path, checkpoint_every
 
@@ -99,7 +102,7 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
     def coding(self) -> Coding:
         """How ``encode`` codes centred and weighted samples."""
         groups = None if self.groups is None else tuple(self.groups)
-        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, groups)
+        return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, groups, self.tau)
 
     @property
     def learner(self) -> DictionaryLearner:
@@ -115,6 +118,7 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
                 init=self.init,
                 redraw=self.redraw,
                 duplicate_cosine=self.duplicate_cosine,
+                coherence=self.coherence,
                 average=self.average,
                 centre=self.centre,
                 weighting=self.weighting,

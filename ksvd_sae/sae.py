@@ -1,7 +1,7 @@
 """Dictionaries as SAELens SAEs: the border where W_dec, d_in and d_sae begin.
 
-``W_dec`` is the atoms in raw space, ``b_dec`` the centre, and ``encode`` runs the dictionary's own coder: matching
-pursuit, matching pursuit with refit, OMP, or projection. Everything that takes a SAELens SAE takes
+``W_dec`` is the atoms in raw space, ``b_dec`` the centre, and ``encode`` runs the dictionary's own coder, a pursuit or
+a projection (``ksvd_sae.learning.coding``). Everything that takes a SAELens SAE takes
 these: HookedSAETransformer, ActivationsStore, SAEBench.
 
 SAEBench wants decoder rows of unit norm in raw space. A weighted dictionary has unit rows in weighted space; here each
@@ -41,8 +41,9 @@ ARCHITECTURE_ON_DISK = "db_ksvd (run `import ksvd_sae` first, from the package k
 class DBKSVDSAEConfig(SAEConfig):
     """What SAELens stores beside the weights.
 
-    k, coder, rtol, max_steps, nonnegative, groups: the fields of ``coding``. One by one, because of a cfg.json SAELens
-        hands on the keys that are fields of this class, and drops all others before any code of ours runs.
+    k, coder, rtol, max_steps, nonnegative, groups, tau, tau_absolute: the fields of ``coding``. One by one, because of
+        a cfg.json SAELens hands on the keys that are fields of this class, and drops all others before any code of ours
+        runs.
     weighting: 'none', or the shape of the map that is applied before coding: 'diagonal' or 'full'.
     split: whether latents are [f₊, f₋]; d_sae is then twice the number of atoms, while k and groups count atoms.
     """
@@ -53,6 +54,8 @@ class DBKSVDSAEConfig(SAEConfig):
     max_steps: int | None = None
     nonnegative: bool = False
     groups: list[int] | None = None
+    tau: float = 0.0
+    tau_absolute: float = 0.0
     weighting: Literal["none", "diagonal", "full"] = "none"
     split: bool = False
 

@@ -28,11 +28,10 @@ from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import (
     ACTIVATIONS_KEY,
     STAGE,
-    STATISTICS_FILE,
     ActivationShards,
+    finish,
     shard_name,
     write_shard,
-    write_statistics,
 )
 from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
 from ksvd_sae.activations.text import TextConfig, contexts, documents
@@ -44,7 +43,6 @@ from ksvd_sae.store import (
     is_finished,
     require_disk_space,
     write_json,
-    write_manifest,
 )
 
 logger = logging.getLogger(__name__)
@@ -273,22 +271,8 @@ def _finish(harvest: Harvest, folder: Path, collected: dict[str, list[dict[str, 
         parts[part] = _write_shuffled(harvest, folder, part, raw[part], kept, running if part == "train" else None)
         parts[part]["outliers"] = sum(len(n) for n in norms[part]) - sum(len(k) for k in kept)
     statistics = running.result(median_norm)
-    write_statistics(folder / STATISTICS_FILE, statistics)
-    write_manifest(
-        folder,
-        STAGE,
-        harvest.key,
-        d_in=d_in,
-        parts=parts,
-        statistics={
-            "n_samples": statistics.n_samples,
-            "mean_norm": statistics.mean_norm,
-            "median_norm": statistics.median_norm,
-            "scale": statistics.scale,
-            "outlier_limit": limit if limit != float("inf") else None,
-        },
-        seconds=round(time.perf_counter() - started, 1),
-    )
+    seconds = time.perf_counter() - started
+    finish(folder, harvest.key, parts, statistics, limit if limit != float("inf") else None, seconds)
     raw.clear()
     shutil.rmtree(folder / "raw")
 

@@ -1,6 +1,7 @@
 """Activations on disk: safetensors shards with a manifest, read back in batches of any size."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -11,9 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ksvd_sae.activations.statistics import Statistics
+from ksvd_sae.activations.statistics import RunningStatistics, Statistics
 from ksvd_sae.errors import ShapeError, ShardError
-from ksvd_sae.store import atomic_path, file_sha256, read_manifest
+from ksvd_sae.store import atomic_path, file_sha256, read_manifest, write_manifest
 
 STAGE = "harvest"
 ACTIVATIONS_KEY = "activations"
@@ -34,6 +35,61 @@ def write_shard(path: Path, x_ND: Tensor) -> dict[str, Any]:
 def write_statistics(path: Path, statistics: Statistics) -> None:
     with atomic_path(path) as temporary:
         save_file({"centre": statistics.centre_D, "variance": statistics.variance_D}, temporary)
+
+
+def finish(
+    folder: Path,
+    key: dict[str, Any],
+    parts: dict[str, dict[str, Any]],
+    statistics: Statistics,
+    outlier_limit: float | None,
+    seconds: float,
+) -> None:
+    """Write what makes parts of shards a harvest: statistics of the training part, and the manifest.
+
+    Args:
+        parts: 'train' and 'heldout', each with n_samples, outliers and the shards' entries.
+        outlier_limit: norm above which samples were left out; None: none were.
+    """
+    write_statistics(folder / STATISTICS_FILE, statistics)
+    write_manifest(
+        folder,
+        STAGE,
+        key,
+        d_in=len(statistics.centre_D),
+        parts=parts,
+        statistics={
+            "n_samples": statistics.n_samples,
+            "mean_norm": statistics.mean_norm,
+            "median_norm": statistics.median_norm,
+            "scale": statistics.scale,
+            "outlier_limit": outlier_limit,
+        },
+        seconds=round(seconds, 1),
+    )
+
+
+def write_harvest(
+    folder: Path, key: dict[str, Any], train: Iterable[Tensor], heldout: Iterable[Tensor]
+) -> "ActivationShards":
+    """Write activations from elsewhere as a harvest, a shard for each (B, d_in) batch; gives the training part.
+
+    Samples stay in the order that they come in. Raises: ActivationError if there are none to learn from.
+    """
+    started, running, norms = time.perf_counter(), None, list[Tensor]()
+    parts: dict[str, dict[str, Any]] = {}
+    for part, batches in (("train", train), ("heldout", heldout)):
+        shards = []
+        for index, x_ND in enumerate(batches):
+            if part == "train":
+                running = running or RunningStatistics(x_ND.shape[1])
+                running.add(x_ND)
+                norms.append(torch.linalg.vector_norm(x_ND.float(), dim=1))
+            shards.append(write_shard(folder / part / shard_name(index), x_ND))
+        parts[part] = {"n_samples": sum(shard["n_samples"] for shard in shards), "shards": shards, "outliers": 0}
+    statistics = (running or RunningStatistics(0)).result(float(torch.cat(norms).median()) if norms else 0.0)
+    finish(folder, key, parts, statistics, None, time.perf_counter() - started)
+    return ActivationShards.open(folder, key=key)
 
 
 @dataclass

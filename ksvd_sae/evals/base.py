@@ -79,11 +79,15 @@ class Panelist:
     """One SAE or dictionary under evaluation.
 
     name: as in the tables. content: hash of what it is. load: gives a fresh SAELens SAE (evals change it in place).
+    learned_on: gives an SAE of the same kind, options and seed that is learned on other activations. Takes these, their
+        hash, a folder to work in, and values of 'n_atoms' and 'k' in place of its own; None for what cannot be learned
+        elsewhere.
     """
 
     name: str
     content: str
     load: "Callable[[], SAE[Any]]"
+    learned_on: "Callable[[ActivationShards, str, Path, Mapping[str, int]], SAE[Any]] | None" = None
 
 
 @dataclass(frozen=True)

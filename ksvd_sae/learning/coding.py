@@ -22,7 +22,7 @@ class Coding:
     Attributes:
         k: most atoms a sample.
         coder: 'mp', 'mp_refit', 'omp', 'ormp', 'projection', or 'matryoshka' (group by group).
-        rtol, max_steps, nonnegative: see ``matching_pursuit``.
+        rtol, max_steps, nonnegative, tau, tau_absolute: see ``matching_pursuit``.
         groups: sizes of the groups of a Matryoshka dictionary; the coder 'matryoshka' needs them, others ignore them.
     """
 
@@ -32,6 +32,8 @@ class Coding:
     max_steps: int | None = None
     nonnegative: bool = False
     groups: tuple[int, ...] | None = None
+    tau: float = 0.0
+    tau_absolute: float = 0.0
 
     def check(self, n_atoms: int, d_in: int, where: str) -> None:
         """Raise ShapeError unless this can code in d_in dimensions with n_atoms atoms."""
@@ -50,7 +52,13 @@ class Coding:
 
     def encode(self, y_BD: Tensor, atoms_MD: Tensor, gram_MM: Tensor | None = None) -> Code:
         """Code centred (and weighted) samples; gram_MM as for ``matching_pursuit``."""
-        options: dict[str, Any] = {"rtol": self.rtol, "max_steps": self.max_steps, "nonnegative": self.nonnegative}
+        options: dict[str, Any] = {
+            "rtol": self.rtol,
+            "tau": self.tau,
+            "tau_absolute": self.tau_absolute,
+            "max_steps": self.max_steps,
+            "nonnegative": self.nonnegative,
+        }
         if self.coder != "matryoshka":
             return encode(y_BD, atoms_MD, self.k, coder=self.coder, gram_MM=gram_MM, **options)
         assert self.groups is not None
@@ -64,7 +72,7 @@ class Coding:
     def from_json(cls, fields: Mapping[str, Any]) -> "Coding":
         """What ``as_json`` gave, among other keys if need be.
 
-        nonnegative and groups may be missing: files from before there were any lack them.
+        nonnegative, groups and the taus may be missing: files from before there were any lack them.
         Raises: KeyError.
         """
         groups = fields.get("groups")
@@ -75,4 +83,6 @@ class Coding:
             max_steps=fields["max_steps"],
             nonnegative=fields.get("nonnegative", False),
             groups=tuple(groups) if groups else None,
+            tau=fields.get("tau", 0.0),
+            tau_absolute=fields.get("tau_absolute", 0.0),
         )

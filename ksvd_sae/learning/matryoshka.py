@@ -15,6 +15,7 @@ of 0.149 ("What the options of DB-KSVD are worth" in the docs, section Matryoshk
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,12 +108,16 @@ def stages(
     *,
     max_steps: int | None = None,
     rtol: float = 0.0,
+    tau: float = 0.0,
+    tau_absolute: float = 0.0,
     nonnegative: bool = False,
     precision: Precision = "float32",
 ) -> Iterator[Stage]:
     """Code group by group; arguments as ``matryoshka_encode`` and ``matching_pursuit``."""
     check_groups(groups, len(atoms_MD), k, x_BD.shape[1])
     target_BD = x_BD
+    # What is noise in a sample is noise in what a group leaves of it.
+    noise_B = torch.linalg.vector_norm(x_BD, dim=1).mul_(tau).clamp_(min=tau_absolute)
     for rows, budget in zip(group_slices(groups), group_budgets(k, len(groups)), strict=True):
         code = matching_pursuit(
             target_BD,
@@ -120,6 +125,7 @@ def stages(
             budget,
             max_steps=max_steps,
             rtol=rtol,
+            tau_absolute=noise_B,
             nonnegative=nonnegative,
             precision=precision,
         )
@@ -146,6 +152,8 @@ def matryoshka_encode(
     *,
     max_steps: int | None = None,
     rtol: float = 0.0,
+    tau: float = 0.0,
+    tau_absolute: float = 0.0,
     nonnegative: bool = False,
 ) -> Code:
     """Code each row group by group with at most Σ ``group_budgets`` atoms (k, or up to n_groups − 1 more).
@@ -155,9 +163,11 @@ def matryoshka_encode(
         groups: sizes, summing to M.
         max_steps: most steps a sample and group; default 4 × the group's budget.
         rtol: a group stops once ‖r‖ ≤ rtol·‖what the groups before it left‖.
+        tau, tau_absolute: as ``matching_pursuit``, of the whole sample.
     Returns: Code over all M atoms; columns in the order of the groups, so a prefix of the columns is the code of a
         prefix of the dictionary.
     Raises: ShapeError (groups that do not fit); else as ``matching_pursuit``.
     Cost: as ``matching_pursuit``, less: every step sees one group's products only.
     """
-    return joined(list(stages(x_BD, atoms_MD, groups, k, max_steps=max_steps, rtol=rtol, nonnegative=nonnegative)))
+    options: dict[str, Any] = {"max_steps": max_steps, "rtol": rtol, "tau": tau, "tau_absolute": tau_absolute}
+    return joined(list(stages(x_BD, atoms_MD, groups, k, nonnegative=nonnegative, **options)))

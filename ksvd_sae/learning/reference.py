@@ -17,10 +17,12 @@ def matching_pursuit(
     max_steps: int | None = None,
     rtol: float = 0.0,
     nonnegative: bool = False,
+    floor: float = 0.0,
 ) -> Array:
     """One sample's code, dense (M,): largest product first, stop before a (k+1)-th distinct atom.
 
     Mallat & Zhang 1993. ``sample`` (D,), ``atoms`` (M, D) unit rows. nonnegative: only positive products count.
+    floor: the size of a product that is left.
     """
     code = np.zeros(len(atoms))
     residual = sample.astype(np.float64).copy()
@@ -30,7 +32,9 @@ def matching_pursuit(
             break
         products = np.array([residual @ atom for atom in atoms])
         best = int(np.argmax(products if nonnegative else np.abs(products)))
-        if products[best] == 0 or (nonnegative and products[best] < 0) or (best not in picked and len(picked) == k):
+        if abs(products[best]) <= floor or (nonnegative and products[best] < 0):
+            break
+        if best not in picked and len(picked) == k:
             break
         picked.add(best)
         code[best] += products[best]
@@ -38,7 +42,7 @@ def matching_pursuit(
     return code
 
 
-def orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float = 0.0) -> Array:
+def orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float = 0.0, floor: float = 0.0) -> Array:
     """One sample's code, dense (M,): after every pick, least squares on all picks (Pati et al. 1993)."""
     code = np.zeros(len(atoms))
     residual = sample.astype(np.float64).copy()
@@ -48,7 +52,7 @@ def orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float
             break
         sizes = np.array([0.0 if j in picked else abs(residual @ atom) for j, atom in enumerate(atoms)])
         best = int(np.argmax(sizes))
-        if sizes[best] <= 1e-12 * np.linalg.norm(sample):
+        if sizes[best] <= max(floor, 1e-12 * np.linalg.norm(sample)):
             break
         picked.append(best)
         coefficients = np.linalg.lstsq(atoms[picked].T, sample, rcond=None)[0]
@@ -58,8 +62,13 @@ def orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float
     return code
 
 
-def order_recursive_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float = 0.0) -> Array:
-    """One sample's code, dense (M,): every pick is the atom whose least squares with the picks so far errs least."""
+def order_recursive_matching_pursuit(
+    sample: Array, atoms: Array, k: int, rtol: float = 0.0, floor: float = 0.0
+) -> Array:
+    """One sample's code, dense (M,): every pick is the atom whose least squares with the picks so far errs least.
+
+    floor: what a pick must take off the error, as its square root.
+    """
     code, coefficients = np.zeros(len(atoms)), np.zeros(0)
     picked: list[int] = []
     for _ in range(k):
@@ -69,12 +78,17 @@ def order_recursive_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: 
         solved = [np.linalg.lstsq(atoms[trial].T, sample, rcond=None)[0] for trial in trials]
         errors = [float(np.linalg.norm(sample - c @ atoms[t])) for t, c in zip(trials, solved, strict=True)]
         best = int(np.argmin(errors))
+        before = float(np.linalg.norm(sample - coefficients @ atoms[picked]))
+        if before**2 - errors[best] ** 2 <= floor**2:
+            break
         picked, coefficients = trials[best], solved[best]
     code[picked] = coefficients
     return code
 
 
-def nonnegative_orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int, rtol: float = 0.0) -> Array:
+def nonnegative_orthogonal_matching_pursuit(
+    sample: Array, atoms: Array, k: int, rtol: float = 0.0, floor: float = 0.0
+) -> Array:
     """One sample's code ≥ 0, dense (M,): Lawson & Hanson 1974 with at most k atoms (Nguyen et al. 2019).
 
     The largest positive product enters; least squares on all that are in; whoever would turn negative leaves, the first
@@ -88,7 +102,7 @@ def nonnegative_orthogonal_matching_pursuit(sample: Array, atoms: Array, k: int,
             break
         sizes = np.array([-np.inf if j in inside else residual @ atom for j, atom in enumerate(atoms)])
         best = int(np.argmax(sizes))
-        if sizes[best] <= 1e-12 * np.linalg.norm(sample):
+        if sizes[best] <= max(floor, 1e-12 * np.linalg.norm(sample)):
             break
         inside.append(best)
         while inside:

@@ -47,6 +47,8 @@ def encode(
     gram_MM: Tensor | None = None,
     max_steps: int | None = None,
     rtol: float = 0.0,
+    tau: float = 0.0,
+    tau_absolute: float = 0.0,
     nonnegative: bool = False,
     backend: Backend = "auto",
     precision: Precision = "float32",
@@ -61,6 +63,8 @@ def encode(
     options: dict[str, Any] = {
         "gram_MM": gram_MM,
         "rtol": rtol,
+        "tau": tau,
+        "tau_absolute": tau_absolute,
         "nonnegative": nonnegative,
         "backend": backend,
         "precision": precision,
@@ -85,6 +89,8 @@ def _at_any_scale(coder: Callable[..., Code]) -> Callable[..., Code]:
         # In two steps: the factor itself may lie outside float32.
         exponent = math.frexp(largest)[1]
         halves = (exponent // 2, exponent - exponent // 2)
+        if "tau_absolute" in kwargs:
+            kwargs["tau_absolute"] = kwargs["tau_absolute"] * 2.0 ** -halves[0] * 2.0 ** -halves[1]
         code = coder(x_BD * 2.0 ** -halves[0] * 2.0 ** -halves[1], *args, **kwargs)
         return Code(code.values_BK * 2.0 ** halves[0] * 2.0 ** halves[1], code.support_BK)
 
@@ -101,6 +107,8 @@ def matching_pursuit(
     gram_MM: Tensor | None = None,
     max_steps: int | None = None,
     rtol: float = 0.0,
+    tau: float = 0.0,
+    tau_absolute: float | Tensor = 0.0,
     refit: bool = False,
     nonnegative: bool = False,
     memory_bytes: int | None = None,
@@ -121,6 +129,9 @@ def matching_pursuit(
         gram_MM: atoms·atomsᵀ if at hand.
         max_steps: most steps a sample; default 4k as in KSVD.jl.
         rtol: stop a sample once ‖r‖ ≤ rtol·‖x‖, so that L0 follows the sample; k is then a limit.
+        tau: pick no atom whose |product| with the residual is tau·‖x‖ or less: what is left is taken for noise, of
+            which more steps would fit some. k is then a limit, too.
+        tau_absolute: the same in the units of x; a (B,) tensor has one for each sample. The larger of the two counts.
         refit: replace the coefficients by least squares on the support found.
         nonnegative: z ≥ 0: only positive products are picked, and the refit keeps z ≥ 0.
         memory_bytes: bound on the products of one chunk; default 16 MiB on the CPU, 1 GiB on CUDA.
@@ -131,8 +142,9 @@ def matching_pursuit(
     """
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, "matching_pursuit")
     check_precision(precision, x_BD)
-    _check_limits(rtol, memory_bytes, "matching_pursuit")
+    _check_limits(rtol, tau, tau_absolute, memory_bytes, "matching_pursuit")
     gram_MM = checked_gram(atoms_MD, gram_MM, "matching_pursuit").contiguous()
+    floor_B = _floor(x_BD, tau, tau_absolute)
     steps = 4 * k if max_steps is None else max_steps
     if steps < 1:
         raise ShapeError("matching_pursuit: max_steps must be at least 1", got=steps)
@@ -146,7 +158,7 @@ def matching_pursuit(
         x_CD = x_BD[rows]
         products_CM, energy_C = products(x_CD, atoms_MD, precision), (x_CD * x_CD).sum(dim=1)
         out = (code.values_BK[rows], code.support_BK[rows], left_BK[rows])
-        pursue(products_CM, energy_C, kernel_gram_MM, k, steps, rtol, nonnegative, *out)
+        pursue(products_CM, energy_C, floor_B[rows], kernel_gram_MM, k, steps, rtol, nonnegative, *out)
     if not refit:
         return code
     if where == "numba" and precision == "float32":
@@ -154,12 +166,21 @@ def matching_pursuit(
     return refit_code(x_BD, code, atoms_MD, gram_MM, nonnegative=nonnegative)
 
 
-def _check_limits(rtol: float, memory_bytes: int | None, where: str) -> None:
+def _check_limits(rtol: float, tau: float, tau_absolute: float | Tensor, memory_bytes: int | None, where: str) -> None:
     # rtol is squared further on: a negative one would stop every sample at once.
-    if not 0 <= rtol < math.inf:
-        raise ShapeError(f"{where}: rtol must be a number of 0 or more", got=rtol, cure="0 codes with all k atoms")
+    for name, value in (("rtol", rtol), ("tau", tau), ("tau_absolute", tau_absolute)):
+        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+            raise ShapeError(f"{where}: {name} must be a number of 0 or more", got=value, cure="0 codes with k atoms")
     if memory_bytes is not None and memory_bytes < 1:
         raise ShapeError(f"{where}: memory_bytes must be at least 1", got=memory_bytes, cure="None takes the default")
+
+
+def _floor(x_BD: Tensor, tau: float, tau_absolute: float | Tensor) -> Tensor:
+    """The largest product of each sample that is not picked, (B,)."""
+    floor_B = tau * torch.linalg.vector_norm(x_BD, dim=1) if tau else x_BD.new_zeros(len(x_BD))
+    if isinstance(tau_absolute, Tensor):
+        return torch.maximum(floor_B, tau_absolute.to(floor_B))
+    return floor_B.clamp_(min=tau_absolute) if tau_absolute else floor_B
 
 
 def _kernels(backend: str) -> Any:
@@ -201,6 +222,8 @@ def orthogonal_matching_pursuit(
     choice: Choice = "product",
     gram_MM: Tensor | None = None,
     rtol: float = 0.0,
+    tau: float = 0.0,
+    tau_absolute: float | Tensor = 0.0,
     nonnegative: bool = False,
     memory_bytes: int | None = None,
     backend: Backend = "auto",
@@ -218,7 +241,8 @@ def orthogonal_matching_pursuit(
         choice: 'product' picks the atom with the largest |product| with the residual; 'error' the one that lowers the
             error of the refitted code the most, p² / (‖atom‖² − Σ_l w_l²): order-recursive matching pursuit, also
             known as orthogonal least squares (Gharavi-Alkhansari & Huang 1998), and what SPAMS' ``omp`` computes.
-            It has no non-negative form here.
+            It has no non-negative form here. Then tau bounds |product| / √(‖atom‖² − Σ_l w_l²), the square root of
+            what the error falls by.
         All else, Returns, Raises: as ``matching_pursuit``.
 
     A sample stops early when its residual is orthogonal to all atoms, or when the best atom depends on those it
@@ -228,7 +252,8 @@ def orthogonal_matching_pursuit(
     where_ = "orthogonal_matching_pursuit"
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, where_)
     check_precision(precision, x_BD)
-    _check_limits(rtol, memory_bytes, where_)
+    _check_limits(rtol, tau, tau_absolute, memory_bytes, where_)
+    floor_B = _floor(x_BD, tau, tau_absolute)
     gram_MM = checked_gram(atoms_MD, gram_MM, where_).contiguous()
     if choice not in get_args(Choice):
         raise ShapeError(f"{where_}: no choice of the name {choice!r}", limit=", ".join(get_args(Choice)))
@@ -247,7 +272,7 @@ def orthogonal_matching_pursuit(
         x_CD = x_BD[rows]
         products_CM, energy_C = products(x_CD, atoms_MD, precision), (x_CD * x_CD).sum(dim=1)
         out = (code.values_BK[rows], code.support_BK[rows])
-        pursue(products_CM, energy_C, gram_MM, k, rtol, nonnegative, by_error, *out)
+        pursue(products_CM, energy_C, floor_B[rows], gram_MM, k, rtol, nonnegative, by_error, *out)
     return code
 
 

@@ -17,6 +17,7 @@ from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.backends import PRECISIONS, Precision
 from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.incoherence import pushed_apart
 from ksvd_sae.learning.matryoshka import Stage, stages
 from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, draw_atoms, near_duplicates
 from ksvd_sae.learning.sparse_coding import matching_pursuit
@@ -44,9 +45,11 @@ class LearnerOptions:
             see atom_update.py.
         atom_batch: atoms updated in parallel by 'exact'.
         init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper: 3 % more error).
-        redraw: what takes the place of atoms that a batch leaves unused or that nearly repeat another: 'residual'
+        redraw: what takes the place of atoms that were unused for long or that nearly repeat another: 'residual'
             (what is left of badly coded samples), 'data', 'random' (as the paper) or 'none'; see redraw.py.
         duplicate_cosine: |cos| above which the weaker of two atoms is replaced; None never (as the paper).
+        coherence: bound on the |cos| of atoms that every update is followed by a push towards; None for none (as the
+            paper). See incoherence.py.
         average: give the running average of the atoms over the batches, rather than those after the last batch: 8 %
             less error; see averaging.py (the paper does not).
         centre: subtract the mean of the samples first: 4 % less error (the paper does not).
@@ -65,6 +68,7 @@ class LearnerOptions:
     init: Init = "data"
     redraw: Redraw = "residual"
     duplicate_cosine: float | None = 0.99
+    coherence: float | None = None
     average: bool = True
     centre: bool = True
     weighting: Weighting | None = None
@@ -100,6 +104,8 @@ class LearnerOptions:
             raise ShapeError(f"{where}: passes, batch_samples and atom_batch must be at least 1")
         if self.duplicate_cosine is not None and not 0 < self.duplicate_cosine <= 1:
             raise ShapeError(f"{where}: duplicate_cosine must be in (0, 1] or None", got=self.duplicate_cosine)
+        if self.coherence is not None and not 0 < self.coherence < 1:
+            raise ShapeError(f"{where}: coherence must be between 0 and 1, or None", got=self.coherence)
         if d_in is not None and k > d_in:
             limit = f"d_in = {d_in} (n_features = {d_in})"
             raise ShapeError(f"{where}: k is above d_in", got=f"k = {k}", limit=limit)
@@ -206,6 +212,8 @@ def learn_batch(
         l0 += float(stage.code.l0().double().mean())
         dead += int(unused_M.sum())
         duplicates += int(duplicate_M.sum())
+    if options.coherence is not None:
+        new_MD = pushed_apart(new_MD, options.coherence, signed=not options.coding.nonnegative)
     return Step(new_MD, new_idle_M, fresh_M, errors, update.error_after, l0, dead, duplicates)
 
 
@@ -215,6 +223,8 @@ def _coded(x_BD: Tensor, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[
     options_of_mp: dict[str, Any] = {
         "max_steps": coding.max_steps,
         "rtol": coding.rtol,
+        "tau": coding.tau,
+        "tau_absolute": coding.tau_absolute,
         "nonnegative": coding.nonnegative,
         "precision": options.precision,
     }

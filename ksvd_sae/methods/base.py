@@ -158,9 +158,11 @@ class Method(Strict, ABC):
         version: goes up when the same options come to make another dictionary; trainings are found by it.
         is_control: what every method must beat; no contestant.
         is_sae: an SAE, what DB-KSVD is compared with.
+        learns: whether it is made from activations.
         has_atoms: whether others can take atoms from it.
         may_vary: options that a grid of runs, or several seeds, may set.
         chosen_at_load: options that its training does not follow from.
+        newer: options that trainings before them did not have: left out (null, 0, false) they change no key.
         has_waypoints: whether what it is on the way of a training is what training on fewer samples would give, so not
             where a schedule ends with the training.
         unfinished: files that a stopped training goes on from.
@@ -171,9 +173,11 @@ class Method(Strict, ABC):
     version: ClassVar[int] = 1
     is_control: ClassVar[bool] = False
     is_sae: ClassVar[bool] = False
+    learns: ClassVar[bool] = True
     has_atoms: ClassVar[bool] = True
     may_vary: ClassVar[frozenset[str]] = frozenset()
     chosen_at_load: ClassVar[frozenset[str]] = frozenset()
+    newer: ClassVar[frozenset[str]] = frozenset()
     has_waypoints: ClassVar[bool] = False
     unfinished: ClassVar[frozenset[str]] = frozenset({TRAIN_LOG})
 
@@ -242,6 +246,10 @@ class Method(Strict, ABC):
         """The same with other values of options that ``may_vary``."""
         return type(self).model_validate({**self.model_dump(), **options})
 
+    def resized(self, sizes: Mapping[str, int]) -> Self:
+        """The same kind with other values of those of the options that it has."""
+        return self.model_copy(update={n: size for n, size in sizes.items() if getattr(self, n, None) is not None})
+
     def completed(self, name: str, others: "Mapping[str, Method]") -> "Method":
         """With what it leaves open taken from the run's other dictionaries.
 
@@ -272,7 +280,8 @@ class Method(Strict, ABC):
 
     def key(self) -> dict[str, JsonValue]:
         """What of the options its training follows from; the seed is a key's by itself, and so is the source."""
-        fields = self.model_dump(mode="json", exclude={"view", "seed", "of", *self.chosen_at_load})
+        as_before = {name for name in self.newer if not getattr(self, name)}
+        fields = self.model_dump(mode="json", exclude={"view", "seed", "of", *self.chosen_at_load, *as_before})
         return {**fields, "version": self.version}
 
     def choices(self) -> dict[str, JsonValue]:
@@ -410,7 +419,15 @@ class Coded(Viewed):
     coder: Coder = Field("mp", description="how the dictionary codes when evaluated")
     nonnegative: bool = False
     rtol: float = Field(0.0, ge=0.0)
+    tau: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="pick no atom whose product with what is left of a token is this share of the token's norm or "
+        "less; k is then a limit",
+    )
 
+    newer: ClassVar[frozenset[str]] = frozenset({"tau"})
     chosen_at_load: ClassVar[frozenset[str]] = frozenset({"coder"})
 
     @model_validator(mode="after")
@@ -426,7 +443,7 @@ class Coded(Viewed):
     @property
     def coding(self) -> Coding:
         """The coder that it is evaluated with."""
-        return Coding(self.k, self.coder, self.rtol, None, self.nonnegative, self.group_sizes)
+        return Coding(self.k, self.coder, self.rtol, None, self.nonnegative, self.group_sizes, self.tau)
 
     @property
     def has_signs(self) -> bool:
@@ -471,7 +488,7 @@ class Derived(Seeded):
         if other.source is not None:
             raise ValueError(f"of: {_why_not_twice(name, others)}")
         if not other.has_atoms:
-            raise ValueError(f"of: {self.of!r} leaves activations as they are: there is nothing to code")
+            raise ValueError(f"of: {self.of!r} has no atoms of its own: there is nothing to code")
         if other.own_seed is not None and self.seed not in (None, other.own_seed):
             raise ValueError(
                 f"seed = {self.seed}, but {self.of!r} is trained with seed {other.own_seed}; leave one out"

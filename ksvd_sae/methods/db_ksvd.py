@@ -46,6 +46,9 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     init: Literal["data", "random"] = "data"
     redraw: Redraw = Field("residual", description="what replaces unused and repeated atoms; the paper: random")
     duplicate_cosine: float | None = Field(0.99, gt=0, description="atoms this parallel repeat each other; paper: null")
+    coherence: float | None = Field(
+        None, gt=0, lt=1, description="bound on the |cos| of atoms that learning pushes them towards; paper: null"
+    )
     average: bool = Field(True, description="give the running average of the atoms over the batches; paper: false")
     centre: bool = Field(True, description="subtract the mean; paper: false")
     groups: Literal["paper"] | list[int] | None = Field(
@@ -56,6 +59,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
 
     version: ClassVar[int] = 2
     may_vary: ClassVar[frozenset[str]] = frozenset({"k", "seed", "passes"})
+    newer: ClassVar[frozenset[str]] = Coded.newer | {"coherence"}
     has_waypoints: ClassVar[bool] = True
     unfinished: ClassVar[frozenset[str]] = frozenset({CHECKPOINT, TRAIN_LOG})
 
@@ -142,6 +146,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
             init=self.init,
             redraw=self.redraw,
             duplicate_cosine=self.duplicate_cosine,
+            coherence=self.coherence,
             average=self.average,
             centre=self.centre,
             weighting=setting.weighting(self.weighting),

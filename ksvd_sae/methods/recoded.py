@@ -6,11 +6,12 @@ coders changes one of the three and keeps the others.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from typing_extensions import Self
 
+from ksvd_sae.learning.coding import Coding
 from ksvd_sae.methods.base import (
     CODER_LABELS,
     Coder,
@@ -30,6 +31,9 @@ class RecodedMethod(Derived, KeptAsDictionary):
     coder: Coder = "omp"
     nonnegative: bool | None = Field(None, description="null: as the other's own codes, so that of SAEs: true")
     rtol: float | None = Field(None, ge=0, description="null: that of the other, 0 if it has none")
+    tau: float | None = Field(None, ge=0, lt=1, description="null: that of the other, 0 if it has none")
+
+    newer: ClassVar[frozenset[str]] = frozenset({"tau"})
 
     @property
     def has_signs(self) -> bool:
@@ -51,14 +55,16 @@ class RecodedMethod(Derived, KeptAsDictionary):
             raise ValueError(f"view {self.view!r} needs signs to split; leave view out")
         if self.coder == "matryoshka" and other.group_sizes is None:
             raise ValueError(f"coder 'matryoshka' needs groups, which {self.of!r} has not; take coder 'omp'")
-        theirs = 0.0 if other.coding is None else other.coding.rtol
-        rtol = theirs if self.rtol is None else self.rtol
-        return self.model_copy(update={"nonnegative": nonnegative, "rtol": rtol})
+        theirs = other.coding or Coding(1)
+        rtol = theirs.rtol if self.rtol is None else self.rtol
+        tau = theirs.tau if self.tau is None else self.tau
+        return self.model_copy(update={"nonnegative": nonnegative, "rtol": rtol, "tau": tau})
 
     def train(self, setting: TrainingSetting, folder: Path, source: Source | None) -> Facts:
         assert source is not None
         assert self.k is not None
         assert self.rtol is not None
+        assert self.tau is not None
         dictionary = self.atoms_of(source, setting)
         theirs = dictionary.coding
         coding = replace(
@@ -66,6 +72,7 @@ class RecodedMethod(Derived, KeptAsDictionary):
             k=self.k,
             coder=self.coder,
             rtol=self.rtol,
+            tau=self.tau,
             nonnegative=bool(self.nonnegative),
             # A limit that was chosen for another k says nothing of this one.
             max_steps=theirs.max_steps if self.k == theirs.k else None,

@@ -32,6 +32,7 @@ class CodingVariant(Strict):
     k: int | None = Field(None, ge=1)
     k_factor: float = Field(1.0, gt=0, description="times the k of training, if k is null")
     rtol: float = Field(0.0, ge=0)
+    tau: float | None = Field(None, ge=0, lt=1, description="null: as trained")
     nonnegative: bool | None = None
 
     def k_of(self, trained_k: int) -> int:

@@ -8,8 +8,8 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,7 +296,22 @@ class Run:
         return [self._panelist(viewed) for trained in self.trained() for viewed in trained.in_views()]
 
     def _panelist(self, trained: TrainedDictionary) -> Panelist:
-        return Panelist(trained.panelist, trained.content, partial(self.load_sae, trained))
+        elsewhere = partial(self._learned_on, trained) if trained.learns_anywhere else None
+        return Panelist(trained.panelist, trained.content, partial(self.load_sae, trained), elsewhere)
+
+    def _learned_on(
+        self, trained: TrainedDictionary, shards: ActivationShards, of: str, folder: Path, sizes: Mapping[str, int]
+    ) -> "SAE[Any]":
+        """See ``Panelist.learned_on``. Args: of: the shards' hash."""
+        setting = replace(self.setting(trained.method), shards=shards, harvest_hash=of)
+        method, source, taken_from = trained.method.resized(sizes), source_training(self.config, trained.method), None
+        if source is not None:
+            other, place = source.resized(sizes), folder / "source"
+            place.mkdir()
+            facts = other.train(replace(setting, seed=self._seed(source)), place, None)
+            taken_from = Source(other, place, facts.samples_seen)
+        method.train(setting, folder, taken_from)
+        return method.load(setting, folder)
 
     @cached_property
     def eval_setting(self) -> EvalSetting:

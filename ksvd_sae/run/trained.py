@@ -29,6 +29,11 @@ class TrainedDictionary:
         return [replace(self, view=view) for view in self.method.views]
 
     @property
+    def learns_anywhere(self) -> bool:
+        """Whether its kind can be learned on any activations, and codes as they come."""
+        return self.view == "signed" and self.method.learns and not self.method.metric.needs_gradients
+
+    @property
     def panelist(self) -> str:
         """Its name among what is evaluated, which says the view too."""
         return view_name(self.label, self.view)

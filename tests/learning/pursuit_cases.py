@@ -47,6 +47,7 @@ def code(
     *,
     max_steps: int | None = None,
     rtol: float = 0.0,
+    tau: float = 0.0,
     nonnegative: bool = False,
     gram_dtype: torch.dtype = FLOAT32,
     block: int = pursuit_triton.REGISTERS_M,
@@ -56,7 +57,8 @@ def code(
     values_BK = torch.zeros(len(x_BD), k, device=device)
     support_BK = torch.zeros(len(x_BD), k, dtype=torch.int32, device=device)
     left_BK = torch.zeros(len(x_BD), k, device=device)
-    chunk = (x_BD @ atoms_MD.T, (x_BD * x_BD).sum(dim=1), gram_MM, k)
+    energy_B = (x_BD * x_BD).sum(dim=1)
+    chunk = (x_BD @ atoms_MD.T, energy_B, tau * energy_B.sqrt(), gram_MM, k)
     if kind != "mp":
         out = (values_BK, support_BK, block)
         pursuit_triton.pursue_orthogonally(*chunk, rtol, nonnegative, kind == "ormp", *out)
@@ -66,17 +68,18 @@ def code(
     return Result(Code(values_BK.cpu(), support_BK.cpu()), left_BK.cpu())
 
 
-def expected(problem: Problem, kind: str, max_steps: int | None = None, rtol: float = 0.0) -> Array:
+def expected(problem: Problem, kind: str, max_steps: int | None = None, rtol: float = 0.0, tau: float = 0.0) -> Array:
     """(B, M) by the slow float64 coders."""
     x, atoms = problem.x_BD.double().numpy(), problem.atoms_MD.double().numpy()
     codes = np.zeros((len(x), len(atoms)))
     for row, sample in enumerate(x):
+        stop: dict[str, float] = {"rtol": rtol, "floor": tau * float(np.linalg.norm(sample))}
         if kind == "ormp":
-            codes[row] = reference.order_recursive_matching_pursuit(sample, atoms, problem.k, rtol=rtol)
+            codes[row] = reference.order_recursive_matching_pursuit(sample, atoms, problem.k, **stop)
         elif kind == "omp":
-            codes[row] = reference.orthogonal_matching_pursuit(sample, atoms, problem.k, rtol=rtol)
+            codes[row] = reference.orthogonal_matching_pursuit(sample, atoms, problem.k, **stop)
         else:
-            codes[row] = reference.matching_pursuit(sample, atoms, problem.k, max_steps=max_steps, rtol=rtol)
+            codes[row] = reference.matching_pursuit(sample, atoms, problem.k, max_steps, **stop)
     return codes
 
 
@@ -159,6 +162,14 @@ class PursuitCases:
         result = code(problem, self.device, kind, rtol=rtol, block=block)
         assert (result.code.l0() < problem.k).any(), "the case must have samples that rtol stops"
         assert_agrees(problem, result.dense(21), expected(problem, kind, rtol=rtol))
+
+    @pytest.mark.parametrize("tau", [0.6, 0.3])
+    @pytest.mark.parametrize("kind", ["mp", "omp", "ormp"])
+    def test_tau_leaves_what_is_small(self, kind: str, tau: float, block: int) -> None:
+        problem = generic(4, 9, 21, 6, seed=5).to(FLOAT32)
+        result = code(problem, self.device, kind, tau=tau, block=block)
+        assert (result.code.l0() < problem.k).any(), "the case must have samples that tau stops"
+        assert_agrees(problem, result.dense(21), expected(problem, kind, tau=tau))
 
     @pytest.mark.parametrize("max_steps", [0, 1, 5])
     def test_max_steps(self, max_steps: int, block: int) -> None:
@@ -264,7 +275,8 @@ class PursuitCases:
         energy_C = 2 * products_CM[:, 0] ** 2
         values_CK, support_CK = torch.zeros_like(products_CM), torch.zeros_like(products_CM, dtype=torch.int32)
         out = (values_CK, support_CK, block)
-        pursuit_triton.pursue_orthogonally(products_CM, energy_C, gram_MM, 2, 0.0, False, kind == "ormp", *out)
+        chunk = (products_CM, energy_C, torch.zeros_like(energy_C), gram_MM)
+        pursuit_triton.pursue_orthogonally(*chunk, 2, 0.0, False, kind == "ormp", *out)
         assert support_CK.tolist() == [[0, 1]] * 5
 
 
@@ -282,6 +294,7 @@ class TestInterpreted(PursuitCases):
             tensors = {
                 "products_CM": torch.zeros(2, 6),
                 "energy_C": torch.zeros(2),
+                "floor_C": torch.zeros(2),
                 "gram_MM": torch.eye(6),
                 "values_CK": torch.zeros(2, 3),
                 "support_CK": torch.zeros(2, 3, dtype=torch.int32),
@@ -290,13 +303,13 @@ class TestInterpreted(PursuitCases):
             return list((tensors | other).values())
 
         def pursue(**other: Tensor) -> None:
-            products_CM, energy_C, gram_MM, values_CK, support_CK, left_CK = args(**other)
-            chunk = (products_CM, energy_C, gram_MM)
+            *chunk, values_CK, support_CK, left_CK = args(**other)
             pursuit_triton.pursue(*chunk, 3, 12, 0.0, False, values_CK, support_CK, left_CK, block)
 
         pursue()
         for name, tensor in {
             "energy_C": torch.zeros(3),
+            "floor_C": torch.zeros(2, dtype=torch.float64),
             "gram_MM": torch.eye(6, dtype=torch.float64),
             "values_CK": torch.zeros(3, 2).T,
             "support_CK": torch.zeros(2, 3, dtype=torch.int64),

@@ -41,7 +41,7 @@ class TestWhyNot:
         x = torch.zeros(2, 6)
         support = torch.zeros(2, 3, dtype=torch.int32)
         with pytest.raises(ShapeError, match="runs on CUDA devices, not on cpu"):
-            pursuit_triton.pursue(x, x[:, 0], torch.eye(6), 3, 12, 0.0, False, x[:, :3], support, x[:, :3])
+            pursuit_triton.pursue(x, x[:, 0], x[:, 0], torch.eye(6), 3, 12, 0.0, False, x[:, :3], support, x[:, :3])
 
     def test_sizes(self) -> None:
         cuda = torch.device("cuda")
@@ -54,7 +54,7 @@ class TestWhyNot:
         x = torch.zeros(2, 6)
         with pytest.raises(ShapeError, match="take an atom out"):
             pursuit_triton.pursue_orthogonally(
-                x, x[:, 0], torch.eye(6), 3, 0.0, True, False, x[:, :3], torch.zeros(2, 3, dtype=torch.int32)
+                x, x[:, 0], x[:, 0], torch.eye(6), 3, 0.0, True, False, x[:, :3], torch.zeros(2, 3, dtype=torch.int32)
             )
 
     def test_without_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,22 +82,23 @@ def errors(problem: Problem, code: Code) -> Array:
     return relative
 
 
-def reference_codes(problem: Problem, coder: str, rtol: float = 0.0) -> Array:
+def reference_codes(problem: Problem, coder: str, rtol: float = 0.0, tau: float = 0.0) -> Array:
     """(B, M) by the slow float64 coders; refit is least squares on their support."""
     x, atoms = problem.x_BD.double().numpy(), problem.atoms_MD.double().numpy()
     signed = not coder.endswith("+")
     codes = np.zeros((len(x), len(atoms)))
     for row, sample in enumerate(x):
+        stop: dict[str, float] = {"rtol": rtol, "floor": tau * float(np.linalg.norm(sample))}
         if coder.startswith("ormp"):
-            codes[row] = reference.order_recursive_matching_pursuit(sample, atoms, problem.k, rtol=rtol)
+            codes[row] = reference.order_recursive_matching_pursuit(sample, atoms, problem.k, **stop)
             continue
         if coder.startswith("omp"):
             slow = (
                 reference.orthogonal_matching_pursuit if signed else reference.nonnegative_orthogonal_matching_pursuit
             )
-            codes[row] = slow(sample, atoms, problem.k, rtol=rtol)
+            codes[row] = slow(sample, atoms, problem.k, **stop)
             continue
-        codes[row] = reference.matching_pursuit(sample, atoms, problem.k, rtol=rtol, nonnegative=not signed)
+        codes[row] = reference.matching_pursuit(sample, atoms, problem.k, None, nonnegative=not signed, **stop)
         used = np.flatnonzero(codes[row])
         if "refit" in coder and len(used):
             solve = reference.nonnegative_least_squares
@@ -166,6 +167,36 @@ class TestAgainstReference:
         stopped = code.l0().numpy() < problem.k
         assert stopped.any(), "the case must have samples that rtol stops"
         assert (errors(problem, code)[stopped] <= rtol + tolerances.CODE_ERROR[dtype]).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("coder", GREEDY)
+    @pytest.mark.parametrize("tau", [0.6, 0.35, 0.2])
+    def test_tau_leaves_what_is_small(self, tau: float, coder: str, dtype: torch.dtype) -> None:
+        problem = generic(41, 9, 21, 7, seed=5).to(dtype)
+        code = run(coder, problem, tau=tau)
+        assert_agrees(problem, code, reference_codes(problem, coder, tau=tau), dtype)
+        l0 = code.l0()
+        assert l0.min() < l0.max() or tau == 0.6, "the case must have samples that tau stops earlier than others"
+        assert (l0 < problem.k).any()
+        # What is left has no product above the bound, where k was not the end: refits only make it smaller.
+        if coder.startswith("mp") and "refit" not in coder:
+            left = residual(problem, code) @ problem.atoms_MD.double().numpy().T
+            sizes = (left if coder.endswith("+") else np.abs(left)).max(axis=1)
+            bound = (tau + tolerances.CODE_ERROR[dtype]) * np.linalg.norm(problem.x_BD.double().numpy(), axis=1)
+            assert (sizes <= bound)[l0.numpy() < problem.k].all()
+
+    @pytest.mark.parametrize("scale", [1.0, 2.0**-60, 2.0**60])
+    @pytest.mark.parametrize("coder", GREEDY)
+    def test_tau_absolute_is_in_the_units_of_the_samples(self, coder: str, scale: float) -> None:
+        problem = generic(41, 9, 21, 7, seed=5).to(torch.float32)
+        norms_B1 = torch.linalg.vector_norm(problem.x_BD, dim=1, keepdim=True)
+        of_norm_2 = Problem(2 * scale * problem.x_BD / norms_B1, problem.atoms_MD, problem.k)
+        relative, absolute = run(coder, of_norm_2, tau=0.3), run(coder, of_norm_2, tau_absolute=0.6 * scale)
+        assert (relative.l0() < problem.k).any()
+        assert ((relative.l0() == absolute.l0()).double().mean()) > 0.95, "but for rounding at the bound"
+        assert torch.equal(relative.support_BK[:, 0], absolute.support_BK[:, 0])
+        neither = run(coder, of_norm_2, tau=0.3, tau_absolute=0.1 * scale)
+        assert torch.equal(neither.values_BK, relative.values_BK), "the larger of the two counts"
 
     @pytest.mark.parametrize("backend", ["torch", "numba"])
     def test_choice_by_error_is_not_the_choice_by_product(self, backend: Literal["torch", "numba"]) -> None:
@@ -594,7 +625,16 @@ class TestBadInput:
 
     @pytest.mark.parametrize("coder", ["mp", "omp"])
     @pytest.mark.parametrize(
-        "options", [{"rtol": -1.0}, {"rtol": float("nan")}, {"rtol": float("inf")}, {"memory_bytes": -5}], ids=str
+        "options",
+        [
+            {"rtol": -1.0},
+            {"rtol": float("nan")},
+            {"rtol": float("inf")},
+            {"tau": -0.1},
+            {"tau_absolute": float("nan")},
+            {"memory_bytes": -5},
+        ],
+        ids=str,
     )
     def test_limits(self, coder: str, options: dict[str, Any]) -> None:
         with pytest.raises(ShapeError, match=f"(?s){next(iter(options))} must be.*got.*cure"):

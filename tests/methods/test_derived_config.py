@@ -111,7 +111,7 @@ def test_round_trip() -> None:
         ),
         (
             {"all": {"kind": "identity"}, "it": {"kind": "recoded", "of": "all"}},
-            r"dictionaries\.it\.of: 'all' leaves activations as they are",
+            r"dictionaries\.it\.of: 'all' has no atoms of its own",
         ),
         ({"it": {"kind": "recoded", "of": "topk", "coder": "ormp"}}, "coder 'ormp' has signs; use 'omp'"),
         ({"it": {"kind": "recoded", "of": "topk", "view": "split"}}, "view 'split' needs signs"),

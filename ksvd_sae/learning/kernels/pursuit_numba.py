@@ -52,17 +52,17 @@ def _largest(bits, mask):  # type: ignore[no-untyped-def]
 
 
 @njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
-def _pursue(products_CM, bits_CM, energy_C, gram_MM, k, steps, rtol2, mask, values_CK, support_CK, left_CK):  # type: ignore[no-untyped-def]
+def _pursue(products_CM, bits_CM, energy_C, floor_C, gram_MM, k, steps, rtol2, mask, values_CK, support_CK, left_CK):  # type: ignore[no-untyped-def]
     zero = np.float32(0.0)
     for row in prange(products_CM.shape[0]):
         p, bits, values_K, support_K = products_CM[row], bits_CM[row], values_CK[row], support_CK[row]
         left = energy_C[row]
-        enough = rtol2 * left
+        enough, floor = rtol2 * left, floor_C[row]
         count = 0
         for _ in range(steps):
             atom = _largest(bits, mask)
             a = p[atom]
-            if a == zero or left <= enough or left <= zero or (mask == _ALL_BITS and a < zero):
+            if np.abs(a) <= floor or left <= enough or left <= zero or (mask == _ALL_BITS and a < zero):
                 break
             slot = 0
             while slot < count and support_K[slot] != atom:
@@ -81,7 +81,19 @@ def _pursue(products_CM, bits_CM, energy_C, gram_MM, k, steps, rtol2, mask, valu
 
 @njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
 def _pursue_orthogonally(  # type: ignore[no-untyped-def]
-    products_CM, bits_CM, energy_C, gram_MM, diagonal_M, k, rtol2, dependent, by_error, least, values_CK, support_CK
+    products_CM,
+    bits_CM,
+    energy_C,
+    floor_C,
+    gram_MM,
+    diagonal_M,
+    k,
+    rtol2,
+    dependent,
+    by_error,
+    least,
+    values_CK,
+    support_CK,
 ):
     zero = np.float32(0.0)
     n_rows, n_atoms = products_CM.shape
@@ -97,7 +109,7 @@ def _pursue_orthogonally(  # type: ignore[no-untyped-def]
         for row in range(group * ROWS, min((group + 1) * ROWS, n_rows)):
             p, bits, values_K, support_K = products_CM[row], bits_CM[row], values_CK[row], support_CK[row]
             left = energy_C[row]
-            enough = rtol2 * left
+            enough, floor = rtol2 * left, float(floor_C[row])
             count = 0
             if by_error:
                 new_M[:] = diagonal_M
@@ -113,7 +125,7 @@ def _pursue_orthogonally(  # type: ignore[no-untyped-def]
                     factor_KK[count, s] = w_K[s]
                     square -= float(w_K[s]) * float(w_K[s])
                 pivot = np.sqrt(max(square, 0.0))
-                if p[atom] == zero or pivot <= dependent:
+                if np.abs(p[atom]) <= (floor * pivot if by_error else floor) or pivot <= dependent:
                     break
                 factor_KK[count, count] = pivot
                 a = np.float32(p[atom] / pivot)
@@ -175,7 +187,9 @@ def _orthonormalise(along_KM, count, w_K, gram_row_M, scale, p, a):  # type: ign
 
 
 @njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
-def _pursue_orthogonally_nonnegative(products_CM, energy_C, gram_MM, k, rtol2, dependent, values_CK, support_CK):  # type: ignore[no-untyped-def]
+def _pursue_orthogonally_nonnegative(  # type: ignore[no-untyped-def]
+    products_CM, energy_C, floor_C, gram_MM, k, rtol2, dependent, values_CK, support_CK
+):
     n_rows, n_atoms = products_CM.shape
     for group in prange((n_rows + ROWS - 1) // ROWS):
         gram_KK, factor_KK = np.empty((k, k), np.float64), np.empty((k, k), np.float64)
@@ -193,7 +207,7 @@ def _pursue_orthogonally_nonnegative(products_CM, energy_C, gram_MM, k, rtol2, d
                 if n == k or left <= rtol2 * energy or left <= 0.0:
                     break
                 atom = _largest(bits, _ALL_BITS)
-                if p[atom] <= 0:
+                if p[atom] <= floor_C[row]:
                     break
                 atoms_K[n], target_K[n], z_K[n], chosen_K[n] = atom, p0[atom], 0.0, n
                 for i in range(n + 1):
@@ -231,6 +245,7 @@ def _pursue_orthogonally_nonnegative(products_CM, energy_C, gram_MM, k, rtol2, d
 def pursue(
     products_CM: Tensor,
     energy_C: Tensor,
+    floor_C: Tensor,
     gram_MM: Tensor,
     k: int,
     max_steps: int,
@@ -243,18 +258,19 @@ def pursue(
     """Matching pursuit from the products of a chunk, which it overwrites, into the last three arguments (zeroed).
 
     All float32 (support int32), contiguous, on the CPU. Same picks as the torch version up to ties of rounding; stops
-    like it. left_CK: products of the final residual with the atoms of the support.
+    like it, once none above floor_C is left. left_CK: products of the final residual with the atoms of the support.
     """
     use_torch_threads()
     mask = _ALL_BITS if nonnegative else _MAGNITUDE
     products, values, support, left = products_CM.numpy(), values_CK.numpy(), support_CK.numpy(), left_CK.numpy()
-    bits, gram, energy = products.view(np.int32), gram_MM.numpy(), energy_C.numpy()
-    _pursue(products, bits, energy, gram, k, max_steps, np.float32(rtol**2), mask, values, support, left)
+    bits, gram, energy, floor = products.view(np.int32), gram_MM.numpy(), energy_C.numpy(), floor_C.numpy()
+    _pursue(products, bits, energy, floor, gram, k, max_steps, np.float32(rtol**2), mask, values, support, left)
 
 
 def pursue_orthogonally(
     products_CM: Tensor,
     energy_C: Tensor,
+    floor_C: Tensor,
     gram_MM: Tensor,
     k: int,
     rtol: float,
@@ -269,13 +285,13 @@ def pursue_orthogonally(
     """
     use_torch_threads()
     eps = float(np.finfo(np.float32).eps)
-    products, energy, gram = products_CM.numpy(), energy_C.numpy(), gram_MM.numpy()
+    products, energy, floor, gram = products_CM.numpy(), energy_C.numpy(), floor_C.numpy(), gram_MM.numpy()
     values, support, dependent = values_CK.numpy(), support_CK.numpy(), limits.dependent(eps)
     rtol2 = np.float32(max(rtol**2, eps**2))
     if nonnegative:
-        _pursue_orthogonally_nonnegative(products, energy, gram, k, rtol2, dependent, values, support)
+        _pursue_orthogonally_nonnegative(products, energy, floor, gram, k, rtol2, dependent, values, support)
     else:
         diagonal, bits, least = np.diagonal(gram).copy(), products.view(np.int32), np.float32(limits.least_new(eps))
         _pursue_orthogonally(
-            products, bits, energy, gram, diagonal, k, rtol2, dependent, by_error, least, values, support
+            products, bits, energy, floor, gram, diagonal, k, rtol2, dependent, by_error, least, values, support
         )

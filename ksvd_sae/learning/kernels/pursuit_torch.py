@@ -13,6 +13,7 @@ from ksvd_sae.learning.least_squares import settle, support_gram
 def pursue(
     products_CM: Tensor,
     energy_C: Tensor,
+    floor_C: Tensor,
     gram_MM: Tensor,
     k: int,
     max_steps: int,
@@ -44,7 +45,7 @@ def pursue(
         a_C = products_CM.gather(1, atom_C[:, None]).squeeze(1)
         here_CK = (support_CK == atom_C[:, None]) & (slots_K < count_C[:, None])
         seen_C = here_CK.any(dim=1)
-        active_C = active_C & (a_C != 0) & (left_C > enough_C) & (left_C > 0) & (seen_C | (count_C < k))
+        active_C = active_C & (a_C.abs() > floor_C) & (left_C > enough_C) & (left_C > 0) & (seen_C | (count_C < k))
         if nonnegative:
             active_C = active_C & (a_C > 0)
         n_active = int(active_C.sum())
@@ -61,7 +62,8 @@ def pursue(
         products_CM.addcmul_(gram_MM[atom_C], a_C[:, None], value=-1)
         if 2 * n_active < len(rows_C):
             write()
-            products_CM, left_C, enough_C = products_CM[active_C], left_C[active_C], enough_C[active_C]
+            products_CM, left_C = products_CM[active_C], left_C[active_C]
+            enough_C, floor_C = enough_C[active_C], floor_C[active_C]
             values_CK, support_CK, count_C = values_CK[active_C], support_CK[active_C], count_C[active_C]
             rows_C, active_C = rows_C[active_C], active_C[active_C]
     write()
@@ -70,6 +72,7 @@ def pursue(
 def pursue_orthogonally(
     products_CM: Tensor,
     energy_C: Tensor,
+    floor_C: Tensor,
     gram_MM: Tensor,
     k: int,
     rtol: float,
@@ -84,14 +87,14 @@ def pursue_orthogonally(
     """
     enough_C = energy_C * max(rtol**2, torch.finfo(energy_C.dtype).eps ** 2)
     if nonnegative:
-        code = _pursue_nonnegative(products_CM, energy_C, enough_C, gram_MM, k)
+        code = _pursue_nonnegative(products_CM, energy_C, enough_C, floor_C, gram_MM, k)
     else:
-        code = _pursue_signed(products_CM, energy_C, enough_C, gram_MM, k, by_error)
+        code = _pursue_signed(products_CM, energy_C, enough_C, floor_C, gram_MM, k, by_error)
     values_out_CK[:], support_out_CK[:] = code
 
 
 def _pursue_signed(
-    products_CM: Tensor, left_C: Tensor, enough_C: Tensor, gram_MM: Tensor, k: int, by_error: bool
+    products_CM: Tensor, left_C: Tensor, enough_C: Tensor, floor_C: Tensor, gram_MM: Tensor, k: int, by_error: bool
 ) -> tuple[Tensor, Tensor]:
     n, n_atoms = products_CM.shape
     active_C = left_C > 0
@@ -115,7 +118,8 @@ def _pursue_signed(
         w_Cs = orthonormal_CKM[:, :step].gather(2, atom_C[:, None, None].expand(-1, step, 1)).squeeze(2)
         w_Cs = w_Cs * used_CK[:, :step]
         pivot_C = (gram_MM[atom_C, atom_C] - (w_Cs * w_Cs).sum(dim=1)).clamp_(min=0).sqrt_()
-        active_C = active_C & (left_C > enough_C) & (product_C != 0) & (pivot_C > dependent)
+        least_C = floor_C * pivot_C if by_error else floor_C
+        active_C = active_C & (left_C > enough_C) & (product_C.abs() > least_C) & (pivot_C > dependent)
         if not bool(active_C.any()):
             break
         pivot_C = torch.where(active_C, pivot_C, 1)
@@ -139,7 +143,7 @@ def _pursue_signed(
 
 
 def _pursue_nonnegative(
-    products_CM: Tensor, energy_C: Tensor, enough_C: Tensor, gram_MM: Tensor, k: int
+    products_CM: Tensor, energy_C: Tensor, enough_C: Tensor, floor_C: Tensor, gram_MM: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
     """Pick the largest positive product, then least squares under z ≥ 0, in which picked atoms may leave again.
 
@@ -159,7 +163,7 @@ def _pursue_nonnegative(
         best_C, atom_C = left_CM.masked_fill(picked_CM, -torch.inf).max(dim=1)
         target_CK = products_CM.gather(1, support_CK).double() * passive_CK
         error_C = energy_C - (target_CK * z_CK).sum(dim=1)
-        active_C = active_C & (best_C > 0) & (error_C > enough_C) & ~passive_CK.all(dim=1)
+        active_C = active_C & (best_C > floor_C) & (error_C > enough_C) & ~passive_CK.all(dim=1)
         if not bool(active_C.any()):
             break
         free_C = (~passive_CK).int().argmax(dim=1)

@@ -43,6 +43,7 @@ def why_not(device: torch.device, n_atoms: int, k: int, orthogonal: bool = False
 def pursue(
     products_CM: Tensor,
     energy_C: Tensor,
+    floor_C: Tensor,
     gram_MM: Tensor,
     k: int,
     max_steps: int,
@@ -58,6 +59,7 @@ def pursue(
     Args:
         products_CM: x·atomsᵀ; overwritten if M is above ``registers_m``.
         energy_C: ‖x‖².
+        floor_C: no product of this size or less is picked.
         gram_MM: atoms·atomsᵀ, float32 or bfloat16; the rest is float32.
         k, max_steps, rtol: as in ``sparse_coding.matching_pursuit``.
         nonnegative: pick the largest product rather than the largest |product|, and stop where none is above 0.
@@ -68,7 +70,7 @@ def pursue(
     Numerics: picks as in the torch version up to ties of rounding; equal products go to the lowest index.
     """
     outputs = {"values_CK": values_CK, "support_CK": support_CK, "left_CK": left_CK}
-    _check("pursue", products_CM, energy_C, gram_MM, k, outputs)
+    _check("pursue", products_CM, energy_C, floor_C, gram_MM, k, outputs)
     n, n_atoms = products_CM.shape
     if n == 0 or max_steps < 1:
         return
@@ -76,6 +78,7 @@ def pursue(
         pursue_sample[(n,)](
             products_CM,
             energy_C,
+            floor_C,
             gram_MM,
             values_CK,
             support_CK,
@@ -92,6 +95,7 @@ def pursue(
 def pursue_orthogonally(
     products_CM: Tensor,
     energy_C: Tensor,
+    floor_C: Tensor,
     gram_MM: Tensor,
     k: int,
     rtol: float,
@@ -115,7 +119,8 @@ def pursue_orthogonally(
             cause="their least squares may take an atom out again, and its factor only grows",
             cure="use backend 'torch' or 'numba'",
         )
-    _check("pursue_orthogonally", products_CM, energy_C, gram_MM, k, {"values_CK": values_CK, "support_CK": support_CK})
+    outputs = {"values_CK": values_CK, "support_CK": support_CK}
+    _check("pursue_orthogonally", products_CM, energy_C, floor_C, gram_MM, k, outputs)
     n, n_atoms = products_CM.shape
     if n == 0:
         return
@@ -127,6 +132,7 @@ def pursue_orthogonally(
             products_CM,
             new_CM,
             energy_C,
+            floor_C,
             gram_MM,
             values_CK,
             support_CK,
@@ -165,7 +171,13 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _check(
-    operation: str, products_CM: Tensor, energy_C: Tensor, gram_MM: Tensor, k: int, outputs: dict[str, Tensor]
+    operation: str,
+    products_CM: Tensor,
+    energy_C: Tensor,
+    floor_C: Tensor,
+    gram_MM: Tensor,
+    k: int,
+    outputs: dict[str, Tensor],
 ) -> None:
     """Kernels take bare pointers: a tensor of another shape or layout would be read past its end."""
     n, n_atoms = products_CM.shape
@@ -176,6 +188,7 @@ def _check(
     expected: dict[str, tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "products_CM": (products_CM, (n, n_atoms), floats),
         "energy_C": (energy_C, (n,), floats),
+        "floor_C": (floor_C, (n,), floats),
         "gram_MM": (gram_MM, (n_atoms, n_atoms), grams),
     }
     for name, tensor in outputs.items():

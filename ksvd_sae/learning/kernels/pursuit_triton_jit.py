@@ -96,6 +96,7 @@ def _subtract_and_find(  # type: ignore[no-untyped-def]
 def pursue_sample(  # type: ignore[no-untyped-def]
     products_ptr,
     energy_ptr,
+    floor_ptr,
     gram_ptr,
     values_ptr,
     support_ptr,
@@ -116,7 +117,7 @@ def pursue_sample(  # type: ignore[no-untyped-def]
     support_K = tl.full([BLOCK_K], -1, tl.int32)
     values_K = tl.zeros([BLOCK_K], tl.float32)
     left = tl.load(energy_ptr + row)
-    enough = rtol_squared * left
+    enough, floor = rtol_squared * left, tl.load(floor_ptr + row)
     if IN_REGISTERS:
         atoms_M = tl.arange(0, BLOCK_M)
         inside_M = atoms_M < n_atoms
@@ -125,7 +126,7 @@ def pursue_sample(  # type: ignore[no-untyped-def]
     else:
         a, atom = _subtract_and_find(products_ptr, gram_ptr, left_ptr, support_ptr, 0, n_atoms, NONNEGATIVE, BLOCK_M)
     count, slot, step = 0, 0, 0
-    active = (a != 0) & (left > enough) & (left > 0)
+    active = (tl.abs(a) > floor) & (left > enough) & (left > 0)
     while active:
         values_K = tl.where(slots_K == slot, values_K + a, values_K)
         support_K = tl.where(slots_K == slot, atom, support_K)
@@ -145,7 +146,7 @@ def pursue_sample(  # type: ignore[no-untyped-def]
                 products_ptr, gram_ptr, left_ptr, support_ptr, 1, n_atoms, NONNEGATIVE, BLOCK_M
             )
         slot = tl.min(tl.where(support_K == atom, slots_K, count), axis=0)  # the atom's, else the first free
-        active = (step < max_steps) & (a != 0) & (left > enough) & (left > 0) & (slot < k)
+        active = (step < max_steps) & (tl.abs(a) > floor) & (left > enough) & (left > 0) & (slot < k)
     used_K = slots_K < count
     at_K = tl.where(used_K, support_K, 0)
     left_K = tl.gather(products_M, at_K, axis=0) if IN_REGISTERS else tl.load(products_ptr + at_K, mask=used_K)
@@ -203,6 +204,7 @@ def pursue_sample_orthogonally(  # type: ignore[no-untyped-def]
     products_ptr,
     new_ptr,
     energy_ptr,
+    floor_ptr,
     gram_ptr,
     values_ptr,
     support_ptr,
@@ -229,7 +231,7 @@ def pursue_sample_orthogonally(  # type: ignore[no-untyped-def]
     values_K = tl.zeros([BLOCK_K], tl.float32)
     inverse_KK = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
     left = tl.load(energy_ptr + row)
-    enough = enough_share * left
+    enough, floor = enough_share * left, tl.load(floor_ptr + row)
     count = 0
     product, atom = _subtract_and_find(products_ptr, gram_ptr, values_ptr, support_ptr, 0, n_atoms, False, BLOCK_M)
     active = (product != 0) & (left > 0)
@@ -239,7 +241,8 @@ def pursue_sample_orthogonally(  # type: ignore[no-untyped-def]
         w_K = tl.sum(inverse_KK * gram_K[None, :], axis=1)
         pivot = tl.load(gram_row_ptr + atom).to(tl.float32) - tl.sum(w_K * w_K, axis=0)
         pivot = tl.sqrt(tl.maximum(pivot, 0.0))
-        active = (left > enough) & (pivot > dependent)
+        least = floor * pivot if BY_ERROR else floor
+        active = (left > enough) & (pivot > dependent) & (tl.abs(product) > least)
         if active:
             is_new_K = slots_K == count
             direction_K = (is_new_K.to(tl.float32) - tl.sum(w_K[:, None] * inverse_KK, axis=0)) / pivot

@@ -31,6 +31,7 @@ class PublishedSAEMethod(KeptAsSAE):
     samples_seen: int | None = Field(None, gt=0, description="tokens of its training, if its own files do not say")
 
     is_sae: ClassVar[bool] = True
+    learns: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _named_once(self) -> Self:

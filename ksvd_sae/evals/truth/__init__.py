@@ -1,0 +1,81 @@
+"""Whether atoms are true: every kind of dictionary learned once more where the features are known."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, JsonValue
+
+from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, SeededEval
+
+# Goes up when the same options come to give other scores.
+_VERSION = 1
+
+
+class TruthEval(MeasuredHere, SeededEval):
+    """Each dictionary's kind, learned again with its own options in a synthetic world, against whose features it is
+    scored by SAELens' metrics (SynthSAEBench, arXiv 2602.14687)."""
+
+    world: Literal["tiny", "small", "small-flat", "synthsaebench-16k"] = Field(
+        "small",
+        description="tiny: 256 features in 32 dimensions, seconds; small: 2,048 in 128, minutes; small-flat: the same "
+        "without hierarchy and correlation; synthsaebench-16k: the published shape, 16,384 in 768, for a GPU",
+    )
+    n_atoms: int | None = Field(None, gt=0, description="of every dictionary there; null: half of the features")
+    k: int | None = Field(
+        None, gt=0, description="budget of every dictionary there; null: as many as features fire on average"
+    )
+    train_samples: int = Field(100_000, gt=0, description="different ones; a dictionary goes over them as it says")
+    test_samples: int = Field(8_192, gt=0)
+
+    name: ClassVar[str] = "truth"
+    counts: ClassVar[str] = "n_samples"
+    cost: ClassVar[str] = "a training in the world for each; no language model"
+    demo_seconds: ClassVar[float] = 60
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column(
+            "true F1",
+            "truth",
+            "f1_thresholded",
+            "score",
+            "how well a latent's firing tells its nearest true feature's, learned again in a synthetic world, latents "
+            "below the best threshold dropped, which other samples chose (F1, mean over latents)",
+            "higher",
+            optional=True,
+        ),
+        Column(
+            "true F1 as coded",
+            "truth",
+            "f1",
+            "score",
+            "the same for codes as they come (F1, mean over latents)",
+            "higher",
+            optional=True,
+        ),
+        Column(
+            "MCC",
+            "truth",
+            "mcc",
+            "score",
+            "mean |cos| of latents and true features, each matched to another (no unit)",
+            "higher",
+            optional=True,
+        ),
+    )
+
+    def notes(self) -> list[str]:
+        return [
+            f"Truth: every kind of dictionary was learned again with its own options in the synthetic world "
+            f"{self.world!r}; what needs gradients of a language model, published SAEs and split views are not scored."
+        ]
+
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        results = super().run([one for one in panel if one.learned_on is not None], setting, output)
+        return EvalResults(self.name, f"world {self.world}", results.n, results.files, results.metrics, self.own_seed)
+
+    def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
+        return {"config": self.model_dump(mode="json"), "version": _VERSION}
+
+    def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
+        from ksvd_sae.evals.truth.run import measure
+
+        return measure(self, panelist, setting)

@@ -1,0 +1,156 @@
+"""A kind of dictionary in a world: learned, coded, held against the features."""
+
+import contextlib
+import io
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from sae_lens.synthetic import mean_correlation_coefficient
+from sae_lens.synthetic.evals import (
+    ClassificationMetrics,
+    ClassificationMetricsCalculator,
+    DeadLatentsCalculator,
+    L0Calculator,
+    ShrinkageCalculator,
+    feature_uniqueness,
+)
+from torch import Tensor
+
+from ksvd_sae.activations.shards import ActivationShards, write_harvest
+from ksvd_sae.errors import EvaluationError, KsvdSaeError
+from ksvd_sae.evals.base import EvalSetting, Measured, Panelist
+from ksvd_sae.evals.truth.worlds import World
+from ksvd_sae.learning.fvu import FVU
+from ksvd_sae.store import content_hash
+
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import SAE
+
+    from ksvd_sae.evals.truth import TruthEval
+
+NAME = "truth"
+# Samples to learn from, to choose a threshold on, and to score: three draws from a world.
+_TRAIN, _VALIDATION, _TEST = 1, 2, 3
+# Shares of a sample's norm below which a latent is dropped; 0 drops none.
+THRESHOLDS = tuple(step / 50 for step in range(26))
+
+
+def measure(config: "TruthEval", panelist: Panelist, setting: EvalSetting) -> Measured:
+    """Scores of a panelist's kind in the config's world."""
+    assert panelist.learned_on is not None
+    place = _place(config, setting)
+    try:
+        with TemporaryDirectory() as folder:
+            sae = panelist.learned_on(place.shards, place.hash, Path(folder), place.sizes)
+    except KsvdSaeError as error:
+        raise EvaluationError(
+            f"{NAME}: learning {panelist.name} in the world {config.world!r}: {error.what}",
+            cause=f"options that do not fit {place.sizes['n_atoms']} atoms or k = {place.sizes['k']}",
+            cure="change them, or evaluation.truth.n_atoms and k; Matryoshka groups: 'paper' fit any number",
+        ) from error
+    with torch.no_grad():
+        return _scores(config, place.world, sae)
+
+
+class _Place:
+    """A world, samples of it as a harvest, and what every dictionary there is to have."""
+
+    def __init__(self, config: "TruthEval", folder: Path, key: dict[str, Any]):
+        # The features' orthogonalisation shows its progress.
+        with contextlib.redirect_stderr(io.StringIO()):
+            self.world = World(config.world, config.seed)
+        n_atoms = config.n_atoms or len(self.world.features_GD) // 2
+        self.sizes = {"n_atoms": n_atoms, "k": config.k or max(1, round(self.world.firing()))}
+        self.hash = content_hash(key)
+        train = (x_BD for x_BD, _ in self.world.samples(config.train_samples, _TRAIN))
+        heldout = (x_BD for x_BD, _ in self.world.samples(config.test_samples, _TEST))
+        self.shards: ActivationShards = write_harvest(folder, key, train, heldout)
+
+
+def _place(config: "TruthEval", setting: EvalSetting) -> _Place:
+    """Made once for a panel."""
+    key = {"world": config.world, "seed": config.seed, "samples": [config.train_samples, config.test_samples]}
+    kept = setting.between_calls
+    name = f"{config.name} {content_hash({**key, **config.model_dump(mode='json')})}"
+    if name not in kept:
+        folder = setting.artifacts / f"truth-{content_hash(key)}"
+        kept[name] = _Place(config, folder, key)
+    return cast(_Place, kept[name])
+
+
+def _scores(config: "TruthEval", world: World, sae: "SAE[Any]") -> Measured:
+    decoder_FD, truth_GD = sae.W_dec.detach(), world.features_GD
+    threshold = _best_threshold(config, world, sae)
+    as_coded, thresholded = (_Scored(sae, truth_GD, share) for share in (0.0, threshold))
+    n_true = n_samples = 0
+    for x_BD, loud_BG in world.samples(config.test_samples, _TEST):
+        codes_BF = sae.encode(x_BD)
+        as_coded.add(x_BD, codes_BF, loud_BG)
+        thresholded.add(x_BD, codes_BF, loud_BG)
+        n_true, n_samples = n_true + int((loud_BG > 0).sum()), n_samples + len(x_BD)
+    return Measured(
+        {
+            "mcc": mean_correlation_coefficient(decoder_FD, truth_GD),
+            "uniqueness": feature_uniqueness(decoder_FD, truth_GD),
+            **as_coded.scores(),
+            **{f"{name}_thresholded": value for name, value in thresholded.scores().items()},
+            "threshold": threshold,
+            "true_l0": n_true / n_samples,
+        },
+        n_samples,
+    )
+
+
+class _Scored:
+    """Codes held against the truth, latents below a share of the sample's norm dropped.
+
+    The norm is that of the sample about the decoder's bias, a latent's size that of its part of the reconstruction.
+    """
+
+    def __init__(self, sae: "SAE[Any]", truth_GD: Tensor, share: float):
+        self.sae, self.share = sae, share
+        self.sizes_F = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
+        self.firing = ClassificationMetricsCalculator(sae.W_dec.detach(), truth_GD)
+        self.l0, self.dead = L0Calculator(), DeadLatentsCalculator(len(self.sizes_F))
+        self.shrinkage, self.fvu = ShrinkageCalculator(), FVU()
+
+    def kept(self, x_BD: Tensor, codes_BF: Tensor) -> Tensor:
+        if not self.share:
+            return codes_BF
+        bound_B1 = self.share * torch.linalg.vector_norm(x_BD - self.sae.b_dec, dim=1, keepdim=True)
+        return torch.where(codes_BF.abs() * self.sizes_F > bound_B1, codes_BF, 0)
+
+    def add(self, x_BD: Tensor, codes_BF: Tensor, loud_BG: Tensor) -> None:
+        kept_BF = self.kept(x_BD, codes_BF)
+        rebuilt_BD = self.sae.decode(kept_BF)
+        self.firing.add_batch(kept_BF, loud_BG)
+        self.l0.add_batch(kept_BF)
+        self.dead.add_batch(kept_BF)
+        self.shrinkage.add_batch(rebuilt_BD, x_BD)
+        self.fvu.add(x_BD, rebuilt_BD)
+
+    def scores(self) -> dict[str, float]:
+        firing = self.firing.compute()
+        return {
+            **_named(firing),
+            "r2": 1 - self.fvu.value(NAME),
+            "l0": self.l0.compute(),
+            "dead_fraction": self.dead.compute() / len(self.sizes_F),
+            "shrinkage": self.shrinkage.compute(),
+        }
+
+
+def _named(firing: ClassificationMetrics) -> dict[str, float]:
+    return {"f1": firing.f1_score, "precision": firing.precision, "recall": firing.recall}
+
+
+def _best_threshold(config: "TruthEval", world: World, sae: "SAE[Any]") -> float:
+    """The threshold with the best F1 on samples of its own; of equals the lowest."""
+    tried = [_Scored(sae, world.features_GD, share) for share in THRESHOLDS]
+    for x_BD, loud_BG in world.samples(config.test_samples, _VALIDATION):
+        codes_BF = sae.encode(x_BD)
+        for one in tried:
+            one.firing.add_batch(one.kept(x_BD, codes_BF), loud_BG)
+    return max(tried, key=lambda one: one.firing.compute().f1_score).share
