@@ -26,19 +26,24 @@ _BATCH = 4096
 
 @dataclass(frozen=True)
 class Shape:
-    """features in d_in dimensions, in trees of four children a node to depth 3 from so many roots (0: none);
-    correlated: in 25 directions."""
+    """features in d_in dimensions, in trees of four children a node to depth 3 from so many roots (0: none).
+
+    correlated: in 25 directions. often, rarely: how often the first feature fires, and the last.
+    """
 
     features: int
     d_in: int
     roots: int
     correlated: bool = True
+    often: float = 0.4
+    rarely: float = 5e-4
 
 
 SHAPES = {
     "tiny": Shape(256, 32, 4),
     "small": Shape(2_048, 128, 32),
-    "small-flat": Shape(2_048, 128, 0, correlated=False),
+    # As many fire in a sample as in the one above, where children make up for their parents by firing more often.
+    "small-flat": Shape(2_048, 128, 0, correlated=False, often=0.27, rarely=3.4e-4),
     "synthsaebench-16k": Shape(16_384, 768, 128),
 }
 
@@ -52,7 +57,9 @@ class World:
             SyntheticModelConfig(
                 num_features=shape.features,
                 hidden_dim=shape.d_in,
-                firing_probability=ZipfianFiringProbabilityConfig(exponent=0.5, max_prob=0.4, min_prob=5e-4),
+                firing_probability=ZipfianFiringProbabilityConfig(
+                    exponent=0.5, max_prob=shape.often, min_prob=shape.rarely
+                ),
                 hierarchy=HierarchyConfig(
                     total_root_nodes=shape.roots,
                     branching_factor=4,
