@@ -164,6 +164,8 @@ CHANGED: dict[str, Any] = {
     "groups": (8, 8),
     "nonnegative": True,
     "rtol": 0.1,
+    "tau": 0.05,
+    "coherence": 0.7,
     "max_steps": 9,
     "precision": "bfloat16",
     "coder": "matryoshka",

@@ -22,7 +22,7 @@ from ksvd_sae.errors import ShapeError
 Redraw = Literal["residual", "data", "random", "none"]
 REDRAWS: tuple[Redraw, ...] = ("residual", "data", "random", "none")
 # An atom is taken for unused once an average one has been used so often since it last was: a batch that holds few uses
-# of each atom says little about the rare ones. (With another value, trainings are others: DBKSVDMethod.version.)
+# of each atom says little about the rare ones. (With another value trainings are others: raise the kind's version.)
 ENOUGH_IDLE = 20.0
 # Rows of the Gram matrix that the search for pairs holds at a time.
 _PAIR_ROWS = 1024

@@ -82,6 +82,14 @@ def test_the_features_themselves_are_true(world: World, setting: EvalSetting) ->
     assert noisy["f1"] < scores["f1"]
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_random_atoms_of_a_worlds_seed_are_not_its_features(seed: int) -> None:
+    """Both would be the first normal numbers of that seed."""
+    world = World("tiny", seed)
+    drawn_MD = torch.nn.functional.normalize(torch.randn(256, 32, generator=torch.Generator().manual_seed(seed)), dim=1)
+    assert mean_correlation_coefficient(drawn_MD, world.features_GD) < 0.7
+
+
 def test_scores_are_saelens_and_the_threshold_is_chosen_on_other_samples(world: World, setting: EvalSetting) -> None:
     panelist = of_atoms(world, Coding(8, nonnegative=True), noise=0.3)
     measured = measure(CONFIG, panelist, setting)

@@ -140,7 +140,7 @@ class TestCompiledForH100:
     @pytest.mark.parametrize(
         ("n_atoms", "k", "gram", "spilled_bytes"),
         # What spills lies outside the loop over Gram rows: a few bytes a step.
-        [(4096, 32, "fp32", 0), (4096, 32, "bf16", 0), (16384, 80, "fp32", 0), (16384, 80, "bf16", 32)],
+        [(4096, 32, "fp32", 0), (4096, 32, "bf16", 32), (16384, 80, "fp32", 0), (16384, 80, "bf16", 32)],
     )
     @pytest.mark.parametrize("by_error", [False, True], ids=["omp", "ormp"])
     def test_orthogonal(
@@ -148,7 +148,7 @@ class TestCompiledForH100:
     ) -> None:
         launch = pursuit_triton.launch_orthogonal(n_atoms, k) | {"BY_ERROR": by_error}
         made = compiled(pursuit_triton_jit.pursue_sample_orthogonally, n_atoms, launch, gram, tmp_path)
-        self.assert_fits(made, max(spilled_bytes, 32 if by_error and gram == "bf16" else 0))
+        self.assert_fits(made, spilled_bytes)
 
     @pytest.mark.parametrize("n_atoms", [1, 61])
     def test_odd_sizes(self, n_atoms: int, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, SeededEval
 
 # Goes up when the same options come to give other scores.
-_VERSION = 1
+_VERSION = 2
 
 
 class TruthEval(MeasuredHere, SeededEval):

@@ -230,8 +230,9 @@ def pursue_sample_orthogonally(  # type: ignore[no-untyped-def]
     support_K = tl.zeros([BLOCK_K], tl.int32)
     values_K = tl.zeros([BLOCK_K], tl.float32)
     inverse_KK = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+    # Of the error, what is above that of a sample that is done: one register in place of two.
     left = tl.load(energy_ptr + row)
-    enough, floor = enough_share * left, tl.load(floor_ptr + row)
+    left -= enough_share * left
     count = 0
     product, atom = _subtract_and_find(products_ptr, gram_ptr, values_ptr, support_ptr, 0, n_atoms, False, BLOCK_M)
     active = (product != 0) & (left > 0)
@@ -241,8 +242,8 @@ def pursue_sample_orthogonally(  # type: ignore[no-untyped-def]
         w_K = tl.sum(inverse_KK * gram_K[None, :], axis=1)
         pivot = tl.load(gram_row_ptr + atom).to(tl.float32) - tl.sum(w_K * w_K, axis=0)
         pivot = tl.sqrt(tl.maximum(pivot, 0.0))
-        least = floor * pivot if BY_ERROR else floor
-        active = (left > enough) & (pivot > dependent) & (tl.abs(product) > least)
+        floor = tl.load(floor_ptr + tl.program_id(0))
+        active = (left > 0) & (pivot > dependent) & (tl.abs(product) > (floor * pivot if BY_ERROR else floor))
         if active:
             is_new_K = slots_K == count
             direction_K = (is_new_K.to(tl.float32) - tl.sum(w_K[:, None] * inverse_KK, axis=0)) / pivot
