@@ -160,7 +160,8 @@ def _legend(drawn: Any, colours: dict[str, str], weightings: list[str]) -> None:
         Line2D([], [], color=style.INK, marker="o", linestyle="none", fillstyle=fill, label=label)  # type: ignore[arg-type]
         for fill, label in fills
     ]
-    drawn.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False)
+    # Four names side by side are wider than a single panel.
+    drawn.legend(handles=marks, loc="outside lower center", ncols=4 if len(drawn.axes) > 1 else 2, frameon=False)
 
 
 def write_report(study: Study) -> Path:

@@ -9,7 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from sae_lens.synthetic.evals import compute_classification_metrics, mean_correlation_coefficient
+from sae_lens.synthetic.evals import (
+    ClassificationMetricsCalculator,
+    compute_classification_metrics,
+    mean_correlation_coefficient,
+)
 
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.activations.shards import ActivationShards
@@ -17,7 +21,7 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalSetting, Measured, Panelist
 from ksvd_sae.evals.truth import TruthEval
-from ksvd_sae.evals.truth.run import measure
+from ksvd_sae.evals.truth.run import THRESHOLDS, measure
 from ksvd_sae.evals.truth.worlds import World
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.methods import METHODS
@@ -110,6 +114,15 @@ def test_scores_are_saelens_and_the_threshold_is_chosen_on_other_samples(world: 
             assert scores["l0" + name] == pytest.approx(float((kept_BF != 0).sum(dim=1).float().mean()), abs=0.02)
             error = float((sae.decode(kept_BF) - x_BD).square().sum() / (x_BD - x_BD.mean(dim=0)).square().sum())
             assert scores["r2" + name] == pytest.approx(1 - error, abs=1e-3)
+        tried = {}
+        for share in THRESHOLDS:
+            calculator = ClassificationMetricsCalculator(sae.W_dec, world.features_GD)
+            for other_BD, loud_other_BG in world.samples(2000, seed=2):
+                other_BF = sae.encode(other_BD)
+                sizes_B1 = torch.linalg.vector_norm(other_BD - sae.b_dec, dim=1)[:, None]
+                calculator.add_batch(other_BF * (other_BF > share * sizes_B1), loud_other_BG)
+            tried[share] = calculator.compute().f1_score
+        assert tried[scores["threshold"]] == pytest.approx(max(tried.values()), abs=1e-3)
     assert scores["true_l0"] == pytest.approx(float((loud_BG > 0).sum(dim=1).float().mean()))
     assert scores["threshold"] > 0, "eight atoms a sample are more than fire"
     assert scores["f1_thresholded"] > scores["f1"] + 0.05

@@ -147,10 +147,27 @@ def _named(firing: ClassificationMetrics) -> dict[str, float]:
 
 
 def _best_threshold(config: "TruthEval", world: World, sae: "SAE[Any]") -> float:
-    """The threshold with the best F1 on samples of its own; of equals the lowest."""
-    tried = [_Scored(sae, world.features_GD, share) for share in THRESHOLDS]
+    """The threshold with the best F1 on samples of its own; of equals the lowest.
+
+    All thresholds at once: each latent of a sample is counted under how many of them it passes.
+    """
+    decoder_FD, n_bins = sae.W_dec.detach(), len(THRESHOLDS) + 1
+    sizes_F = torch.linalg.vector_norm(decoder_FD, dim=1)
+    nearest_F = ClassificationMetricsCalculator(decoder_FD, world.features_GD).best_matches
+    right, wrong = (torch.zeros(len(sizes_F) * n_bins, dtype=torch.int64) for _ in range(2))
+    fired_F = torch.zeros(len(sizes_F), dtype=torch.int64)
+    bounds = torch.tensor(THRESHOLDS)
     for x_BD, loud_BG in world.samples(config.test_samples, _VALIDATION):
-        codes_BF = sae.encode(x_BD)
-        for one in tried:
-            one.firing.add_batch(one.kept(x_BD, codes_BF), loud_BG)
-    return max(tried, key=lambda one: one.firing.compute().f1_score).share
+        codes_BF, fires_BG = sae.encode(x_BD), loud_BG > 0
+        rows, latents = codes_BF.nonzero(as_tuple=True)
+        sizes = codes_BF[rows, latents].abs() * sizes_F[latents]
+        passed = torch.bucketize(sizes / torch.linalg.vector_norm(x_BD - sae.b_dec, dim=1)[rows], bounds)
+        is_right = fires_BG[rows, nearest_F[latents]]
+        bins = latents * n_bins + passed
+        right += torch.bincount(bins[is_right], minlength=len(right))
+        wrong += torch.bincount(bins[~is_right], minlength=len(wrong))
+        fired_F += fires_BG.sum(dim=0)[nearest_F]
+    # Kept by a threshold is what passes it and all below.
+    hits_FT, errors_FT = (n.view(-1, n_bins).flip(1).cumsum(1).flip(1)[:, 1:].double() for n in (right, wrong))
+    f1_T = (2 * hits_FT / (hits_FT + errors_FT + fired_F[:, None]).clamp(min=1)).mean(dim=0)
+    return THRESHOLDS[int(f1_T.argmax())]
