@@ -260,17 +260,30 @@ class MeasuredHere(Eval):
         if heldout is None:
             raise EvaluationError(f"{self.name}: no held-out activations", cure="run `ksvd-sae harvest` first")
         files, metrics, n = {}, {}, {}
+        failures: list[EvaluationError] = []
         for panelist in panel:
             key = {"eval": self.name, "dictionary": panelist.content, **self.follows_from(heldout)}
             path = output / self.name / f"{panelist.name}-{content_hash(key)}.json"
             if not path.exists() and not copy_of_other_name(path):
                 logger.info("%s of %s", self.name, panelist.name)
-                measured = self.measure(panelist, setting, heldout)
+                try:
+                    measured = self.measure(panelist, setting, heldout)
+                except EvaluationError as error:
+                    failures.append(error)
+                    continue
                 scores = {name: value if math.isfinite(value) else None for name, value in measured.scores.items()}
                 write_json(path, {"scores": scores, self.counts: measured.n, **measured.more})
             result = json.loads(path.read_text())
             files[panelist.name], metrics[panelist.name] = path, result["scores"]
             n[panelist.name] = result[self.counts]
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise EvaluationError(
+                f"{self.name}: no score for {len(failures)} dictionaries; those of the others are kept",
+                cause="\n".join(str(failure) for failure in failures),
+                cure="mend what they say and run again",
+            )
         return EvalResults(self.name, heldout.name, n, files, metrics, self.own_seed)
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from ksvd_sae.device import give_back_memory
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import Eval, EvalResults, EvalSetting, Panelist
 from ksvd_sae.evals.processes import side_by_side
@@ -67,7 +68,10 @@ def _outcomes(
 def _in_process(
     evals: list[Eval], panel: list[Panelist], setting: EvalSetting, output: Path
 ) -> list[EvalResults | EvaluationError]:
-    return [_outcome(section, panel, setting, output, _model()) for section in evals]
+    outcomes = [_outcome(section, panel, setting, output, _model()) for section in evals]
+    # Another process is beside this one, and may need it.
+    give_back_memory()
+    return outcomes
 
 
 def _outcome(

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ksvd_sae.device import keep_freed_memory
+from ksvd_sae.device import give_back_memory, keep_freed_memory
 from ksvd_sae.errors import EvaluationError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ def side_by_side(tasks: Iterable[Callable[[], T]], processes: int) -> Iterator[T
     Args: tasks: can be pickled, as can what they give; begun in this order.
     Raises: what a task raises; EvaluationError if a process died.
     """
+    tasks = list(tasks)
+    processes = min(processes, len(tasks))
+    give_back_memory()
     # Not forked: threads of torch and numba do not survive that.
     context = multiprocessing.get_context("spawn")
     end_of_file, ours = context.Pipe(duplex=False)

@@ -183,6 +183,14 @@ def test_what_does_not_fit_the_world_is_an_error_that_names_it(tmp_path: Path) -
     run = run_in(tmp_path, without("fisher", "learned", "by-omp"))
     with pytest.raises(EvaluationError, match=r"(?s)learning nested in the world 'tiny'.*Matryoshka groups"):
         run.evaluate(train=True)
+    assert [path.name.split("-")[0] for path in run.evaluations.glob("truth/*.json")] == ["pca"], "the other is kept"
+
+
+def test_a_budget_that_no_kind_can_have_is_one_error(setting: EvalSetting, world: World) -> None:
+    for options in ({"k": 33}, {"k": 9, "n_atoms": 8}):
+        config = CONFIG.model_copy(update=options)
+        with pytest.raises(EvaluationError, match=r"(?s)too large for the world 'tiny'.*dimensions.*truth.k"):
+            measure(config, of_atoms(world, Coding(3)), setting)
 
 
 def test_gradients_and_published_saes_have_no_world(tmp_path: Path) -> None:

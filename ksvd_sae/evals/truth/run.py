@@ -18,12 +18,12 @@ from sae_lens.synthetic.evals import (
 )
 from torch import Tensor
 
-from ksvd_sae.activations.shards import ActivationShards, write_harvest
+from ksvd_sae.activations.shards import STAGE, ActivationShards, write_harvest
 from ksvd_sae.errors import EvaluationError, KsvdSaeError
 from ksvd_sae.evals.base import EvalSetting, Measured, Panelist
 from ksvd_sae.evals.truth.worlds import World
 from ksvd_sae.learning.fvu import FVU
-from ksvd_sae.store import content_hash
+from ksvd_sae.store import content_hash, is_finished
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
@@ -51,7 +51,8 @@ def measure(config: "TruthEval", panelist: Panelist, setting: EvalSetting) -> Me
             cure="change them, or evaluation.truth.n_atoms and k; Matryoshka groups: 'paper' fit any number",
         ) from error
     with torch.no_grad():
-        return _scores(config, place.world, sae)
+        # Worlds are drawn on the CPU, so that their samples are the same everywhere; scored there, too.
+        return _scores(config, place.world, sae.to("cpu"))
 
 
 class _Place:
@@ -62,11 +63,20 @@ class _Place:
         with contextlib.redirect_stderr(io.StringIO()):
             self.world = World(config.world, config.seed)
         n_atoms = config.n_atoms or len(self.world.features_GD) // 2
-        self.sizes = {"n_atoms": n_atoms, "k": config.k or max(1, round(self.world.firing()))}
+        k = config.k or max(1, round(self.world.firing()))
+        if k > min(n_atoms, self.world.features_GD.shape[1]):
+            raise EvaluationError(
+                f"{NAME}: k = {k} is too large for the world {config.world!r}",
+                limit=f"{n_atoms} atoms in {self.world.features_GD.shape[1]} dimensions",
+                cure="a smaller evaluation.truth.k, or null",
+            )
+        self.sizes = {"n_atoms": n_atoms, "k": k}
         self.hash = content_hash(key)
         train = (x_BD for x_BD, _ in self.world.samples(config.train_samples, _TRAIN))
         heldout = (x_BD for x_BD, _ in self.world.samples(config.test_samples, _TEST))
-        self.shards: ActivationShards = write_harvest(folder, key, train, heldout)
+        if not is_finished(folder, STAGE, key):
+            write_harvest(folder, key, train, heldout)
+        self.shards = ActivationShards.open(folder, key=key)
 
 
 def _place(config: "TruthEval", setting: EvalSetting) -> _Place:
