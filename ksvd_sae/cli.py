@@ -189,6 +189,26 @@ def efficiency(
     _stage(config, overrides, results, verbose, steps)
 
 
+@app.command(epilog="Example: ksvd-sae curves truth-curves")
+def curves(
+    config: Annotated[
+        Path, typer.Argument(help="curves that come with the package, by name, or your own YAML", metavar="CURVES")
+    ],
+    results: ResultsOption = Path("results"),
+    verbose: VerboseOption = False,
+) -> None:
+    """How true dictionaries are against samples, budget, size or any other key. Goes on where it stopped."""
+    _set_up_logging(verbose)
+    with _errors_as_messages(verbose):
+        from ksvd_sae.device import keep_freed_memory
+        from ksvd_sae.report.curves import write_curves
+        from ksvd_sae.run.curves import load_curves
+
+        keep_freed_memory()
+        plot, n_points = write_curves(*load_curves(config), results)
+        _out.print(f"{n_points} points; plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(
     epilog="Example: ksvd-sae contrast results/demo-full/comparison.csv --of db-ksvd-fisher --against topk-sae-fisher"
 )

@@ -31,6 +31,7 @@ COMMANDS = (
     "run",
     "study",
     "efficiency",
+    "curves",
     "contrast",
     "unpack",
     "doctor",
@@ -118,7 +119,8 @@ def test_help_shows_an_example(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if command not in ("study", "contrast", "unpack", "doctor", "bench")]
+    "command",
+    [command for command in COMMANDS if command not in ("study", "curves", "contrast", "unpack", "doctor", "bench")],
 )
 def test_example_names_a_config_that_loads(command: str) -> None:
     """Here, in an empty folder: by its name."""

@@ -134,5 +134,5 @@ def test_nobody_knows_kinds_or_evals_apart() -> None:
     assert found == {}
 
 
-# A study's rows say over how many predictions its loss is a mean.
-NAMED = {"LossEval": {"run/study.py"}}
+# A study's rows say over how many predictions its loss is a mean; curves are of this eval.
+NAMED = {"LossEval": {"run/study.py"}, "TruthEval": {"run/curves.py"}}

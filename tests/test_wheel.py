@@ -22,6 +22,7 @@ from pathlib import Path
 import ksvd_sae
 from ksvd_sae.run.config import load_config
 from ksvd_sae.run.find_config import shipped_configs
+from ksvd_sae.run.curves import load_curves
 from ksvd_sae.run.grid import load_study
 
 prefix = Path(sys.prefix).resolve()
@@ -30,7 +31,7 @@ assert version("ksvd-sae") == ksvd_sae.__version__
 for name, path in shipped_configs().items():
     assert path.resolve().is_relative_to(prefix), path
     if "\\nbase: " in path.read_text():
-        study, runs = load_study(name)
+        study, runs = (load_curves if "\\ncurves:" in path.read_text() else load_study)(name)
         assert study.name == name and runs
     else:
         assert load_config(name).name == name

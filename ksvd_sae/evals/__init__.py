@@ -18,6 +18,7 @@ from ksvd_sae.evals.ravel import RavelEval
 from ksvd_sae.evals.sae_probes import SaeProbesEval
 from ksvd_sae.evals.scr import ScrEval
 from ksvd_sae.evals.sparse_probing import SparseProbingEval
+from ksvd_sae.evals.stability import StabilityEval
 from ksvd_sae.evals.truth import TruthEval
 from ksvd_sae.strict import Strict
 
@@ -31,6 +32,7 @@ EVALS: tuple[type[Eval], ...] = (
     AbsorptionEval,
     RavelEval,
     AutoInterpEval,
+    StabilityEval,
     TruthEval,
 )
 

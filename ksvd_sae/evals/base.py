@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import JsonValue
 from typing_extensions import Self
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
 
 logger = logging.getLogger(__name__)
+LearnedOn: TypeAlias = "Callable[[ActivationShards, str, Path, Mapping[str, int]], SAE[Any]]"
 # What an eval's ``dataset`` says for the run's own held-out documents.
 HELDOUT_DATA = "heldout"
 ARROWS = {"lower": "↓", "higher": "↑"}
@@ -82,12 +83,14 @@ class Panelist:
     learned_on: gives an SAE of the same kind, options and seed that is learned on other activations. Takes these, their
         hash, a folder to work in, and values of 'n_atoms' and 'k' in place of its own; None for what cannot be learned
         elsewhere.
+    dictionary: what it shares with its trainings by other seeds, and with nothing else; "" for what has none.
     """
 
     name: str
     content: str
     load: "Callable[[], SAE[Any]]"
-    learned_on: "Callable[[ActivationShards, str, Path, Mapping[str, int]], SAE[Any]] | None" = None
+    learned_on: "LearnedOn | None" = None
+    dictionary: str = ""
 
 
 @dataclass(frozen=True)

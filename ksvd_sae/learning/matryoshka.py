@@ -15,7 +15,7 @@ of 0.149 ("What the options of DB-KSVD are worth" in the docs, section Matryoshk
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.sparse_coding import matching_pursuit
 
 SMALLEST_GROUP = 256
+NamedGroups = Literal["paper", "eighth"]
 
 
 def paper_groups(n_atoms: int) -> tuple[int, ...]:
@@ -43,6 +44,21 @@ def paper_groups(n_atoms: int) -> tuple[int, ...]:
         end *= 2
     ends.append(n_atoms)
     return tuple(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True))
+
+
+def group_sizes(groups: NamedGroups | Sequence[int], n_atoms: int) -> tuple[int, ...]:
+    """Sizes of groups that may be given by name: 'paper' as ``paper_groups``, 'eighth' an eighth of the atoms and the
+    rest.
+
+    >>> group_sizes("eighth", 1024)
+    (128, 896)
+    """
+    if groups == "paper":
+        return paper_groups(n_atoms)
+    if groups == "eighth":
+        first = max(1, n_atoms // 8)
+        return (first, n_atoms - first)
+    return tuple(groups)
 
 
 def group_budgets(k: int, n_groups: int) -> tuple[int, ...]:

@@ -224,6 +224,11 @@ class Method(Strict, ABC):
         return ("signed",)
 
     @property
+    def learns_anywhere(self) -> bool:
+        """Whether it can be learned on any activations."""
+        return self.learns and not self.metric.needs_gradients
+
+    @property
     def coder_label(self) -> str:
         """What turns activations into codes, as tables name it."""
         return "own encoder"

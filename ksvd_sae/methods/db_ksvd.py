@@ -12,7 +12,7 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.learning.backends import Precision, coder_backend
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
-from ksvd_sae.learning.matryoshka import paper_groups
+from ksvd_sae.learning.matryoshka import NamedGroups, group_sizes
 from ksvd_sae.learning.redraw import Redraw
 from ksvd_sae.learning.training import Update
 from ksvd_sae.methods.base import (
@@ -51,8 +51,10 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     )
     average: bool = Field(True, description="give the running average of the atoms over the batches; paper: false")
     centre: bool = Field(True, description="subtract the mean; paper: false")
-    groups: Literal["paper"] | list[int] | None = Field(
-        None, description="Matryoshka groups: 'paper' for 2^8, 2^8, 2^9, …, or sizes that add up to n_atoms"
+    groups: NamedGroups | list[int] | None = Field(
+        None,
+        description="Matryoshka groups: 'paper' for 2^8, 2^8, 2^9, …, 'eighth' for an eighth of the atoms and the "
+        "rest, or sizes that add up to n_atoms",
     )
     max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
     precision: Precision = Field("float32", description="of the products in training's coding; tf32 needs a GPU")
@@ -73,9 +75,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
 
     @property
     def group_sizes(self) -> tuple[int, ...] | None:
-        if self.groups == "paper":
-            return paper_groups(self.n_atoms)
-        return None if self.groups is None else tuple(self.groups)
+        return None if self.groups is None else group_sizes(self.groups, self.n_atoms)
 
     @property
     def coding(self) -> Coding:

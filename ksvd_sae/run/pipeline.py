@@ -25,7 +25,7 @@ from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.methods.base import Method, Source, TrainingSetting
-from ksvd_sae.run.config import RunConfig
+from ksvd_sae.run.config import RunConfig, view_name
 from ksvd_sae.run.replicas import Replica, replicas, source_training
 from ksvd_sae.run.trained import TrainedDictionary
 from ksvd_sae.store import cache_dir, content_hash, is_finished, read_manifest, write_manifest
@@ -179,8 +179,11 @@ class Run:
         seconds: float | None = read_manifest(folder, TRAIN_STAGE, key)["seconds"]
         return seconds
 
-    def setting(self, method: Method | None = None) -> TrainingSetting:
-        """What a training gets besides its options (None: one without a seed of its own)."""
+    def setting(self, method: Method | None = None, shards: ActivationShards | None = None) -> TrainingSetting:
+        """What a training gets besides its options.
+
+        Args: method: None: one without a seed of its own. shards: to learn from; None: the harvest's.
+        """
         model = self.config.model
         return TrainingSetting(
             model_name=model.name,
@@ -189,7 +192,7 @@ class Run:
             seed=self.config.seed if method is None else self._seed(method),
             device=self.device,
             harvest_hash=content_hash(self._harvest_key),
-            shards=self.shards(),
+            shards=shards or self.shards(),
             gradient_moments=self.gradient_moments,
         )
 
@@ -267,6 +270,9 @@ class Run:
             raise next(iter(failures.values()))
         left = [section for section in evaluation.seeded() if not section.at_once]
         for result in run_evals(panel, left, setting, output, evaluation.processes):
+            # Nobody here has what it compares: several trainings, or a kind that can be learned elsewhere.
+            if not result.metrics:
+                continue
             scores.results.append(result)
             scores.rows += tidy_rows(result, facts)
             scores.news = result.eval
@@ -296,22 +302,23 @@ class Run:
         return [self._panelist(viewed) for trained in self.trained() for viewed in trained.in_views()]
 
     def _panelist(self, trained: TrainedDictionary) -> Panelist:
-        elsewhere = partial(self._learned_on, trained) if trained.learns_anywhere else None
-        return Panelist(trained.panelist, trained.content, partial(self.load_sae, trained), elsewhere)
+        elsewhere = partial(self.learned_on, trained.method) if trained.learns_anywhere else None
+        dictionary = view_name(trained.name, trained.view)
+        return Panelist(trained.panelist, trained.content, partial(self.load_sae, trained), elsewhere, dictionary)
 
-    def _learned_on(
-        self, trained: TrainedDictionary, shards: ActivationShards, of: str, folder: Path, sizes: Mapping[str, int]
+    def learned_on(
+        self, method: Method, shards: ActivationShards, of: str, folder: Path, sizes: Mapping[str, int]
     ) -> "SAE[Any]":
         """See ``Panelist.learned_on``. Args: of: the shards' hash."""
-        setting = replace(self.setting(trained.method), shards=shards, harvest_hash=of)
-        method, source, taken_from = trained.method.resized(sizes), source_training(self.config, trained.method), None
+        setting = replace(self.setting(method, shards), harvest_hash=of)
+        resized, source, taken_from = method.resized(sizes), source_training(self.config, method), None
         if source is not None:
             other, place = source.resized(sizes), folder / "source"
             place.mkdir()
             facts = other.train(replace(setting, seed=self._seed(source)), place, None)
             taken_from = Source(other, place, facts.samples_seen)
-        method.train(setting, folder, taken_from)
-        return method.load(setting, folder)
+        resized.train(setting, folder, taken_from)
+        return resized.load(setting, folder)
 
     @cached_property
     def eval_setting(self) -> EvalSetting:

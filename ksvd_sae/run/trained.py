@@ -30,8 +30,8 @@ class TrainedDictionary:
 
     @property
     def learns_anywhere(self) -> bool:
-        """Whether its kind can be learned on any activations, and codes as they come."""
-        return self.view == "signed" and self.method.learns and not self.method.metric.needs_gradients
+        """Whether its kind can be learned on any activations, and its codes are as they come."""
+        return self.view == "signed" and self.method.learns_anywhere
 
     @property
     def panelist(self) -> str:

@@ -19,7 +19,7 @@ from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import EvaluationError
-from ksvd_sae.evals.base import EvalSetting, Measured, Panelist
+from ksvd_sae.evals.base import EvalSetting, LearnedOn, Measured
 from ksvd_sae.evals.truth import TruthEval
 from ksvd_sae.evals.truth.run import THRESHOLDS, measure
 from ksvd_sae.evals.truth.worlds import World
@@ -43,7 +43,7 @@ def setting(tmp_path: Path) -> EvalSetting:
     return EvalSetting("some/model", "float32", "cpu", tmp_path / "data", "", tmp_path / "artifacts")
 
 
-def of_atoms(world: World, coding: Coding, noise: float = 0.0) -> Panelist:
+def of_atoms(world: World, coding: Coding, noise: float = 0.0) -> LearnedOn:
     """The features that fire most often, coded about the mean of the samples."""
 
     def learned(shards: ActivationShards, of: str, folder: Path, sizes: Mapping[str, int]) -> Any:
@@ -55,7 +55,7 @@ def of_atoms(world: World, coding: Coding, noise: float = 0.0) -> Panelist:
         dictionary = Dictionary(rows_MD, shards.centre_D.float(), coding)
         return sae_from_dictionary(dictionary, model_name="some/model", hook_name="blocks.0.hook_resid_post")
 
-    return Panelist("atoms", "", lambda: None, learned)  # type: ignore[arg-type, return-value]
+    return learned
 
 
 def test_samples_are_those_of_the_seed(world: World) -> None:
@@ -76,12 +76,12 @@ def test_samples_are_those_of_the_seed(world: World) -> None:
 
 
 def test_the_features_themselves_are_true(world: World, setting: EvalSetting) -> None:
-    scores = measure(CONFIG, of_atoms(world, Coding(12, "omp", nonnegative=True)), setting).scores
+    scores = measure(CONFIG, "atoms", of_atoms(world, Coding(12, "omp", nonnegative=True)), setting).scores
     random = torch.nn.functional.normalize(torch.randn(128, 32, generator=torch.Generator().manual_seed(0)), dim=1)
     assert scores["mcc"] == pytest.approx(1, abs=1e-5)
     assert scores["uniqueness"] == 1
     assert mean_correlation_coefficient(random, world.features_GD) < 0.65
-    noisy = measure(CONFIG, of_atoms(world, Coding(12, "omp", nonnegative=True), noise=1.0), setting).scores
+    noisy = measure(CONFIG, "atoms", of_atoms(world, Coding(12, "omp", nonnegative=True), noise=1.0), setting).scores
     assert noisy["mcc"] < scores["mcc"]
     assert noisy["f1"] < scores["f1"]
 
@@ -95,15 +95,15 @@ def test_random_atoms_of_a_worlds_seed_are_not_its_features(seed: int) -> None:
 
 
 def test_scores_are_saelens_and_the_threshold_is_chosen_on_other_samples(world: World, setting: EvalSetting) -> None:
-    panelist = of_atoms(world, Coding(8, nonnegative=True), noise=0.3)
-    measured = measure(CONFIG, panelist, setting)
+    learned_on = of_atoms(world, Coding(8, nonnegative=True), noise=0.3)
+    measured = measure(CONFIG, "atoms", learned_on, setting)
     assert isinstance(measured, Measured)
     assert measured.n == 2000
     scores = measured.scores
     with torch.no_grad():
         x_BD, loud_BG = (torch.cat(parts) for parts in zip(*world.samples(2000, seed=3), strict=True))
         train_BD = torch.cat([x for x, _ in world.samples(3000, seed=1)])
-        sae = panelist.learned_on(_Centre(train_BD.mean(dim=0)), "", Path(), {"n_atoms": 128, "k": 1})  # type: ignore[arg-type, misc]
+        sae = learned_on(_Centre(train_BD.mean(dim=0)), "", Path(), {"n_atoms": 128, "k": 1})  # type: ignore[arg-type, misc]
         codes_BF = sae.encode(x_BD)
         for name, share in (("", 0.0), ("_thresholded", scores["threshold"])):
             kept_BF = codes_BF * (codes_BF > share * torch.linalg.vector_norm(x_BD - sae.b_dec, dim=1)[:, None])
@@ -190,7 +190,7 @@ def test_a_budget_that_no_kind_can_have_is_one_error(setting: EvalSetting, world
     for options in ({"k": 33}, {"k": 9, "n_atoms": 8}):
         config = CONFIG.model_copy(update=options)
         with pytest.raises(EvaluationError, match=r"(?s)too large for the world 'tiny'.*dimensions.*truth.k"):
-            measure(config, of_atoms(world, Coding(3)), setting)
+            measure(config, "atoms", of_atoms(world, Coding(3)), setting)
 
 
 def test_gradients_and_published_saes_have_no_world(tmp_path: Path) -> None:

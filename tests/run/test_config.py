@@ -13,6 +13,7 @@ from ksvd_sae.methods.controls import PCAMethod, RandomMethod
 from ksvd_sae.methods.db_ksvd import DBKSVDMethod
 from ksvd_sae.methods.sae import TopKSAEMethod
 from ksvd_sae.run.config import RunConfig, dump_config, load_config, parse_config, view_name
+from ksvd_sae.run.curves import load_curves
 from ksvd_sae.run.grid import load_study
 from ksvd_sae.run.replicas import replicas
 from tests.command_line import EVAL_CONFIGS
@@ -318,9 +319,9 @@ class TestFile:
 
 @pytest.mark.parametrize("path", sorted(EVAL_CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_yaml_of_the_repository_loads(path: Path) -> None:
-    """A run's, or a study's: those have a base."""
-    if "base" in yaml.safe_load(path.read_text()):
-        study, _ = load_study(path)
+    """A run's, a study's or curves': those have a base."""
+    if "base" in (raw := yaml.safe_load(path.read_text())):
+        study, _ = load_curves(path) if "curves" in raw else load_study(path)
         assert study.name == path.stem
         return
     assert load_config(path).name == path.stem

@@ -122,7 +122,7 @@ def test_evals_that_draw_run_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(SparseProbingEval, "run", probe)
     monkeypatch.setattr(CoreEval, "run", core)
     setting: Any = None
-    config = EvaluationConfig(heldout=None, sparse_probing=SparseProbingEval(seed=8), seeds=[1, 2])
+    config = EvaluationConfig(heldout=None, stability=None, sparse_probing=SparseProbingEval(seed=8), seeds=[1, 2])
     results = list(run_evals([], config.seeded(), setting, Path()))
     assert ran == [1, 2]
     assert [(r.eval, r.seed) for r in results] == [("core", None), ("sparse_probing", 1), ("sparse_probing", 2)]

@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, SeededEval
 
 # Goes up when the same options come to give other scores.
-_VERSION = 2
+VERSION = 2
 
 
 class TruthEval(MeasuredHere, SeededEval):
@@ -23,6 +23,9 @@ class TruthEval(MeasuredHere, SeededEval):
     n_atoms: int | None = Field(None, gt=0, description="of every dictionary there; null: half of the features")
     k: int | None = Field(
         None, gt=0, description="budget of every dictionary there; null: as many as features fire on average"
+    )
+    noise: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="length of Gaussian noise on samples, as a part of theirs"
     )
     train_samples: int = Field(100_000, gt=0, description="different ones; a dictionary goes over them as it says")
     test_samples: int = Field(8_192, gt=0)
@@ -73,9 +76,10 @@ class TruthEval(MeasuredHere, SeededEval):
         return EvalResults(self.name, f"world {self.world}", results.n, results.files, results.metrics, self.own_seed)
 
     def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
-        return {"config": self.model_dump(mode="json"), "version": _VERSION}
+        return {"config": self.model_dump(mode="json"), "version": VERSION}
 
     def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
         from ksvd_sae.evals.truth.run import measure
 
-        return measure(self, panelist, setting)
+        assert panelist.learned_on is not None
+        return measure(self, panelist.name, panelist.learned_on, setting)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.shards import STAGE, ActivationShards, write_harvest
 from ksvd_sae.errors import EvaluationError, KsvdSaeError
-from ksvd_sae.evals.base import EvalSetting, Measured, Panelist
+from ksvd_sae.evals.base import EvalSetting, LearnedOn, Measured
 from ksvd_sae.evals.truth.worlds import World
 from ksvd_sae.learning.fvu import FVU
 from ksvd_sae.store import content_hash, is_finished
@@ -37,16 +37,15 @@ _TRAIN, _VALIDATION, _TEST = 1, 2, 3
 THRESHOLDS = tuple(step / 50 for step in range(26))
 
 
-def measure(config: "TruthEval", panelist: Panelist, setting: EvalSetting) -> Measured:
-    """Scores of a panelist's kind in the config's world."""
-    assert panelist.learned_on is not None
+def measure(config: "TruthEval", name: str, learned_on: LearnedOn, setting: EvalSetting) -> Measured:
+    """Scores of a kind of dictionary in the config's world. Args: name: for errors. learned_on: see ``Panelist``."""
     place = _place(config, setting)
     try:
         with TemporaryDirectory() as folder:
-            sae = panelist.learned_on(place.shards, place.hash, Path(folder), place.sizes)
+            sae = learned_on(place.shards, place.hash, Path(folder), place.sizes)
     except KsvdSaeError as error:
         raise EvaluationError(
-            f"{NAME}: learning {panelist.name} in the world {config.world!r}: {error.what}",
+            f"{NAME}: learning {name} in the world {config.world!r}: {error.what}",
             cause=f"options that do not fit {place.sizes['n_atoms']} atoms or k = {place.sizes['k']}",
             cure="change them, or evaluation.truth.n_atoms and k; Matryoshka groups: 'paper' fit any number",
         ) from error
@@ -61,7 +60,7 @@ class _Place:
     def __init__(self, config: "TruthEval", folder: Path, key: dict[str, Any]):
         # The features' orthogonalisation shows its progress.
         with contextlib.redirect_stderr(io.StringIO()):
-            self.world = World(config.world, config.seed)
+            self.world = World(config.world, config.seed, config.noise)
         n_atoms = config.n_atoms or len(self.world.features_GD) // 2
         k = config.k or max(1, round(self.world.firing()))
         if k > min(n_atoms, self.world.features_GD.shape[1]):
@@ -81,7 +80,7 @@ class _Place:
 
 def _place(config: "TruthEval", setting: EvalSetting) -> _Place:
     """Made once for a panel."""
-    key = {"world": config.world, "seed": config.seed, "samples": [config.train_samples, config.test_samples]}
+    key = config.model_dump(include={"world", "seed", "noise", "train_samples", "test_samples"})
     kept = setting.between_calls
     name = f"{config.name} {content_hash({**key, **config.model_dump(mode='json')})}"
     if name not in kept:

@@ -53,10 +53,14 @@ _APART = 1_000_003
 
 
 class World:
-    """A world of a name and a seed; the published one is that of seed 42."""
+    """A world of a name and a seed; the published one is that of seed 42.
 
-    def __init__(self, name: str, seed: int):
+    Args: noise: length of Gaussian noise, as a part of the samples' (both as root mean squares).
+    """
+
+    def __init__(self, name: str, seed: int, noise: float = 0.0):
         shape = SHAPES[name]
+        self._noise_std = 0.0
         self.model = SyntheticModel(
             SyntheticModelConfig(
                 num_features=shape.features,
@@ -82,6 +86,9 @@ class World:
                 seed=seed if (name, seed) == ("synthsaebench-16k", 42) else _APART + seed,
             )
         )
+        if noise:
+            some_BD = torch.cat([x_BD for x_BD, _ in self.samples(_BATCH, seed=0)])
+            self._noise_std = noise * float(some_BD.square().mean().sqrt())
 
     @property
     def features_GD(self) -> Tensor:
@@ -99,9 +106,11 @@ class World:
         for start in range(0, n, _BATCH):
             with torch.random.fork_rng(devices=()):
                 torch.set_rng_state(state)
-                batch = self.model.sample_with_features(min(_BATCH, n - start))
+                x_BD, loud_BG = self.model.sample_with_features(min(_BATCH, n - start))
+                if self._noise_std:
+                    x_BD = x_BD + self._noise_std * torch.randn_like(x_BD)
                 state = torch.get_rng_state()
-            yield batch
+            yield x_BD, loud_BG
 
     def firing(self) -> float:
         """How many features fire in a sample, on average."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.matryoshka import paper_groups
+from ksvd_sae.learning.matryoshka import NamedGroups, group_sizes
 from ksvd_sae.methods.base import Facts, KeptAsSAE, Seeded, Source, TrainingSetting, WeightingConfig
 from ksvd_sae.strict import Strict
 
@@ -104,14 +104,14 @@ class MatryoshkaBatchTopKSAEMethod(SAEMethod):
 
     kind: Literal["matryoshka_batchtopk_sae"] = "matryoshka_batchtopk_sae"
     aux_loss_coefficient: float = Field(1 / 32, ge=0)
-    groups: Literal["paper"] | list[Annotated[int, Field(gt=0)]] = Field(
-        "paper", description="as a DB-KSVD dictionary's: 'paper' for 2^8, 2^8, 2^9, …, or sizes that add up to n_atoms"
+    groups: NamedGroups | list[Annotated[int, Field(gt=0)]] = Field(
+        "paper", description="as a DB-KSVD dictionary's: 'paper', 'eighth', or sizes that add up to n_atoms"
     )
 
     @property
     def nested(self) -> tuple[int, ...]:
         """Sizes of the groups."""
-        return paper_groups(self.n_atoms) if self.groups == "paper" else tuple(self.groups)
+        return group_sizes(self.groups, self.n_atoms)
 
     def check_sizes(self, d_in: int) -> None:
         super().check_sizes(d_in)
