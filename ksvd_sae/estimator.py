@@ -52,7 +52,7 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
         *,
         passes: int = 1,
         batch_samples: int | None = None,
-        update: Update = "sums",
+        update: Update = "sweep",
         atom_batch: int = 128,
         init: Init = "data",
         redraw: Redraw = "residual",

@@ -229,7 +229,7 @@ class TestTheLearnerBeneath:
         assert len(resumed.log) == 6
 
 
-UPDATES = ("sums", "exact")
+UPDATES = ("sweep", "sums", "exact")
 
 
 def in_order(ksvd: DoubleBatchKSVD, x_ND: Tensor) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 from ksvd_sae.bench.problems import Shape, planted
 from ksvd_sae.bench.rows import OURS, Who, append, row
 from ksvd_sae.device import resolve_device
-from ksvd_sae.learning.atom_update import update_atoms_sums
+from ksvd_sae.learning.atom_update import update_atoms_sums, update_atoms_sweep
 from ksvd_sae.learning.backends import Precision, coder_backend
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
@@ -36,6 +36,7 @@ from ksvd_sae.learning.sparse_coding import Choice, Code, matching_pursuit, orth
 _COPY_BYTES_PER_S = 4.3e12
 _FLOP_PER_S = {"float32": 67e12, "tf32": 394e12, "bfloat16": 788e12}
 _WARMUPS, _REPEATS = 2, 7
+_UPDATES = {"sweep": update_atoms_sweep, "sums": update_atoms_sums}
 
 PAPER = (Shape("gemma-2-2b-4k", 65_536, 2304, 4096, 20), Shape("gemma-2-2b-16k", 65_536, 2304, 16_384, 80))
 SMALL = (Shape("small", 512, 48, 96, 5),)
@@ -99,12 +100,14 @@ def check(device: torch.device) -> list[str]:
         if same < 0.99 or abs(errors[0] / errors[1] - 1) > 1e-3:
             problems.append(f"{name}: {same:.1%} of samples agree, errors {errors[0]:.5g} and {errors[1]:.5g}")
     code = matching_pursuit(x_BD, atoms_MD, shape.k, backend="torch")
-    wanted_update = update_atoms_sums(x_BD.double(), Code(code.values_BK.double(), code.support_BK), atoms_MD.double())
+    wide = Code(code.values_BK.double(), code.support_BK)
     moved = Code(code.values_BK.to(device), code.support_BK.to(device))
-    got_update = update_atoms_sums(x_BD.to(device), moved, atoms_MD.to(device))
-    gap = float((got_update.atoms_MD.cpu().double() - wanted_update.atoms_MD).norm(dim=1).max())
-    if gap > 1e-3:
-        problems.append(f"update: an atom differs by {gap:.2g}")
+    for name, update in _UPDATES.items():
+        wanted_MD = update(x_BD.double(), wide, atoms_MD.double()).atoms_MD
+        got_MD = update(x_BD.to(device), moved, atoms_MD.to(device)).atoms_MD.cpu().double()
+        gap = float((got_MD - wanted_MD).norm(dim=1).max())
+        if gap > 1e-3:
+            problems.append(f"update by {name}: an atom differs by {gap:.2g}")
     return problems
 
 
@@ -169,10 +172,13 @@ def _cases(shape: Shape, device: torch.device, x_BD: Tensor, atoms_MD: Tensor) -
         orthogonal = partial(orthogonal_matching_pursuit, x_BD, atoms_MD, shape.k, choice=choice)
         yield Case("coding", config, "float32", omp_backend, orthogonal, error_of(orthogonal()), omp_s)
     code = matching_pursuit(x_BD, atoms_MD, shape.k)
-    updated_fvu = update_atoms_sums(x_BD, code, atoms_MD).error_after / variance(x_BD, "bench gpu")
-    update_s = 3 * 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
-    update = partial(update_atoms_sums, x_BD, code, atoms_MD)
-    yield Case("update", "sums", "float32", "torch", update, updated_fvu, update_s)
+    gather_s = 4 * shape.n * shape.k * shape.d / _COPY_BYTES_PER_S
+    products_of_atoms_s = (2 * shape.n * shape.m**2 + shape.m**2 * shape.d) / _FLOP_PER_S["float32"]
+    floors_s = {"sweep": 2 * gather_s + products_of_atoms_s, "sums": 3 * gather_s}
+    for name, by in _UPDATES.items():
+        updated_fvu = by(x_BD, code, atoms_MD).error_after / variance(x_BD, "bench gpu")
+        yield Case("update", name, "float32", "torch", partial(by, x_BD, code, atoms_MD), updated_fvu, floors_s[name])
+    update_s = floors_s["sweep"]
     for precision in precisions:
         learner = DictionaryLearner(LearnerOptions(shape.m, Coding(shape.k), precision=precision), device=str(device))
         learner.partial_fit(x_BD)

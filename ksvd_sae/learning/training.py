@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums
+from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums, update_atoms_sweep
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.backends import PRECISIONS, Precision
 from ksvd_sae.learning.coding import Coding
@@ -23,7 +23,7 @@ from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, draw_atoms, n
 from ksvd_sae.learning.sparse_coding import matching_pursuit
 from ksvd_sae.learning.weighting import Weighting
 
-Update = Literal["sums", "exact"]
+Update = Literal["sums", "sweep", "exact"]
 Init = Literal["data", "random"]
 # Batches where no size is asked for.
 _BATCH_PER_ATOM, _FEWEST_IN_A_BATCH = 4, 1024
@@ -41,8 +41,8 @@ class LearnerOptions:
         passes: times that ``fit`` goes over the samples.
         batch_samples: largest batch; ``fit`` makes batches of nearly equal size at most this. None is 4 × n_atoms, at
             least 1,024: the best of M, 2 M, 4 M and 8 M (the paper: 65,536).
-        update: 'sums' (all atoms at once, with a line search) or 'exact' (SVD, ten times as slow for as low an error);
-            see atom_update.py.
+        update: 'sweep' (one atom after the other, coefficients kept), 'sums' (all atoms at once, with a line search) or
+            'exact' (SVD, ten times as slow for no lower an error); see atom_update.py.
         atom_batch: atoms updated in parallel by 'exact'.
         init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper: 3 % more error).
         redraw: what takes the place of atoms that were unused for long or that nearly repeat another: 'residual'
@@ -63,7 +63,7 @@ class LearnerOptions:
     coding: Coding
     passes: int = 1
     batch_samples: int | None = None
-    update: Update = "sums"
+    update: Update = "sweep"
     atom_batch: int = 128
     init: Init = "data"
     redraw: Redraw = "residual"
@@ -236,6 +236,8 @@ def _coded(x_BD: Tensor, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[
 def _updated(stage: Stage, atoms_MD: Tensor, options: LearnerOptions, generator: torch.Generator) -> AtomUpdate:
     if options.update == "sums":
         return update_atoms_sums(stage.target_BD, stage.code, atoms_MD)
+    if options.update == "sweep":
+        return update_atoms_sweep(stage.target_BD, stage.code, atoms_MD)
     return update_atoms_exact(
         stage.target_BD,
         stage.code,

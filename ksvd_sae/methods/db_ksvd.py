@@ -41,7 +41,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     weighting: WeightingConfig = Field(default_factory=WeightingConfig)
     passes: int = Field(1, ge=1)
     batch_samples: int | None = Field(None, ge=1, description="null: 4 times n_atoms; the paper: 65536")
-    update: Update = "sums"
+    update: Update = "sweep"
     atom_batch: int = Field(128, ge=1, description="atoms updated in parallel by the exact update")
     init: Literal["data", "random"] = "data"
     redraw: Redraw = Field("residual", description="what replaces unused and repeated atoms; the paper: random")
@@ -59,7 +59,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
     precision: Precision = Field("float32", description="of the products in training's coding; tf32 needs a GPU")
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     may_vary: ClassVar[frozenset[str]] = frozenset({"k", "seed", "passes"})
     newer: ClassVar[frozenset[str]] = Coded.newer | {"coherence"}
     has_waypoints: ClassVar[bool] = True

@@ -20,7 +20,7 @@ def test_smoke_run_appends_whole_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     for _ in range(2):
         gpu.main("cpu", small=True, output=output)
     rows = [json.loads(line, parse_constant=pytest.fail) for line in output.read_text().splitlines()]
-    once = ["coding"] * 6 + ["update", "batch", "batch", "train", "train"]
+    once = ["coding"] * 6 + ["update", "update", "batch", "batch", "train", "train"]
     assert [row["suite"] for row in rows] == once * 2
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
     assert {row["config"] for row in rows if row["suite"] == "coding"} == {"mp", "mp_refit", "omp", "ormp"}

@@ -17,6 +17,7 @@ from ksvd_sae.learning.atom_update import (
     step_curvature,
     update_atoms_exact,
     update_atoms_sums,
+    update_atoms_sweep,
     update_sums,
 )
 from ksvd_sae.learning.code import Code
@@ -45,6 +46,7 @@ def exact(atom_batch: int) -> Update:
 
 UPDATES: dict[str, Update] = {
     "sums": update_atoms_sums,
+    "sweep": update_atoms_sweep,
     "exact, one atom": exact(1),
     "exact, 3 atoms": exact(3),
     "exact, all atoms": exact(1000),
@@ -113,6 +115,51 @@ class TestAgainstReference:
         power_step = (x @ old[0]) @ x
         gap = got.atoms_MD[0].numpy() - power_step / np.linalg.norm(power_step)
         assert np.abs(gap).max() <= tolerances.FIXED_POINT[torch.float64]
+
+
+class TestSweep:
+    @given(problem=problems("generic", "zero rows", "coherent"), rows=st.integers(1, 60))
+    def test_is_one_atom_after_the_other(self, problem: Problem, rows: int) -> None:
+        """Whatever part of the products of atoms is held at a time."""
+        code, n_atoms = coded(problem), len(problem.atoms_MD)
+        dense = code.to_dense(n_atoms).numpy()
+        atoms, codes = reference.sweep_atoms(problem.x_BD.numpy(), dense, problem.atoms_MD.numpy())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(atom_update, "_COUPLINGS", rows)
+            got = update_atoms_sweep(problem.x_BD, code, problem.atoms_MD)
+        scale = np.sqrt(energy(problem.x_BD))
+        product_gap = got.code.to_dense(n_atoms).numpy() @ got.atoms_MD.numpy() - codes @ atoms
+        assert np.abs(product_gap).max() <= tolerances.EXACT_UPDATE_FLOAT64 * scale
+
+    @given(problem=problems(), dtype=dtypes, rows=st.integers(1, 200), first=st.floats(0, 1), last=st.floats(0, 1))
+    def test_products_of_atoms_with_and_without_gathering(
+        self, problem: Problem, dtype: torch.dtype, rows: int, first: float, last: float
+    ) -> None:
+        """Those of the CPU and those of CUDA, which are no kernel and run here too."""
+        problem = problem.to(dtype)
+        code, n_atoms = coded(problem), len(problem.atoms_MD)
+        begin, end = sorted((round(first * (n_atoms - 1)), round(last * (n_atoms - 1))))
+        by_atom = atom_update._group_by_atom(code, n_atoms)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(atom_update, "_COUPLINGS", rows)
+            dense_NM = atom_update._dense_coupling(code, n_atoms, begin, end + 1)
+        dense_BM = code.to_dense(n_atoms).double()
+        wanted_NM = dense_BM[:, begin : end + 1].T @ dense_BM[:, : end + 1]
+        for got_NM in (dense_NM, atom_update._coupling(code, by_atom, begin, end + 1)):
+            gap = (got_NM.double() - wanted_NM).abs().max()
+            assert gap <= tolerances.UPDATE_ERROR[dtype] * (1 + energy(code.values_BK))
+
+    def test_after_many_the_error_is_the_least_that_any_atoms_have(self) -> None:
+        problem = generic(200, 9, 17, 4, seed=3)
+        code, atoms_MD = coded(problem), problem.atoms_MD
+        dense = code.to_dense(17).numpy()
+        least = energy(
+            problem.x_BD - torch.from_numpy(dense @ np.linalg.lstsq(dense, problem.x_BD.numpy(), rcond=None)[0])
+        )
+        for _ in range(500):
+            got = update_atoms_sweep(problem.x_BD, code, atoms_MD)
+            code, atoms_MD = got.code, got.atoms_MD
+        assert got.error_after == pytest.approx(least, rel=1e-9)
 
 
 class TestPromises:
@@ -247,11 +294,12 @@ class TestPromises:
         """Samples that cancel: the least-squares step of the atom leads to the zero vector, error 4 to error 2."""
         atoms_MD = torch.eye(3, dtype=dtype)[:1]
         code = Code(torch.tensor([[1.0], [1.0]], dtype=dtype), torch.zeros(2, 1, dtype=torch.int32))
-        got = update_atoms_sums(torch.tensor([[0.0, 1, 0], [0, -1, 0]], dtype=dtype), code, atoms_MD)
-        assert torch.equal(got.atoms_MD, atoms_MD)
-        assert not got.code.values_BK.any()
-        assert got.error_before == pytest.approx(4, rel=tolerances.UPDATE_ERROR[dtype])
-        assert got.error_after == pytest.approx(2, rel=tolerances.UPDATE_ERROR[dtype])
+        for update in (update_atoms_sums, update_atoms_sweep):
+            got = update(torch.tensor([[0.0, 1, 0], [0, -1, 0]], dtype=dtype), code, atoms_MD)
+            assert torch.equal(got.atoms_MD, atoms_MD)
+            assert not got.code.values_BK.any()
+            assert got.error_before == pytest.approx(4, rel=tolerances.UPDATE_ERROR[dtype])
+            assert got.error_after == pytest.approx(2, rel=tolerances.UPDATE_ERROR[dtype])
 
     @each_update
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -370,13 +418,14 @@ class TestSumsAgainstExact:
         problem = planted(3_000, 16, 32, 3, noise=0.1, seed=3)
         train_ND, heldout_ND = problem.x_BD[:2000], problem.x_BD[2000:]
         errors = {}
-        for name, step in (("sums", update_atoms_sums), ("exact", exact(1))):
+        for name, step in (("sums", update_atoms_sums), ("sweep", update_atoms_sweep), ("exact", exact(1))):
             atoms_MD = normalize(torch.randn(32, 16, generator=generator(5)), dim=1)
             for _ in range(10):
                 atoms_MD = step(train_ND, matching_pursuit(train_ND, atoms_MD, 3), atoms_MD).atoms_MD
             code = matching_pursuit(heldout_ND, atoms_MD, 3)
             errors[name] = error(heldout_ND, code, atoms_MD) / energy(heldout_ND)
         assert errors["sums"] == pytest.approx(errors["exact"], rel=tolerances.SUMS_AGAINST_EXACT)
+        assert errors["sweep"] == pytest.approx(errors["exact"], rel=tolerances.SUMS_AGAINST_EXACT)
 
 
 class TestNonnegative:

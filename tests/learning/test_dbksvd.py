@@ -25,8 +25,8 @@ from tests import tolerances
 from tests.learners import learner
 from tests.strategies import generator, planted
 
-Update = Literal["sums", "exact"]
-UPDATES: tuple[Update, ...] = ("sums", "exact")
+Update = Literal["sweep", "sums", "exact"]
+UPDATES: tuple[Update, ...] = ("sweep", "sums", "exact")
 
 
 def started(ksvd: DictionaryLearner, atoms_MD: Tensor, centre_D: Tensor | None = None) -> DictionaryLearner:
@@ -371,14 +371,18 @@ class TestNonnegative:
 class TestPrecision:
     @pytest.mark.parametrize("groups", [None, (8, 12)])
     def test_bfloat16_products_learn_nearly_as_well(self, groups: tuple[int, ...] | None) -> None:
-        """Atoms are chosen from rounded products; the update sees the samples themselves."""
+        """Atoms are chosen from rounded products; the update sees the samples themselves.
+
+        A pick that rounding changed leads elsewhere, to an error above or below: so the mean of several trainings.
+        """
         x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
-        full, rounded = (
-            learner(20, 4, passes=6, batch_samples=200, groups=groups, precision=precision).fit(x_ND)
-            for precision in ("float32", "bfloat16")
-        )
-        assert not torch.equal(full.atoms_MD, rounded.atoms_MD)
-        assert rounded.log[-1].fvu <= full.log[-1].fvu * (1 + tolerances.BFLOAT16) + tolerances.BFLOAT16**2
+        errors = {}
+        for precision in ("float32", "bfloat16"):
+            options: dict[str, Any] = {"passes": 6, "batch_samples": 200, "groups": groups, "precision": precision}
+            errors[precision] = [learner(20, 4, seed=seed, **options).fit(x_ND).log[-1].fvu for seed in range(20)]
+        assert errors["float32"] != errors["bfloat16"]
+        full, rounded = (sum(values) / 20 for values in errors.values())
+        assert rounded <= full * (1 + tolerances.BFLOAT16) + tolerances.BFLOAT16**2
 
     def test_unknown(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)precision='int8'.*float32, tf32, bfloat16"):
@@ -399,7 +403,7 @@ class TestAverage:
         ksvd.fit(x_ND)
         mean_MD = seen[0]
         for age, atoms_MD in enumerate(seen[1:], start=2):
-            mean_MD = mean_MD + 9 / (age + 8) * (atoms_MD - mean_MD)
+            mean_MD = mean_MD + 4 / (age + 3) * (atoms_MD - mean_MD)
         averaged = learner(20, 3, **options).fit(x_ND)
         gap_MD = averaged.atoms_MD.double() - normalize(mean_MD, dim=1)
         assert gap_MD.abs().max() <= tolerances.UNIT_NORM[torch.float32]
