@@ -152,16 +152,18 @@ def update_atoms(samples: Array, codes: Array, atoms: Array, order: list[int] | 
     return atoms, codes
 
 
-def sweep_atoms(samples: Array, codes: Array, atoms: Array) -> tuple[Array, Array]:
+def sweep_atoms(samples: Array, codes: Array, atoms: Array, held: float) -> tuple[Array, Array]:
     """Each atom in turn to where the error is least, coefficients kept; then unit atoms, their norms in the codes.
 
-    Args, Returns: as ``update_atoms``; an atom that ends at zero keeps its direction and loses its coefficients.
+    Args: held: as many samples more pull each atom to where it was. Others, Returns: as ``update_atoms``; an atom that
+        ends at zero keeps its direction and loses its coefficients.
     """
     moved = atoms.astype(np.float64).copy()
     for j in range(len(moved)):
         own = codes[:, j].astype(np.float64)
         if own.any():
-            moved[j] += own @ (samples - codes @ moved) / (own @ own)
+            pull = held * (own @ own) / np.count_nonzero(own)
+            moved[j] += own @ (samples - codes @ moved) / (own @ own + pull)
     norms = np.linalg.norm(moved, axis=1, keepdims=True)
     return np.where(norms > 1e-6, moved / np.maximum(norms, 1e-6), atoms), codes * np.where(norms > 1e-6, norms, 0).T
 

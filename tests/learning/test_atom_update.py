@@ -1,6 +1,7 @@
 """The atom updates: the exact one against the reference, and what both promise about the error."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ def exact(atom_batch: int) -> Update:
 UPDATES: dict[str, Update] = {
     "sums": update_atoms_sums,
     "sweep": update_atoms_sweep,
+    "sweep, nothing held": partial(update_atoms_sweep, held=0),
     "exact, one atom": exact(1),
     "exact, 3 atoms": exact(3),
     "exact, all atoms": exact(1000),
@@ -118,15 +120,15 @@ class TestAgainstReference:
 
 
 class TestSweep:
-    @given(problem=problems("generic", "zero rows", "coherent"), rows=st.integers(1, 60))
-    def test_is_one_atom_after_the_other(self, problem: Problem, rows: int) -> None:
+    @given(problem=problems("generic", "zero rows", "coherent"), rows=st.integers(1, 60), held=st.sampled_from([0, 6]))
+    def test_is_one_atom_after_the_other(self, problem: Problem, rows: int, held: float) -> None:
         """Whatever part of the products of atoms is held at a time."""
         code, n_atoms = coded(problem), len(problem.atoms_MD)
         dense = code.to_dense(n_atoms).numpy()
-        atoms, codes = reference.sweep_atoms(problem.x_BD.numpy(), dense, problem.atoms_MD.numpy())
+        atoms, codes = reference.sweep_atoms(problem.x_BD.numpy(), dense, problem.atoms_MD.numpy(), held)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(atom_update, "_COUPLINGS", rows)
-            got = update_atoms_sweep(problem.x_BD, code, problem.atoms_MD)
+            got = update_atoms_sweep(problem.x_BD, code, problem.atoms_MD, held=held)
         scale = np.sqrt(energy(problem.x_BD))
         product_gap = got.code.to_dense(n_atoms).numpy() @ got.atoms_MD.numpy() - codes @ atoms
         assert np.abs(product_gap).max() <= tolerances.EXACT_UPDATE_FLOAT64 * scale
@@ -294,7 +296,7 @@ class TestPromises:
         """Samples that cancel: the least-squares step of the atom leads to the zero vector, error 4 to error 2."""
         atoms_MD = torch.eye(3, dtype=dtype)[:1]
         code = Code(torch.tensor([[1.0], [1.0]], dtype=dtype), torch.zeros(2, 1, dtype=torch.int32))
-        for update in (update_atoms_sums, update_atoms_sweep):
+        for update in (update_atoms_sums, partial(update_atoms_sweep, held=0)):
             got = update(torch.tensor([[0.0, 1, 0], [0, -1, 0]], dtype=dtype), code, atoms_MD)
             assert torch.equal(got.atoms_MD, atoms_MD)
             assert not got.code.values_BK.any()

@@ -125,7 +125,7 @@ class TestAgainstReference:
         problem = planted(1_200, 16, 24, 3, noise=0.1, seed=3)
         train_ND, heldout_ND = problem.x_BD[:1000], problem.x_BD[1000:]
         few = learner(24, 3, batch_samples=100, update=update, passes=1, seed=3).fit(train_ND)
-        many = learner(24, 3, batch_samples=100, update=update, passes=6, seed=3).fit(train_ND)
+        many = learner(24, 3, batch_samples=100, update=update, passes=12, seed=3).fit(train_ND)
         errors = [float((ksvd.decode(ksvd.encode(heldout_ND)) - heldout_ND).norm()) for ksvd in (few, many)]
         assert errors[1] < 0.8 * errors[0]
 
