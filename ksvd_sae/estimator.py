@@ -28,8 +28,8 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
     """Learn a dictionary of unit atoms such that k of them, with signs, rebuild a sample.
 
     Args:
-        n_atoms, passes, batch_samples, update, atom_batch, init, redraw, duplicate_cosine, coherence, average, centre,
-            weighting, precision, seed: see ``LearnerOptions``.
+        n_atoms, train_k, passes, batch_samples, update, atom_batch, init, redraw, duplicate_cosine, coherence, average,
+            centre, weighting, precision, seed: see ``LearnerOptions``.
         k, coder, groups, nonnegative, rtol, tau, max_steps: see ``Coding``. Training always codes by plain MP, with
             groups group by group; the coder is that of ``encode``, ``transform`` and the dictionary.
         device, keep_on_device, log_path, checkpoint_path, checkpoint_every, on_batch: see ``DictionaryLearner``.
@@ -50,6 +50,7 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
         n_atoms: int,
         k: int,
         *,
+        train_k: int | None = None,
         passes: int = 1,
         batch_samples: int | None = None,
         update: Update = "sweep",
@@ -77,7 +78,8 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
         on_batch: Callable[[BatchLog], None] | None = None,
     ):
         # Stored as given and checked by fit, as scikit-learn's clone and set_params want it.
-        self.n_atoms, self.k, self.passes, self.batch_samples = n_atoms, k, passes, batch_samples
+        self.n_atoms, self.k, self.train_k = n_atoms, k, train_k
+        self.passes, self.batch_samples = passes, batch_samples
         self.update, self.atom_batch, self.init = update, atom_batch, init
         self.redraw, self.duplicate_cosine, self.coherence, self.average = redraw, duplicate_cosine, coherence, average
         self.centre, self.weighting, self.groups, self.nonnegative = centre, weighting, groups, nonnegative
@@ -111,6 +113,7 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
             LearnerOptions(
                 self.n_atoms,
                 self.coding,
+                train_k=self.train_k,
                 passes=self.passes,
                 batch_samples=self.batch_samples,
                 update=self.update,

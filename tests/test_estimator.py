@@ -151,6 +151,7 @@ class TestArrays:
 CHANGED: dict[str, Any] = {
     "n_atoms": 16,
     "k": 4,
+    "train_k": 3,
     "passes": 2,
     "batch_samples": 100,
     "update": "exact",

@@ -1,13 +1,15 @@
 """DB-KSVD dictionaries (arXiv 2505.18441), plain and Matryoshka."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import Self
 
+from ksvd_sae.activations.harvest import HarvestConfig
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.learning.backends import Precision, coder_backend
 from ksvd_sae.learning.coding import Coding
@@ -39,6 +41,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     kind: Literal["db_ksvd"] = "db_ksvd"
     n_atoms: int = Field(gt=0)
     weighting: WeightingConfig = Field(default_factory=WeightingConfig)
+    train_k: int | None = Field(None, ge=1, description="most atoms a token in learning; null: k")
     passes: int = Field(1, ge=1)
     batch_samples: int | None = Field(None, ge=1, description="null: 4 times n_atoms; the paper: 65536")
     update: Update = "sweep"
@@ -61,13 +64,25 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
 
     version: ClassVar[int] = 3
     may_vary: ClassVar[frozenset[str]] = frozenset({"k", "seed", "passes"})
-    newer: ClassVar[frozenset[str]] = Coded.newer | {"coherence"}
+    newer: ClassVar[frozenset[str]] = Coded.newer | {"coherence", "train_k"}
     has_waypoints: ClassVar[bool] = True
     unfinished: ClassVar[frozenset[str]] = frozenset({CHECKPOINT, TRAIN_LOG})
 
     @property
     def size(self) -> int:
         return self.n_atoms
+
+    def resized(self, sizes: Mapping[str, int]) -> Self:
+        """``train_k`` stays the same part of k."""
+        new = super().resized(sizes)
+        if self.train_k is None:
+            return new
+        return new.model_copy(update={"train_k": max(1, round(new.k * self.train_k / self.k))})
+
+    def check(self, harvest: HarvestConfig) -> None:
+        super().check(harvest)
+        if (self.train_k or 0) > self.k:
+            raise ValueError(f"train_k = {self.train_k} is above k = {self.k}; learn with as many atoms or fewer")
 
     @property
     def metric(self) -> WeightingConfig:
@@ -139,6 +154,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
             self.n_atoms,
             # Which coder, whoever loads the dictionary says.
             replace(self.coding, coder="mp"),
+            train_k=self.train_k,
             passes=self.passes,
             batch_samples=self.batch_samples,
             update=self.update,

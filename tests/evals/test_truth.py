@@ -18,7 +18,7 @@ from sae_lens.synthetic.evals import (
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.errors import EvaluationError
+from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.evals.base import EvalSetting, LearnedOn, Measured
 from ksvd_sae.evals.truth import TruthEval
 from ksvd_sae.evals.truth.run import THRESHOLDS, measure
@@ -191,6 +191,18 @@ def test_a_budget_that_no_kind_can_have_is_one_error(setting: EvalSetting, world
         config = CONFIG.model_copy(update=options)
         with pytest.raises(EvaluationError, match=r"(?s)too large for the world 'tiny'.*dimensions.*truth.k"):
             measure(config, "atoms", of_atoms(world, Coding(3)), setting)
+
+
+def test_a_training_with_fewer_atoms_keeps_their_part_of_the_worlds_budget() -> None:
+    raw = {"kind": "db_ksvd", "n_atoms": 24, "k": 20, "train_k": 6}
+    method = parse_config({**PLAIN, "dictionaries": {"learned": {**raw, "k": 10, "train_k": 3}}}).dictionaries[
+        "learned"
+    ]
+    there = method.resized({"n_atoms": 128, "k": 13}).model_dump()
+    assert (there["n_atoms"], there["k"], there["train_k"]) == (128, 13, 4)
+    assert method.resized({"n_atoms": 128, "k": 1}).model_dump()["train_k"] == 1
+    with pytest.raises(ConfigError, match=r"dictionaries\.learned: train_k = 6 is above k = 5"):
+        parse_config({**PLAIN, "dictionaries": {"learned": {**raw, "k": 5}}})
 
 
 def test_gradients_and_published_saes_have_no_world(tmp_path: Path) -> None:

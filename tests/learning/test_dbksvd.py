@@ -368,6 +368,21 @@ class TestNonnegative:
         assert signed.encode(x_ND).values_BK.min() < 0
 
 
+class TestTrainK:
+    @pytest.mark.parametrize("groups", [None, (8, 12)])
+    def test_learns_as_with_fewer_and_codes_with_all(self, groups: tuple[int, ...] | None) -> None:
+        x_ND = planted(600, 12, 20, 3, noise=0.1).x_BD
+        options: dict[str, Any] = {"passes": 2, "batch_samples": 200, "groups": groups}
+        ksvd, fewer = learner(20, 4, train_k=2, **options).fit(x_ND), learner(20, 2, **options).fit(x_ND)
+        assert torch.equal(ksvd.atoms_MD, fewer.atoms_MD)
+        assert ksvd.log[-1].l0 <= 2
+        assert ksvd.encode(x_ND).l0().double().mean() > 3.9
+
+    def test_more_than_codes_have(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)train_k must be between 1 and k.*train_k = 5, k = 3"):
+            learner(20, 3, train_k=5).fit(normal(100, 12))
+
+
 class TestPrecision:
     @pytest.mark.parametrize("groups", [None, (8, 12)])
     def test_bfloat16_products_learn_nearly_as_well(self, groups: tuple[int, ...] | None) -> None:
