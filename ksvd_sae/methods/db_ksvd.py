@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, JsonValue, model_validator
 from typing_extensions import Self
 
 from ksvd_sae.activations.harvest import HarvestConfig
@@ -35,10 +35,30 @@ CHECKPOINT = "training.safetensors"
 CHECKPOINT_BATCHES = 64
 
 
+Preset = Literal["features", "behaviour", "paper"]
+
+
+def preset_options(preset: Preset, k: int) -> dict[str, JsonValue]:
+    """The options that a preset stands for; why these: docs/truth.md."""
+    if preset == "features":
+        # A third of the atoms in learning leaves less noise to fit; one sign, as most latents are read.
+        return {"nonnegative": True, "init": "random", "train_k": max(1, round(k / 3)), "coder": "omp"}
+    if preset == "behaviour":
+        return {"weighting": "fisher_diag", "coder": "omp"}
+    # But for its SVD of each atom, which `update: exact` is.
+    own: dict[str, JsonValue] = {"batch_samples": 65_536, "init": "random", "redraw": "random", "rtol": 0.05}
+    return own | {"duplicate_cosine": None, "average": False, "centre": False}
+
+
 class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     """A DB-KSVD dictionary; what the options are worth: docs/learning.md."""
 
     kind: Literal["db_ksvd"] = "db_ksvd"
+    preset: Preset | None = Field(
+        None,
+        description="options for a purpose, where they are left out; features: latents that mean something; behaviour: "
+        "the least loss of the model; paper: arXiv 2505.18441",
+    )
     n_atoms: int = Field(gt=0)
     weighting: WeightingConfig = Field(default_factory=WeightingConfig)
     train_k: int | None = Field(None, ge=1, description="most atoms a token in learning; null: k")
@@ -67,6 +87,19 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     newer: ClassVar[frozenset[str]] = Coded.newer | {"coherence", "train_k"}
     has_waypoints: ClassVar[bool] = True
     unfinished: ClassVar[frozenset[str]] = frozenset({CHECKPOINT, TRAIN_LOG})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("preset") in get_args(Preset) and isinstance(raw.get("k"), int):
+            return {**preset_options(raw["preset"], raw["k"]), **raw}
+        return raw
+
+    def key(self) -> dict[str, JsonValue]:
+        """Options are what counts, however they are written."""
+        own = super().key()
+        del own["preset"]
+        return own
 
     @property
     def size(self) -> int:
