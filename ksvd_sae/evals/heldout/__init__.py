@@ -7,6 +7,8 @@ from pydantic import JsonValue
 from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist
 
 _BATCH = 16_384
+# Goes up when there are more scores, or others.
+_VERSION = 2
 
 
 class HeldoutEval(MeasuredHere):
@@ -38,7 +40,7 @@ class HeldoutEval(MeasuredHere):
     )
 
     def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
-        return {"harvest": heldout.harvest_hash}
+        return {"harvest": heldout.harvest_hash, "version": _VERSION}
 
     def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
         from ksvd_sae.evals.heldout.metrics import heldout_metrics

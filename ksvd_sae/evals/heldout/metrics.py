@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.fvu import FVU
+from ksvd_sae.learning.noise import SizeHistogram
 
 _BATCH_BYTES = 64 << 20
 
@@ -20,9 +21,10 @@ class HeldoutMetrics:
     Attributes:
         scores: fvu = Σ‖y − ŷ‖² / Σ‖y − ȳ‖² over all tokens and dimensions; l0 = mean nonzero latents a token;
             dead_fraction = latents that no token used, of all d_sae; density_over_1_percent / _10_percent = fraction of
-            latents that more than 1 % / 10 % of the tokens use; coherence_max, coherence_mean_max = largest, and mean
-            over atoms of the largest, |cosine| between an atom and another. In the split view of a signed dictionary
-            each sign of an atom is a latent by itself, but no other atom.
+            latents that more than 1 % / 10 % of the tokens use; noise_gap = size of latents between noise and features,
+            as a share of the token's about b_dec (learning/noise.py), NaN where sizes show none; coherence_max,
+            coherence_mean_max = largest, and mean over atoms of the largest, |cosine| between an atom and another. In
+            the split view of a signed dictionary each sign of an atom is a latent by itself, but no other atom.
         density_F: fraction of tokens that use each latent, either sign.
         n_tokens: tokens seen.
     """
@@ -37,14 +39,16 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
     """Measure a SAELens SAE on raw activations.
 
     Args:
-        sae: anything with ``encode``, ``decode``, ``W_dec`` (d_sae, d_in); coherence is of its ``atoms_MD`` if it has
-            any, else of W_dec.
+        sae: anything with ``encode``, ``decode``, ``b_dec`` and ``W_dec`` (d_sae, d_in); coherence is of its
+            ``atoms_MD`` if it has any, else of W_dec.
         batches: (B, d_in) tensors.
     Raises: ShapeError (d_in does not match, no tokens), ActivationError (no variance).
     """
     d_sae, d_in = sae.W_dec.shape
     device, dtype = sae.W_dec.device, sae.W_dec.dtype
     step = max(1, _BATCH_BYTES // (4 * d_sae))
+    sizes_F = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
+    histogram = SizeHistogram()
     fvu, fired_F = FVU(), torch.zeros(d_sae, dtype=torch.int64)
     for batch_BD in batches:
         if batch_BD.shape[1] != d_in:
@@ -59,12 +63,16 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
             code_BF = sae.encode(y_BD.to(device, dtype))
             fvu.add(y_BD.cpu(), sae.decode(code_BF))
             fired_F += (code_BF != 0).sum(dim=0).cpu()
+            rows, latents = code_BF.nonzero(as_tuple=True)
+            norms_B = torch.linalg.vector_norm(y_BD.to(device, dtype) - sae.b_dec, dim=1)
+            histogram.add(code_BF[rows, latents].abs() * sizes_F[latents] / norms_B[rows])
     if fvu.n_samples == 0:
         raise ShapeError("heldout_metrics: no tokens")
     density_F = fired_F.double() / fvu.n_samples
     scores = {
         "fvu": fvu.value("heldout_metrics"),
         "l0": float(density_F.sum()),
+        "noise_gap": float("nan") if (gap := histogram.gap()) is None else gap,
         "dead_fraction": float((fired_F == 0).double().mean()),
         "density_over_1_percent": float((density_F > 0.01).double().mean()),
         "density_over_10_percent": float((density_F > 0.1).double().mean()),

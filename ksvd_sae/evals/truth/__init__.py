@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, SeededEval
 
 # Goes up when the same options come to give other scores.
-VERSION = 2
+VERSION = 3
 
 
 class TruthEval(MeasuredHere, SeededEval):

@@ -23,6 +23,7 @@ from ksvd_sae.errors import EvaluationError, KsvdSaeError
 from ksvd_sae.evals.base import EvalSetting, LearnedOn, Measured
 from ksvd_sae.evals.truth.worlds import World
 from ksvd_sae.learning.fvu import FVU
+from ksvd_sae.learning.noise import SizeHistogram
 from ksvd_sae.store import content_hash, is_finished
 
 if TYPE_CHECKING:
@@ -91,13 +92,14 @@ def _place(config: "TruthEval", setting: EvalSetting) -> _Place:
 
 def _scores(config: "TruthEval", world: World, sae: "SAE[Any]") -> Measured:
     decoder_FD, truth_GD = sae.W_dec.detach(), world.features_GD
-    threshold = _best_threshold(config, world, sae)
-    as_coded, thresholded = (_Scored(sae, truth_GD, share) for share in (0.0, threshold))
+    threshold, gap = _thresholds(config, world, sae)
+    as_coded, thresholded, at_gap = (_Scored(sae, truth_GD, share) for share in (0.0, threshold, gap or 0.0))
     n_true = n_samples = 0
     for x_BD, loud_BG in world.samples(config.test_samples, _TEST):
         codes_BF = sae.encode(x_BD)
         as_coded.add(x_BD, codes_BF, loud_BG)
         thresholded.add(x_BD, codes_BF, loud_BG)
+        at_gap.add(x_BD, codes_BF, loud_BG)
         n_true, n_samples = n_true + int((loud_BG > 0).sum()), n_samples + len(x_BD)
     return Measured(
         {
@@ -106,6 +108,9 @@ def _scores(config: "TruthEval", world: World, sae: "SAE[Any]") -> Measured:
             **as_coded.scores(),
             **{f"{name}_thresholded": value for name, value in thresholded.scores().items()},
             "threshold": threshold,
+            # By a rule that needs no truth; as coded where sizes have no gap.
+            "gap": float("nan") if gap is None else gap,
+            "f1_gap": at_gap.scores()["f1"],
             "true_l0": n_true / n_samples,
         },
         n_samples,
@@ -155,8 +160,8 @@ def _named(firing: ClassificationMetrics) -> dict[str, float]:
     return {"f1": firing.f1_score, "precision": firing.precision, "recall": firing.recall}
 
 
-def _best_threshold(config: "TruthEval", world: World, sae: "SAE[Any]") -> float:
-    """The threshold with the best F1 on samples of its own; of equals the lowest.
+def _thresholds(config: "TruthEval", world: World, sae: "SAE[Any]") -> tuple[float, float | None]:
+    """On samples of their own, the threshold with the best F1, of equals the lowest; and the gap in latents' sizes.
 
     All thresholds at once: each latent of a sample is counted under how many of them it passes.
     """
@@ -165,12 +170,14 @@ def _best_threshold(config: "TruthEval", world: World, sae: "SAE[Any]") -> float
     nearest_F = ClassificationMetricsCalculator(decoder_FD, world.features_GD).best_matches
     right, wrong = (torch.zeros(len(sizes_F) * n_bins, dtype=torch.int64) for _ in range(2))
     fired_F = torch.zeros(len(sizes_F), dtype=torch.int64)
-    bounds = torch.tensor(THRESHOLDS)
+    bounds, histogram = torch.tensor(THRESHOLDS), SizeHistogram()
     for x_BD, loud_BG in world.samples(config.test_samples, _VALIDATION):
         codes_BF, fires_BG = sae.encode(x_BD), loud_BG > 0
         rows, latents = codes_BF.nonzero(as_tuple=True)
         sizes = codes_BF[rows, latents].abs() * sizes_F[latents]
-        passed = torch.bucketize(sizes / torch.linalg.vector_norm(x_BD - sae.b_dec, dim=1)[rows], bounds)
+        shares = sizes / torch.linalg.vector_norm(x_BD - sae.b_dec, dim=1)[rows]
+        histogram.add(shares)
+        passed = torch.bucketize(shares, bounds)
         is_right = fires_BG[rows, nearest_F[latents]]
         bins = latents * n_bins + passed
         right += torch.bincount(bins[is_right], minlength=len(right))
@@ -179,4 +186,4 @@ def _best_threshold(config: "TruthEval", world: World, sae: "SAE[Any]") -> float
     # Kept by a threshold is what passes it and all below.
     hits_FT, errors_FT = (n.view(-1, n_bins).flip(1).cumsum(1).flip(1)[:, 1:].double() for n in (right, wrong))
     f1_T = (2 * hits_FT / (hits_FT + errors_FT + fired_F[:, None]).clamp(min=1)).mean(dim=0)
-    return THRESHOLDS[int(f1_T.argmax())]
+    return THRESHOLDS[int(f1_T.argmax())], histogram.gap()
