@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
 
 logger = logging.getLogger(__name__)
-LearnedOn: TypeAlias = "Callable[[ActivationShards, str, Path, Mapping[str, int]], SAE[Any]]"
+LearnedOn: TypeAlias = "Callable[[ActivationShards, str, Path, Mapping[str, int], int | None], SAE[Any]]"
 # What an eval's ``dataset`` says for the run's own held-out documents.
 HELDOUT_DATA = "heldout"
 ARROWS = {"lower": "↓", "higher": "↑"}
@@ -81,8 +81,8 @@ class Panelist:
 
     name: as in the tables. content: hash of what it is. load: gives a fresh SAELens SAE (evals change it in place).
     learned_on: gives an SAE of the same kind, options and seed that is learned on other activations. Takes these, their
-        hash, a folder to work in, and values of 'n_atoms' and 'k' in place of its own; None for what cannot be learned
-        elsewhere.
+        hash, a folder to work in, values of 'n_atoms' and 'k' in place of its own, and a seed (None: its own); None for
+        what cannot be learned elsewhere.
     dictionary: what it shares with its trainings by other seeds, and with nothing else; "" for what has none.
     """
 

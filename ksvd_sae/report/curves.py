@@ -1,6 +1,7 @@
 """Curves of the eval ``truth``: rows, a table and a figure."""
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.ticker import NullFormatter
@@ -13,15 +14,21 @@ from ksvd_sae.run.rows import Rows
 from ksvd_sae.store import atomic_path
 
 # metric: what it is called
-_SCORES = {"f1_thresholded": "true F1", "f1": "true F1 as coded", "mcc": "MCC", "r2": "R²"}
+_SCORES = {
+    "f1_thresholded": "true F1",
+    "f1_gap": "true F1 at the gap",
+    "f1": "true F1 as coded",
+    "mcc": "MCC",
+    "r2": "R²",
+    "stable_fraction": "stable",
+}
 
 
 def write_curves(config: CurvesConfig, runs: Runs, results: Path) -> tuple[Path, int]:
     """Measure, then rows.jsonl, table.md and curves.png in ``results/<name>``; the plot's path, and points in it."""
     folder = results / config.name
     frame = pd.DataFrame(measure_curves(config, runs, Rows(folder / "rows.jsonl")))
-    # A value may be a list, such as groups.
-    frame["value"] = frame["value"].map(lambda value: value if isinstance(value, (int, float)) else str(value))
+    frame["value"] = frame["value"].map(_shown)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(_tables(config, frame))
     return curves_plot(config, frame, folder / "curves.png"), len(frame)
@@ -32,19 +39,28 @@ def _tables(config: CurvesConfig, frame: pd.DataFrame) -> str:
         f"# {config.name}",
         f"Made by `ksvd-sae curves {config.name}` from `rows.jsonl`. Mean ± half-width of the 95 % interval over "
         "worlds (Student's t; none for one). True F1: latents below the best threshold dropped, which other samples "
-        "chose; as coded: none dropped. L0, dead and R² are of codes as they come.",
+        "chose; at the gap: those below the gap in sizes, if there is one; as coded: none dropped. Stable: as of the "
+        "eval stability, from a second training in the world. L0, dead and R² are of codes as they come.",
     ]
     for title, curve in config.curves.items():
-        heads = [title, "dictionary", "worlds", "L0", *_SCORES.values(), "dead"]
+        own = frame[frame["curve"] == title]
+        metrics = [metric for metric in _SCORES if metric in own and own[metric].notna().any()]
+        heads = [title, "dictionary", "worlds", "L0", *(_SCORES[metric] for metric in metrics), "dead"]
         lines = []
-        for (value, name), group in frame[frame["curve"] == title].groupby(["value", "dictionary"], sort=False):
-            scores = [_cell(group[metric], 3) for metric in _SCORES]
+        for (value, name), group in own.groupby(["value", "dictionary"], sort=False):
+            scores = [_cell(group[metric], 3) for metric in metrics]
             shown = f"{value:,}" if isinstance(value, int) else str(value)
             lines.append(
                 [shown, str(name), str(len(group)), _cell(group["l0"], 1), *scores, _cell(group["dead_fraction"], 3)]
             )
-        parts.append(f"## {title}\n\n`{'`, `'.join(curve.set)}`\n\n{markdown_table(heads, lines, heads[2:])}")
+        keys = ", ".join(f"`{key}`" for key in (*curve.set, *curve.overrides))
+        parts.append(f"## {title}\n\n{keys}\n\n{markdown_table(heads, lines, heads[2:])}")
     return "\n\n".join(parts) + "\n"
+
+
+def _shown(value: Any) -> Any:
+    """A number, or else a name for a value such as null or a list of groups."""
+    return value if isinstance(value, (int, float)) else "none" if value is None else str(value)
 
 
 def _cell(values: pd.Series, digits: int) -> str:
@@ -60,11 +76,17 @@ def curves_plot(config: CurvesConfig, frame: pd.DataFrame, path: Path) -> Path:
         grid = drawn.subplots(len(shown), len(config.curves), sharey="row", sharex="col", squeeze=False)
         for column, (title, curve) in enumerate(config.curves.items()):
             own = frame[frame["curve"] == title]
+            values = [_shown(value) for value in curve.values]
+            places = (
+                {} if all(isinstance(value, (int, float)) for value in values) else {v: i for i, v in enumerate(values)}
+            )
             for row, metric in enumerate(shown):
                 axes = grid[row, column]
                 for name in curve.dictionaries:
                     points = own[own["dictionary"] == name].groupby("value", sort=False)
                     across = points["l0"].mean() if curve.against == "l0" else points["value"].first()
+                    if places:
+                        across = across.map(places)
                     widths = points[metric].agg(lambda scores: half_width(scores.tolist())).fillna(0)
                     order = across.sort_values().index
                     axes.errorbar(
@@ -76,7 +98,9 @@ def curves_plot(config: CurvesConfig, frame: pd.DataFrame, path: Path) -> Path:
                         color=colours[name],
                         label=name,
                     )
-                if curve.logarithmic:
+                if places:
+                    axes.set_xticks(list(places.values()), [str(value) for value in places])
+                elif curve.logarithmic:
                     axes.set_xscale("log")
                     style.count_axis(axes, "x")
                     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -25,11 +25,13 @@ logger = logging.getLogger(__name__)
 class Curve(Strict):
     """One key and its values.
 
-    set: as in ``--set``, without the value; of several, each gets it. against: what the figure has on its axis.
+    set: as in ``--set``, without the value; of several, each gets it. overrides: as ``--set``, the same at every point.
+    against: what the figure has on its axis.
     """
 
     set: list[str] = Field(min_length=1)
     values: list[JsonValue] = Field(min_length=1)
+    overrides: list[str] = Field(default_factory=list)
     dictionaries: list[DictionaryName] = Field(min_length=1, description="of the base run")
     seeds: list[int] | None = Field(None, description="of worlds; null: the base run's evaluation.seeds")
     against: Literal["value", "l0"] = "value"
@@ -67,7 +69,8 @@ def load_curves(path: str | Path) -> tuple[CurvesConfig, Runs]:
 
 
 def _run_config(base: Path, curve: Curve, value: JsonValue) -> RunConfig:
-    run = load_config(base, [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key in curve.set])
+    text = yaml.safe_dump(value, default_flow_style=True)
+    run = load_config(base, [*curve.overrides, *(f"{key}={text}" for key in curve.set)])
     for name in curve.dictionaries:
         if name not in run.dictionaries or not run.dictionaries[name].learns_anywhere:
             able = [other for other, method in run.dictionaries.items() if method.learns_anywhere]

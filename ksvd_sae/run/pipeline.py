@@ -307,9 +307,17 @@ class Run:
         return Panelist(trained.panelist, trained.content, partial(self.load_sae, trained), elsewhere, dictionary)
 
     def learned_on(
-        self, method: Method, shards: ActivationShards, of: str, folder: Path, sizes: Mapping[str, int]
+        self,
+        method: Method,
+        shards: ActivationShards,
+        of: str,
+        folder: Path,
+        sizes: Mapping[str, int],
+        seed: int | None = None,
     ) -> "SAE[Any]":
         """See ``Panelist.learned_on``. Args: of: the shards' hash."""
+        if seed is not None and method.is_drawn(self.config.source_of(method)):
+            method = method.varied(seed=seed)
         setting = replace(self.setting(method, shards), harvest_hash=of)
         resized, source, taken_from = method.resized(sizes), source_training(self.config, method), None
         if source is not None:

@@ -46,7 +46,9 @@ def setting(tmp_path: Path) -> EvalSetting:
 def of_atoms(world: World, coding: Coding, noise: float = 0.0) -> LearnedOn:
     """The features that fire most often, coded about the mean of the samples."""
 
-    def learned(shards: ActivationShards, of: str, folder: Path, sizes: Mapping[str, int]) -> Any:
+    def learned(
+        shards: ActivationShards, of: str, folder: Path, sizes: Mapping[str, int], seed: int | None = None
+    ) -> Any:
         often = torch.argsort(world.model.activation_generator.firing_probabilities, descending=True)
         generator = torch.Generator().manual_seed(0)
         atoms_MD = world.features_GD[often[: sizes["n_atoms"]]]

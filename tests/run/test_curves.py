@@ -40,6 +40,13 @@ CURVES: dict[str, Any] = {
         "seeds": [5],
         "against": "l0",
     },
+    "bound": {
+        "set": ["dictionaries.learned.coherence"],
+        "values": [None, 0.5],
+        "overrides": ["evaluation.truth.twice=true"],
+        "dictionaries": ["learned"],
+        "seeds": [0],
+    },
     "stop": {"set": ["dictionaries.learned.tau"], "values": [0, 0.3], "dictionaries": BOTH, "logarithmic": False},
 }
 
@@ -64,6 +71,7 @@ def test_a_point_for_each_value_dictionary_and_world(tmp_path: Path, cache: Path
     assert [(row["curve"], row["value"], row["dictionary"], row["seed"]) for row in measured] == [
         *(("samples", n, name, seed) for n in (300, 1500) for seed in (0, 1) for name in BOTH),
         *(("budget", k, "learned", 5) for k in (2, 8)),
+        *(("bound", bound, "learned", 0) for bound in (None, 0.5)),
         *(("stop", tau, name, seed) for tau in (0, 0.3) for seed in (0, 1) for name in BOTH),
     ]
     scores = {(row["curve"], row["value"], row["dictionary"], row["seed"]): row for row in measured}
@@ -74,6 +82,9 @@ def test_a_point_for_each_value_dictionary_and_world(tmp_path: Path, cache: Path
     for name, seed in (("learned", 0), ("learned", 1), ("pca", 0)):
         same = [scores[curve, value, name, seed]["f1"] for curve, value in (("samples", 1500), ("stop", 0))]
         assert same[0] == same[1]
+    assert 0 < scores["bound", None, "learned", 0]["stable_fraction"] < 1
+    assert "stable_fraction" not in scores["stop", 0, "learned", 0]
+    assert scores["bound", None, "learned", 0]["f1"] == scores["stop", 0, "learned", 0]["f1"]
     assert scores["samples", 1500, "learned", 0]["f1"] != scores["samples", 300, "learned", 0]["f1"]
     assert not list(cache.glob("activations/*")), "no language model has run"
 
@@ -88,7 +99,7 @@ def test_a_point_for_each_value_dictionary_and_world(tmp_path: Path, cache: Path
 def test_table_and_figure(tmp_path: Path, cache: Path) -> None:
     plot, n_points = write_curves(*load_curves(write(tmp_path)), tmp_path / "results")
     folder = tmp_path / "results" / "tiny-curves"
-    assert (plot, n_points) == (folder / "curves.png", 18)
+    assert (plot, n_points) == (folder / "curves.png", 20)
     assert plot.stat().st_size > 10_000
     table = (folder / "table.md").read_text()
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
@@ -96,6 +107,9 @@ def test_table_and_figure(tmp_path: Path, cache: Path) -> None:
     line = next(line for line in table.splitlines() if line.startswith("|") and "300" in line and "learned" in line)
     assert f"{sum(few) / 2:.3f} ± " in line
     assert "`dictionaries.learned.tau`" in table
+    assert "`dictionaries.learned.coherence`, `evaluation.truth.twice=true`" in table
+    assert [part.count("| stable |") for part in table.split("## ")[1:]] == [0, 0, 1, 0]
+    assert any(line.startswith("| none ") for line in table.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +143,7 @@ def test_a_point_that_fails_leaves_the_others(tmp_path: Path, cache: Path) -> No
 
 def test_those_that_come_with_the_package() -> None:
     found = [name for name, path in shipped_configs().items() if "curves" in yaml.safe_load(path.read_text())]
-    assert {"truth-curves", "truth-rates"} <= set(found)
+    assert {"truth-curves", "truth-rates", "truth-rule"} <= set(found)
     for name in found:
         config, runs = load_curves(name)
         assert config.name == name

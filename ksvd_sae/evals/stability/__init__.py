@@ -5,13 +5,16 @@ from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ksvd_sae.evals.base import Column, Eval, EvalResults, EvalSetting, Panelist
 from ksvd_sae.store import content_hash, write_json
+
+if TYPE_CHECKING:
+    from sae_lens.saes.sae import SAE
 
 # Atoms with a larger |cos| are the same.
 SAME = 0.8
@@ -43,7 +46,7 @@ class StabilityEval(Eval):
         for trainings in _trainings(panel):
             paths = {one.name: self._path(output, one, trainings) for one in trainings}
             if not all(path.exists() for path in paths.values()):
-                atoms = {one.name: _unit_rows(one) for one in trainings}
+                atoms = {one.name: unit_rows(one.load()) for one in trainings}
                 pairs = {frozenset(pair): agreement(*(atoms[name] for name in pair)) for pair in combinations(atoms, 2)}
                 for name, path in paths.items():
                     own = [scores for pair, scores in pairs.items() if name in pair]
@@ -68,8 +71,8 @@ def _trainings(panel: list[Panelist]) -> list[list[Panelist]]:
     return [trainings for name, trainings in found.items() if name and len(trainings) > 1]
 
 
-def _unit_rows(panelist: Panelist) -> Tensor:
-    sae = panelist.load()
+def unit_rows(sae: "SAE[Any]") -> Tensor:
+    """Atoms of an SAE, in raw coordinates."""
     # A split dictionary's decoder holds every atom twice, with either sign.
     return normalize(getattr(sae, "atoms_MD", sae.W_dec).detach().float().cpu(), dim=1)
 

@@ -30,6 +30,8 @@ class TruthEval(MeasuredHere, SeededEval):
     train_samples: int = Field(100_000, gt=0, description="different ones; a dictionary goes over them as it says")
     test_samples: int = Field(8_192, gt=0)
 
+    twice: bool = Field(False, description="learn each once more with another seed, for its stability there")
+
     name: ClassVar[str] = "truth"
     counts: ClassVar[str] = "n_samples"
     cost: ClassVar[str] = "a training in the world for each; no language model"

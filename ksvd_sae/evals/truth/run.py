@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from torch import Tensor
 from ksvd_sae.activations.shards import STAGE, ActivationShards, write_harvest
 from ksvd_sae.errors import EvaluationError, KsvdSaeError
 from ksvd_sae.evals.base import EvalSetting, LearnedOn, Measured
+from ksvd_sae.evals.stability import agreement, unit_rows
 from ksvd_sae.evals.truth.worlds import World
 from ksvd_sae.learning.fvu import FVU
 from ksvd_sae.learning.noise import SizeHistogram
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from ksvd_sae.evals.truth import TruthEval
 
 NAME = "truth"
+# Of the second training of a dictionary.
+_OTHER_SEED = 1_009
 # Samples to learn from, to choose a threshold on, and to score: three draws from a world.
 _TRAIN, _VALIDATION, _TEST = 1, 2, 3
 # Shares of a sample's norm below which a latent is dropped; 0 drops none.
@@ -41,9 +45,14 @@ THRESHOLDS = tuple(step / 50 for step in range(26))
 def measure(config: "TruthEval", name: str, learned_on: LearnedOn, setting: EvalSetting) -> Measured:
     """Scores of a kind of dictionary in the config's world. Args: name: for errors. learned_on: see ``Panelist``."""
     place = _place(config, setting)
-    try:
+
+    def learned(seed: int | None) -> "SAE[Any]":
         with TemporaryDirectory() as folder:
-            sae = learned_on(place.shards, place.hash, Path(folder), place.sizes)
+            # Worlds are drawn on the CPU, so that their samples are the same everywhere; scored there, too.
+            return learned_on(place.shards, place.hash, Path(folder), place.sizes, seed).to("cpu")
+
+    try:
+        sae, other = learned(None), learned(_OTHER_SEED) if config.twice else None
     except KsvdSaeError as error:
         raise EvaluationError(
             f"{NAME}: learning {name} in the world {config.world!r}: {error.what}",
@@ -51,8 +60,10 @@ def measure(config: "TruthEval", name: str, learned_on: LearnedOn, setting: Eval
             cure="change them, or evaluation.truth.n_atoms and k; Matryoshka groups: 'paper' fit any number",
         ) from error
     with torch.no_grad():
-        # Worlds are drawn on the CPU, so that their samples are the same everywhere; scored there, too.
-        return _scores(config, place.world, sae.to("cpu"))
+        measured = _scores(config, place.world, sae)
+        if other is None:
+            return measured
+        return replace(measured, scores={**measured.scores, **agreement(unit_rows(sae), unit_rows(other))})
 
 
 class _Place:
