@@ -77,9 +77,8 @@ def curves_plot(config: CurvesConfig, frame: pd.DataFrame, path: Path) -> Path:
         for column, (title, curve) in enumerate(config.curves.items()):
             own = frame[frame["curve"] == title]
             values = [_shown(value) for value in curve.values]
-            places = (
-                {} if all(isinstance(value, (int, float)) for value in values) else {v: i for i, v in enumerate(values)}
-            )
+            named = not all(isinstance(value, (int, float)) for value in values)
+            places = {value: place for place, value in enumerate(values)} if named else {}
             for row, metric in enumerate(shown):
                 axes = grid[row, column]
                 for name in curve.dictionaries:
