@@ -59,8 +59,10 @@ def _tables(config: CurvesConfig, frame: pd.DataFrame) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """A number, or else a name for a value such as null or a list of groups."""
-    return value if isinstance(value, (int, float)) else "none" if value is None else str(value)
+    """A number, or else a name for a value such as a list of groups or null, which a column of numbers has as NaN."""
+    if value is None or value != value:
+        return "none"
+    return value if isinstance(value, (int, float)) else str(value)
 
 
 def _cell(values: pd.Series, digits: int) -> str:
