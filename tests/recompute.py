@@ -7,7 +7,7 @@ from typing import Any
 
 from ksvd_sae.report.differences import against_best, write_verdicts
 from ksvd_sae.report.headline import HEADLINES
-from ksvd_sae.report.raw import RawResults, result_name
+from ksvd_sae.report.raw import OWN_EVALS, RawResults, result_name
 from ksvd_sae.report.scores import read_csv
 from ksvd_sae.report.tables import intervals, summary, to_markdown
 from ksvd_sae.run.config import load_config
@@ -20,6 +20,9 @@ def check_recomputable(folder: Path, scratch: Path, not_kept: frozenset[str] = f
     """
     frame, config = read_csv(folder / "comparison.csv"), load_config(folder / "config.yaml")
     with RawResults(folder) as raw:
+        asked = {section.name for section in config.evaluation.evals()}
+        wanted = {head.eval for head in HEADLINES if not head.optional} & asked
+        assert wanted <= {*frame["eval"], *not_kept}, "an eval that the config asks for has no score"
         _check_scores(frame.to_dict("records"), raw, not_kept)
         learned = {name for name, method in config.dictionaries.items() if method.source is None}
         n_logs = _check_training(frame[frame["dictionary"].isin(learned)].to_dict("records"), raw)
@@ -32,9 +35,8 @@ def check_recomputable(folder: Path, scratch: Path, not_kept: frozenset[str] = f
 
 def _check_scores(rows: list[dict[Any, Any]], raw: RawResults, not_kept: frozenset[str]) -> None:
     sources = {(row["eval"], row["source"]) for row in rows if row["eval"] not in ("training", *not_kept)}
-    assert {h.eval for h in HEADLINES if not h.optional} - {"training"} <= {name for name, _ in sources} | not_kept
     members = {result_name(eval_name, source): eval_name for eval_name, source in sources}
-    assert set(members) == {name for name in raw if name.startswith(("saebench/", "heldout/"))}
+    assert set(members) == {name for name in raw if name.split("/")[0] in ("saebench", *OWN_EVALS)}
     metrics = {member: _metrics(json.loads(raw[member])) for member in members}
     for row in rows:
         if row["eval"] in ("training", *not_kept):

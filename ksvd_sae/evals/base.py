@@ -185,6 +185,7 @@ class Eval(Strict, ABC):
         columns: of the headline table.
         cost: what it takes, in a phrase.
         demo_seconds: about what it takes in the demo, on one core: of several at a time, the longest begin.
+        ours: it writes results of our own, not SAEBench's.
         at_once: it is cheap, and runs on each dictionary as soon as that is there.
         loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
@@ -197,6 +198,7 @@ class Eval(Strict, ABC):
     columns: ClassVar[tuple[Column, ...]] = ()
     cost: ClassVar[str]
     demo_seconds: ClassVar[float] = 30
+    ours: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
     loads_own_model: ClassVar[bool] = False
     reads_signs: ClassVar[bool] = False
@@ -248,6 +250,7 @@ class MeasuredHere(Eval):
     Class attribute: counts: what ``Measured.n`` is called in a result.
     """
 
+    ours: ClassVar[bool] = True
     counts: ClassVar[str] = "n_tokens"
 
     @abstractmethod

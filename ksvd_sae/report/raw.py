@@ -15,12 +15,11 @@ from types import TracebackType
 
 from ksvd_sae.errors import ResultsError
 from ksvd_sae.evals import EVALS
-from ksvd_sae.evals.base import MeasuredHere
 from ksvd_sae.store import atomic_path
 
 RAW = "raw.zip"
 # Their results are not in SAEBench's format: a folder beside its own.
-OWN_EVALS = tuple(kind.name for kind in EVALS if issubclass(kind, MeasuredHere))
+OWN_EVALS = tuple(kind.name for kind in EVALS if kind.ours)
 # The archive's comment, which tells our files from other zips, and whether all members are there.
 _MARK = "raw results of ksvd-sae, format 1, {} files"
 # The first that a zip can hold.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ksvd_sae.evals.base import EvalSetting, Panelist
 from ksvd_sae.evals.stability import SAME, StabilityEval, agreement
+from ksvd_sae.report.raw import result_name
 from tests.evals.test_truth import PLAIN, run_in
 from tests.strategies import generator, unit_atoms
 
@@ -97,3 +98,4 @@ def test_a_run_of_several_seeds_has_the_column(tmp_path: Path) -> None:
     ]
     assert stable["value"].nunique() == 1, "a pair has one agreement, in each view"
     assert 0 < float(stable["value"].iloc[0]) < 1
+    assert result_name("stability", "learned.s0-1.json") == "stability/learned.s0-1.json", "no result of SAEBench's"
