@@ -11,11 +11,11 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.backends import Precision
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
 from ksvd_sae.learning.fvu import fvu
+from ksvd_sae.learning.products import Precision
 from ksvd_sae.learning.redraw import Redraw
 from ksvd_sae.learning.sources import Samples, as_tensor
 from ksvd_sae.learning.training import Init, Update

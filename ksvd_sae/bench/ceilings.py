@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ksvd_sae.bench.problems import Shape
+from ksvd_sae.learning.products import products
 
 _FLOAT32_BYTES = 4
 _REPEATS = 5
@@ -31,7 +32,7 @@ _SHORTEST_S = 0.01
 def coding_floor_s(shape: Shape, device: torch.device, precision: str = "float32") -> float:
     """Seconds to code shape.n samples, see the module's docstring.
 
-    Args: precision: 'tf32' and 'bfloat16' are rated as such, all else as float32.
+    Args: precision: 'bfloat16' is rated as such, all else as float32.
     """
     rate = gemm_flop_per_s(shape.n, shape.d, shape.m, device, precision)
     products = 2 * shape.n * shape.m * shape.d / rate
@@ -49,15 +50,12 @@ def update_floor_s(shape: Shape, device: torch.device) -> float:
 def gemm_flop_per_s(n: int, d: int, m: int, device: torch.device, precision: str = "float32") -> float:
     """Rate of a product (n, d) × (d, m), on at most 4,096 rows: the best of five."""
     rows = min(n, _GEMM_ROWS)
-    how: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if precision == "bfloat16" else torch.float32}
-    a, b = torch.randn(rows, d, **how), torch.randn(m, d, **how)
-    out = torch.empty(rows, m, **how)
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
-        return 2 * rows * d * m / _best_s(lambda: torch.mm(a, b.T, out=out), device)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = (torch.randn(n_rows, d, device=device, dtype=dtype) for n_rows in (rows, m))
+    out = torch.empty(rows, m, device=device, dtype=dtype)
+    # On CUDA float32 products are made of bfloat16 ones.
+    split = device.type == "cuda" and dtype == torch.float32
+    return 2 * rows * d * m / _best_s(lambda: products(a, b) if split else torch.mm(a, b.T, out=out), device)
 
 
 @lru_cache

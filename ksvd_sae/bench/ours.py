@@ -11,7 +11,8 @@ from ksvd_sae.bench.peers import Coder, Updater
 from ksvd_sae.bench.problems import Problem, Shape
 from ksvd_sae.bench.rows import OURS, Who
 from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums, update_atoms_sweep
-from ksvd_sae.learning.backends import Precision, coder_backend
+from ksvd_sae.learning.backends import coder_backend
+from ksvd_sae.learning.products import Precision
 from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
 
 _CODERS: dict[str, Callable[..., Code]] = {
@@ -43,8 +44,7 @@ def coders(problem: Problem, device: torch.device) -> list[Coder]:
     """Every coder on the backend that 'auto' takes, and on torch; matching pursuit also from rounded products."""
     auto, k = auto_backend(problem.shape, device), problem.shape.k
     exact = [coder(config, k, backend, device) for config in _CODERS for backend in dict.fromkeys((auto, "torch"))]
-    rounded: list[Precision] = ["tf32", "bfloat16"] if device.type == "cuda" else ["bfloat16"]
-    return [*exact, *(coder("mp", k, auto, device, precision) for precision in rounded)]
+    return [*exact, coder("mp", k, auto, device, "bfloat16")]
 
 
 def updaters(problem: Problem, device: torch.device) -> list[Updater]:

@@ -20,28 +20,40 @@ Three ways, all of which leave the error of the batch no higher than it was:
 ``sweep`` (one atom after the other, coefficients kept)
     d_j ← d_j + Δ_j, where Δ_j is the least-squares step of atom j after those before it have moved: block coordinate
     descent, a block an atom. With G = XᵀE and A = XᵀX that is Δ_j = (G_j − Σ_{i<j} A_ji Δ_i) / H_j with H_j = A_jj: one
-    triangular solve for all of them. G and A are sums over samples. An atom that few samples use fits their noise; so
-    it counts as ``held`` samples as it was: H_j = A_jj (1 + held / |Ω_j|). The error falls by Σ_j (2H_j − A_jj) ‖Δ_j‖².
+    triangular solve for all of them. G and A are sums over samples (``SweepSums``) and all that the sweep needs, so
+    several processes can each sum over their part. An atom that few samples use fits their noise; so it counts as
+    ``held`` samples as it was: H_j = A_jj (1 + held / |Ω_j|). The error falls by Σ_j (2H_j − A_jj) ‖Δ_j‖².
 
 A sweep of ``sums`` takes a ninth of the time of the coding before it, and what is learned by it errs as little as by
 ``exact`` ("What the options of DB-KSVD are worth" in the docs, sections One option changed and Time of an update).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ksvd_sae.learning import backends
 from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.kernels import batch_triton
+from ksvd_sae.learning.products import has_bfloat16, multiplied, products
 
 # Nonzeros summed in one go: enough to keep the second stage small, few enough for all of a GPU to be busy.
 _PIECE = 256
 # Samples that an atom counts for as it was, in a sweep: of 0, 6, 15 and 40 the one with the lowest held-out error over
 # codes with and without signs, of 6 and of 20 atoms ("What the options of DB-KSVD are worth" in the docs).
 HELD = 6.0
-# Of XᵀX, and of dense codes, at a time: 256 MB of float32.
+# Of XᵀX at a time: 256 MB of float32.
 _COUPLINGS = 1 << 26
+# Rows of its triangle solved for at a time on CUDA: above the diagonal nothing is multiplied, and what is left of it is
+# a matrix product, which is faster than solving.
+_SOLVED_ROWS = {"cuda": 1024}
+# On CUDA with more atoms than this for each dimension it is less work to take the moved atoms off the residual (a pass
+# over it for each _SOLVED_ROWS atoms) than to multiply the codes with each other.
+_MANY_ATOMS = 4
 # Of the non-negative rank-1 update: each ends no worse than it began, and training goes on from there.
 _ALTERNATIONS = 5
 
@@ -56,7 +68,7 @@ class AtomUpdate:
         usage_M: how many samples of the batch use each atom (int64).
         energy_M: Σ of each atom's squared coefficients in the code given.
         residual_BD: x − code·atoms as given, before the update.
-        error_before, error_after: Σ‖residual‖² with (old atoms, old code) and (new atoms, new code).
+        errors: Σ‖residual‖² with (old atoms, old code) and (new atoms, new code), float64, where the samples are.
         redone_batches: atom batches that had to be done one atom at a time ('exact' only).
     """
 
@@ -65,9 +77,25 @@ class AtomUpdate:
     usage_M: Tensor
     energy_M: Tensor
     residual_BD: Tensor
-    error_before: float
-    error_after: float
+    errors: Tensor
     redone_batches: int = 0
+
+    @property
+    def error_before(self) -> float:
+        return float(self.errors[0])
+
+    @property
+    def error_after(self) -> float:
+        return float(self.errors[1])
+
+
+def residual_of(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> Tensor:
+    """x − code·atoms, (B, D), in the samples' dtype."""
+    if not backends.on_gpu(x_BD.device) or batch_triton.why_not(x_BD.device, x_BD.dtype) is not None:
+        return x_BD - code.reconstruct(atoms_MD).to(x_BD.dtype)
+    residual_BD = torch.empty_like(x_BD)
+    batch_triton.leave(x_BD, atoms_MD, code.values_BK, code.support_BK, residual_BD)
+    return residual_BD
 
 
 @dataclass(frozen=True)
@@ -111,13 +139,13 @@ def update_sums(code: Code, residual_BD: Tensor, n_atoms: int) -> UpdateSums:
         gradient_MD=by_atom.weighted_sums(residual_BD),
         energy_M=by_atom.energies(),
         usage_M=by_atom.usage_M,
-        error=_energy(residual_BD),
+        error=float(_energy(residual_BD)),
     )
 
 
 def step_curvature(code: Code, step_MD: Tensor) -> float:
     """‖X·Δ‖², what the line search must know of a step: a second sum over samples, after the steps are known."""
-    return _energy(code.reconstruct(step_MD))
+    return float(_energy(code.reconstruct(step_MD)))
 
 
 @dataclass(frozen=True)
@@ -127,7 +155,7 @@ class MovedAtoms:
 
     atoms_MD: Tensor
     scale_M: Tensor
-    error: float
+    error: float | Tensor
 
 
 def move_atoms(atoms_MD: Tensor, sums: UpdateSums, step_MD: Tensor, curvature: float) -> MovedAtoms:
@@ -157,7 +185,7 @@ def update_atoms_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> AtomUpdate:
     Returns: AtomUpdate; error_after ≤ error_before up to float32 rounding.
     Cost: 3·B·K·D multiply-adds, each gathering rows of D floats; 2·B·D + M·D floats.
     """
-    residual_BD = x_BD - code.reconstruct(atoms_MD)
+    residual_BD = residual_of(x_BD, code, atoms_MD)
     sums = update_sums(code, residual_BD, len(atoms_MD))
     step_MD = sums.steps()
     moved = move_atoms(atoms_MD, sums, step_MD, step_curvature(code, step_MD))
@@ -167,9 +195,33 @@ def update_atoms_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> AtomUpdate:
         usage_M=sums.usage_M,
         energy_M=sums.energy_M,
         residual_BD=residual_BD,
-        error_before=sums.error,
-        error_after=moved.error,
+        errors=torch.tensor([sums.error, moved.error], dtype=torch.float64, device=x_BD.device),
     )
+
+
+@dataclass(frozen=True)
+class SweepSums:
+    """All that the sweep needs to know of the samples, each a sum over them: those of two parts of a batch add up.
+
+    Attributes:
+        energy_M, usage_M: as in AtomUpdate.
+        error: Σ‖E‖² (float64).
+        block: from (first, last, Δ) the gradient of the atoms from the first to before the last, after those before
+            them have moved by their rows of Δ, and their own block of XᵀX: (last − first, D) and (last − first, last −
+            first). To be asked for in the order of the atoms.
+    """
+
+    energy_M: Tensor
+    usage_M: Tensor
+    error: Tensor
+    block: Callable[[int, int, Tensor], tuple[Tensor, Tensor]]
+
+    def __add__(self, other: "SweepSums") -> "SweepSums":
+        def block(first: int, last: int, step_MD: Tensor) -> tuple[Tensor, Tensor]:
+            (one_ND, one_NN), (two_ND, two_NN) = (part.block(first, last, step_MD) for part in (self, other))
+            return one_ND + two_ND, one_NN + two_NN
+
+        return SweepSums(self.energy_M + other.energy_M, self.usage_M + other.usage_M, self.error + other.error, block)
 
 
 @torch.no_grad()
@@ -177,75 +229,136 @@ def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: floa
     """Move the atoms one after the other, each to where the error is least; see the module's docstring.
 
     Args: held: samples that an atom counts for as it was; 0 lets it follow the batch alone. Others, Returns: as
-        ``update_atoms_sums``.
-    Cost: 2·B·K·D multiply-adds that gather rows of D floats, B·K² that gather single ones (on CUDA B·M² without
-        gathering), and M²·D/2 of a triangular solve; B·D + M·D floats, and at most 2²⁶ of A at a time.
+        ``update_atoms_sums``; on CUDA the residual is given in bfloat16, and the errors but for its rounding.
+    Cost: 2·B·K·D multiply-adds that gather rows of D floats, B·K² that gather single ones, and M²·D/2 of a triangular
+        solve; B·D + M·D floats, and at most 2²⁶ of A at a time. On CUDA B·K·D that gather and B·M·(D + M/2), with
+        M > 4·D B·M·2·D, of matrix products in bfloat16, for which the codes are written out: 2·B·M bytes.
     """
-    residual_BD = x_BD - code.reconstruct(atoms_MD)
+    residual_BD, sums = sweep_sums(x_BD, code, atoms_MD)
+    moved = sweep(atoms_MD, sums, held)
+    return AtomUpdate(
+        atoms_MD=moved.atoms_MD,
+        code=Code(code.values_BK * moved.scale_M[code.support_BK.long()], code.support_BK),
+        usage_M=sums.usage_M,
+        energy_M=sums.energy_M,
+        residual_BD=residual_BD,
+        errors=torch.stack([sums.error, torch.as_tensor(moved.error)]),
+    )
+
+
+def sweep_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> tuple[Tensor, SweepSums]:
+    """The residual under the atoms that coded a batch, or a part of one, and its sums."""
+    if backends.on_gpu(x_BD.device):
+        # bfloat16 is exact enough for sums over samples: what it rounds averages out.
+        dtype = torch.bfloat16 if x_BD.dtype == torch.float32 and has_bfloat16(x_BD.device) else x_BD.dtype
+        return _multiplied_sums(x_BD, code, atoms_MD, dtype)
+    residual_BD = residual_of(x_BD, code, atoms_MD)
     by_atom = _group_by_atom(code, len(atoms_MD))
-    energy_M, error = by_atom.energies(), _energy(residual_BD)
-    stiffness_M = energy_M * (1 + held / by_atom.usage_M.clamp(min=1))
-    step_MD = _swept(code, by_atom, by_atom.weighted_sums(residual_BD), stiffness_M)
+
+    gradient_MD = by_atom.weighted_sums(residual_BD)
+
+    def coupling(first: int, last: int) -> Tensor:
+        from ksvd_sae.learning.kernels import coupling_numba, least_squares_numba
+
+        least_squares_numba.use_torch_threads()
+        rows_NM = code.values_BK.new_zeros(last - first, last)
+        nonzeros = (by_atom.samples, by_atom.values, by_atom.starts_M, by_atom.usage_M)
+        arrays = (tensor.numpy() for tensor in (code.values_BK, code.support_BK, *nonzeros))
+        coupling_numba.coupling(*arrays, first, rows_NM.numpy())
+        return rows_NM
+
+    block = _from_coupling(gradient_MD, coupling)
+    return residual_BD, SweepSums(by_atom.energies(), by_atom.usage_M, _energy(residual_BD), block)
+
+
+def _from_coupling(gradient_MD: Tensor, coupling: Callable[[int, int], Tensor]) -> Any:
+    """``SweepSums.block`` from the gradient before anything has moved, and rows of XᵀX as far as the last of them."""
+
+    def block(first: int, last: int, step_MD: Tensor) -> tuple[Tensor, Tensor]:
+        rows_NM, gradient_ND = coupling(first, last), gradient_MD[first:last]
+        if first:
+            gradient_ND = gradient_ND - products(rows_NM[:, :first], step_MD[:first].T)
+        return gradient_ND, rows_NM[:, first:]
+
+    return block
+
+
+def _from_residual(dense_BM: Tensor, residual_BD: Tensor) -> Any:
+    """``SweepSums.block`` straight from the residual, which follows the atoms that have moved: no M × M."""
+    left_BD, moved = residual_BD, 0
+
+    def block(first: int, last: int, step_MD: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal left_BD, moved
+        if first > moved:
+            step_ND = step_MD[moved:first].to(left_BD.dtype)
+            left_BD, moved = torch.addmm(left_BD, dense_BM[:, moved:first], step_ND, alpha=-1), first
+        own_BN = dense_BM[:, first:last]
+        return multiplied(own_BN.T, left_BD.T), multiplied(own_BN.T, own_BN.T)
+
+    return block
+
+
+def _multiplied_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor, dtype: torch.dtype) -> tuple[Tensor, SweepSums]:
+    """The same by products of codes that are written out: nothing is gathered, and nothing added in the order of
+    atomics, which differs from run to run.
+
+    Args: dtype: of the codes and the residual that are multiplied; their sums are in float32 at least.
+    """
+    n_atoms, d_in = atoms_MD.shape
+    residual_BD, dense_BM = x_BD.new_empty(x_BD.shape, dtype=dtype), x_BD.new_empty(len(x_BD), n_atoms, dtype=dtype)
+    if batch_triton.why_not(x_BD.device, x_BD.dtype) is None:
+        energy_B = batch_triton.leave(x_BD, atoms_MD, code.values_BK, code.support_BK, residual_BD, dense_BM)
+        error = energy_B.sum(dtype=torch.float64)
+    else:
+        residual_BD.copy_(x_BD - code.reconstruct(atoms_MD))
+        dense_BM.copy_(code.to_dense(n_atoms))
+        error = _energy(residual_BD)
+    used_BK = torch.where(code.values_BK != 0, code.support_BK, n_atoms).long()
+    usage_M = torch.zeros(n_atoms + 1, dtype=torch.int64, device=x_BD.device)
+    usage_M.scatter_add_(0, used_BK.flatten(), torch.ones_like(used_BK).flatten())
+    energy_M = torch.linalg.vector_norm(dense_BM, dim=0, dtype=x_BD.dtype).double().square()
+    if n_atoms > _MANY_ATOMS * d_in:
+        block = _from_residual(dense_BM, residual_BD)
+    else:
+        block = _from_coupling(
+            multiplied(dense_BM.T, residual_BD.T),
+            lambda first, last: multiplied(dense_BM[:, first:last].T, dense_BM[:, :last].T),
+        )
+    return residual_BD, SweepSums(energy_M, usage_M[:-1], error, block)
+
+
+def sweep(atoms_MD: Tensor, sums: SweepSums, held: float = HELD) -> MovedAtoms:
+    """New atoms from the sums alone: the same wherever the sums are the same. ``error`` is a float64 tensor."""
+    energy_M = sums.energy_M
+    stiffness_M = energy_M * (1 + held / sums.usage_M.clamp(min=1))
+    step_MD = _solved(atoms_MD, sums, stiffness_M)
     raw_MD = atoms_MD + step_MD
     norms_M = torch.linalg.vector_norm(raw_MD, dim=1)
     # An atom whose step leads to zero is best not used: it keeps its direction and loses its coefficients.
     moved_M = (energy_M > 0) & (norms_M > 1e-6)
-    scale_M = torch.where(moved_M, norms_M, (energy_M <= 0).to(norms_M.dtype))
-    return AtomUpdate(
+    fallen = ((2 * stiffness_M - energy_M) * torch.linalg.vector_norm(step_MD, dim=1).double() ** 2).sum()
+    return MovedAtoms(
         atoms_MD=torch.where(moved_M[:, None], raw_MD / norms_M.clamp(min=1e-6)[:, None], atoms_MD),
-        code=Code(code.values_BK * scale_M[code.support_BK.long()], code.support_BK),
-        usage_M=by_atom.usage_M,
-        energy_M=energy_M,
-        residual_BD=residual_BD,
-        error_before=error,
-        error_after=error
-        - float(((2 * stiffness_M - energy_M) * torch.linalg.vector_norm(step_MD, dim=1).double() ** 2).sum()),
+        scale_M=torch.where(moved_M, norms_M, (energy_M <= 0).to(norms_M.dtype)),
+        error=sums.error - fallen,
     )
 
 
-def _swept(code: Code, by_atom: "_ByAtom", gradient_MD: Tensor, stiffness_M: Tensor) -> Tensor:
+def _solved(atoms_MD: Tensor, sums: SweepSums, stiffness_M: Tensor) -> Tensor:
     """Δ with L·Δ = gradient, L the lower triangle of XᵀX with H on its diagonal; some rows of it at a time.
 
     0 for unused atoms.
     """
-    step_MD = torch.zeros_like(gradient_MD)
-    n_atoms = len(gradient_MD)
-    n_rows = max(1, min(n_atoms, _COUPLINGS // n_atoms))
-    diagonal_M = torch.where(stiffness_M > 0, stiffness_M, 1).to(gradient_MD.dtype)
+    step_MD = torch.zeros_like(atoms_MD)
+    n_atoms = len(step_MD)
+    n_rows = max(1, min(_SOLVED_ROWS.get(step_MD.device.type, n_atoms), _COUPLINGS // n_atoms, n_atoms))
+    diagonal_M = torch.where(stiffness_M > 0, stiffness_M, 1).to(step_MD.dtype)
     for first in range(0, n_atoms, n_rows):
-        rows_NM = _coupling(code, by_atom, first, min(first + n_rows, n_atoms))
-        last = rows_NM.shape[1]
-        own_NN = rows_NM[:, first:]
+        last = min(first + n_rows, n_atoms)
+        gradient_ND, own_NN = sums.block(first, last, step_MD)
         own_NN.diagonal().copy_(diagonal_M[first:last])
-        target_ND = gradient_MD[first:last] - rows_NM[:, :first] @ step_MD[:first]
-        step_MD[first:last] = torch.linalg.solve_triangular(own_NN, target_ND, upper=False)
+        step_MD[first:last] = torch.linalg.solve_triangular(own_NN, gradient_ND, upper=False)
     return step_MD
-
-
-def _coupling(code: Code, by_atom: "_ByAtom", first: int, last: int) -> Tensor:
-    """Rows first to last of XᵀX, as far as the last of them."""
-    if code.values_BK.device.type != "cpu":
-        return _dense_coupling(code, len(by_atom.usage_M), first, last)
-    from ksvd_sae.learning.kernels.coupling_numba import coupling
-    from ksvd_sae.learning.kernels.least_squares_numba import use_torch_threads
-
-    use_torch_threads()
-    rows_NM = code.values_BK.new_zeros(last - first, last)
-    nonzeros = (by_atom.samples, by_atom.values, by_atom.starts_M, by_atom.usage_M)
-    arrays = (tensor.numpy() for tensor in (code.values_BK, code.support_BK, *nonzeros))
-    coupling(*arrays, first, rows_NM.numpy())
-    return rows_NM
-
-
-def _dense_coupling(code: Code, n_atoms: int, first: int, last: int) -> Tensor:
-    """The same by products of dense codes: no atomics, whose order differs from run to run."""
-    rows_NM = code.values_BK.new_zeros(last - first, last)
-    n_samples = max(1, _COUPLINGS // n_atoms)
-    for start in range(0, len(code), n_samples):
-        rows = slice(start, start + n_samples)
-        dense_bM = Code(code.values_BK[rows], code.support_BK[rows]).to_dense(n_atoms)[:, :last]
-        rows_NM.addmm_(dense_bM[:, first:].T, dense_bM)
-    return rows_NM
 
 
 @torch.no_grad()
@@ -275,9 +388,9 @@ def update_atoms_exact(
     atoms_MD = atoms_MD.clone()
     values_BK = code.values_BK.clone()
     by_atom = _group_by_atom(code, n_atoms)
-    residual_BD = x_BD - code.reconstruct(atoms_MD)
+    residual_BD = residual_of(x_BD, code, atoms_MD)
     first_BD = residual_BD.clone()
-    error_before = error = _energy(residual_BD)
+    error_before = error = float(_energy(residual_BD))
     used = by_atom.usage_M.nonzero().flatten().tolist()
     if generator is not None:
         used = [used[i] for i in torch.randperm(len(used), generator=generator).tolist()]
@@ -286,13 +399,13 @@ def update_atoms_exact(
         batch = used[start : start + atom_batch]
         kept = (atoms_MD.clone(), values_BK.clone(), residual_BD.clone()) if len(batch) > 1 else None
         _update_together(batch, by_atom, atoms_MD, values_BK, residual_BD, nonnegative)
-        new_error = _energy(residual_BD)
+        new_error = float(_energy(residual_BD))
         if kept is not None and new_error > error:
             atoms_MD, values_BK, residual_BD = kept
             redone += 1
             for atom in batch:
                 _update_together([atom], by_atom, atoms_MD, values_BK, residual_BD, nonnegative)
-            new_error = _energy(residual_BD)
+            new_error = float(_energy(residual_BD))
         error = new_error
     return AtomUpdate(
         atoms_MD=atoms_MD,
@@ -300,8 +413,7 @@ def update_atoms_exact(
         usage_M=by_atom.usage_M,
         energy_M=by_atom.energies(),
         residual_BD=first_BD,
-        error_before=error_before,
-        error_after=error,
+        errors=torch.tensor([error_before, error], dtype=torch.float64, device=x_BD.device),
         redone_batches=redone,
     )
 
@@ -417,6 +529,6 @@ def _group_by_atom(code: Code, n_atoms: int) -> _ByAtom:
     return _ByAtom(order, values[order], order // k, ends_M - usage_M, usage_M)
 
 
-def _energy(rows_BD: Tensor) -> float:
+def _energy(rows_BD: Tensor) -> Tensor:
     """Σ rows², summed in float64 over row norms."""
-    return float(torch.linalg.vector_norm(rows_BD, dim=1).double().pow(2).sum())
+    return torch.linalg.vector_norm(rows_BD, dim=1).double().pow(2).sum()

@@ -1,4 +1,4 @@
-"""Where a coder runs and in what precision it takes its products.
+"""Where a coder runs.
 
 =========  ==========================  =====================================================================
 backend    where                       how
@@ -21,10 +21,13 @@ from ksvd_sae.errors import ShapeError
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 Method = Literal["mp", "omp", "nonnegative_omp"]
-Precision = Literal["float32", "tf32", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
 # The products of a chunk are written by one pass and read by another: they should stay in the CPU's cache.
 _CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+
+
+def on_gpu(device: torch.device) -> bool:
+    """Whether work runs there while the host goes on, so that asking for a number waits for all of it."""
+    return device.type != "cpu"
 
 
 def coder_backend(
@@ -56,7 +59,7 @@ def coder_backend(
             raise ShapeError(f"coding: backend {backend!r} cannot run: {reason}", cure="use backend 'auto'")
         return backend
     # On the CPU Triton only interprets.
-    if device.type == "cuda" and not why_not["triton"]:
+    if on_gpu(device) and not why_not["triton"]:
         return "triton"
     return "torch" if why_not["numba"] else "numba"
 
@@ -79,39 +82,6 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, n_atoms: int, k: i
     from ksvd_sae.learning.kernels import pursuit_triton
 
     return pursuit_triton.why_not(device, n_atoms, k, orthogonal=method == "omp")
-
-
-def check_precision(precision: Precision, x_BD: Tensor) -> None:
-    """Raise ShapeError for a precision that does not exist there."""
-    reason = None
-    if precision not in PRECISIONS:
-        reason = f"there is no precision {precision!r}"
-    elif precision == "tf32" and x_BD.device.type != "cuda":
-        reason = f"tf32 is a mode of CUDA devices, not of {x_BD.device.type}"
-    elif precision != "float32" and x_BD.dtype == torch.float64:
-        reason = "float64 samples ask for float64 products"
-    if reason:
-        raise ShapeError(f"coding: {reason}", limit=", ".join(PRECISIONS), cure="use precision 'float32'")
-
-
-def products(x_CD: Tensor, atoms_MD: Tensor, precision: Precision = "float32") -> Tensor:
-    """x·atomsᵀ, (C, M), in the samples' dtype.
-
-    precision 'bfloat16' rounds samples and atoms to 8 bits (and on the CPU the products too); 'tf32' to 11 bits.
-    """
-    if precision == "bfloat16":
-        low_CD, low_MD = x_CD.bfloat16(), atoms_MD.bfloat16()
-        if x_CD.device.type == "cuda":
-            return torch.mm(low_CD, low_MD.T, out_dtype=torch.float32)
-        return (low_CD @ low_MD.T).float()
-    if precision == "tf32":
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = True
-        try:
-            return x_CD @ atoms_MD.T
-        finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
-    return x_CD @ atoms_MD.T
 
 
 def chunks(x_BD: Tensor, n_atoms: int, memory_bytes: int | None, arrays: int) -> list[slice]:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ActivationError, DictionaryError, ShapeError
+from ksvd_sae.learning.products import products
 
 UNIT_NORM_TOLERANCE = 1e-4
 
@@ -61,7 +62,7 @@ def checked_pair(x_BD: Tensor, atoms_MD: Tensor, k: int, where: str) -> tuple[Te
 def checked_gram(atoms_MD: Tensor, gram_MM: Tensor | None, where: str) -> Tensor:
     """The Gram matrix given, checked for its shape, or a fresh one."""
     if gram_MM is None:
-        return atoms_MD @ atoms_MD.T
+        return products(atoms_MD, atoms_MD)
     if tuple(gram_MM.shape) != (len(atoms_MD), len(atoms_MD)):
         raise ShapeError(
             f"{where}: gram_MM does not fit the atoms",

@@ -24,10 +24,8 @@ from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import NotFittedError, ShapeError
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.checkpoint import Fingerprint, check_probe, digest, load_checkpoint, probe, save_checkpoint
-from ksvd_sae.learning.checks import check_samples
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import Coding
-from ksvd_sae.learning.fvu import variance
 from ksvd_sae.learning.redraw import first_atoms
 from ksvd_sae.learning.sources import (
     Samples,
@@ -40,7 +38,7 @@ from ksvd_sae.learning.sources import (
     prefetched,
     same_device,
 )
-from ksvd_sae.learning.training import BatchLog, LearnerOptions, TrainingState, at_fair_scale, learn_batch
+from ksvd_sae.learning.training import BatchLog, LearnerOptions, TrainingState, checked_batch, learn_batch
 from ksvd_sae.learning.weighting import Weighting
 
 __all__ = ["BatchLog", "DictionaryLearner", "LearnerOptions"]
@@ -190,14 +188,13 @@ class DictionaryLearner:
         state = self.state or self._started(TensorSource(raw_BD).centre_D)
         x_BD = self._mapped(raw_BD, state)
         options.check(x_BD.shape[1])
-        check_samples(x_BD, "DB-KSVD")
-        x_BD = at_fair_scale(x_BD)
-        batch_variance = variance(x_BD, "DB-KSVD")
+        batch = checked_batch(x_BD)
+        x_BD = batch.x_BD
         if state.atoms_MD is None:
             state.atoms_MD = first_atoms(options.n_atoms, options.init, x_BD, state.generator)
         if state.idle_M is None:
             state.idle_M = torch.zeros(options.n_atoms, dtype=torch.float64, device=x_BD.device)
-        step = learn_batch(x_BD, state.atoms_MD, state.idle_M, options, state.generator)
+        step = learn_batch(batch, state.atoms_MD, state.idle_M, options, state.generator)
         state.atoms_MD, state.idle_M = step.atoms_MD, step.idle_M
         if options.average:
             state.average = (state.average or Average.of(state.atoms_MD)).with_next(step.atoms_MD, step.fresh_M)
@@ -206,14 +203,14 @@ class DictionaryLearner:
             pass_index=pass_index,
             batch=len(state.log),
             samples_seen=state.samples_seen,
-            fvu=step.errors[-1] / batch_variance,
-            fvu_after_update=step.error_after / batch_variance,
+            fvu=step.errors[-1] / batch.variance,
+            fvu_after_update=step.error_after / batch.variance,
             l0=step.l0,
             dead=step.dead,
             duplicates=step.duplicates,
-            redrawn=int(step.fresh_M.sum()),
+            redrawn=step.redrawn,
             seconds=time.perf_counter() - started,
-            prefix_fvu=[error / batch_variance for error in step.errors] if options.coding.groups is not None else [],
+            prefix_fvu=[error / batch.variance for error in step.errors] if options.coding.groups is not None else [],
         )
         state.log.append(line)
         logger.debug("%s", line)
@@ -347,5 +344,8 @@ class _Fit:
         size = -(-self.source.n_samples // n_batches)
         seed = None if pass_index == 0 else self.options.seed + pass_index
         if isinstance(self.source, TensorSource) and same_device(self.source.samples_ND.device, self.device):
-            return self.source.batches(size, seed=seed)  # nothing to wait for
+            batches = self.source.batches(size, seed=seed)  # nothing to wait for
+            if pass_index + 1 < self.options.passes:
+                self.source.prepare(self.options.seed + pass_index + 1)
+            return batches
         return prefetched(self.source.batches(size, seed=seed), self.device)

@@ -8,8 +8,12 @@ Notation: G = atoms·atomsᵀ; E its excess over the bound µ, E_ij = G_ij − c
 ‖E‖²_F has gradient 2·E·atoms.
 """
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from ksvd_sae.learning import backends
+from ksvd_sae.learning.products import products
 
 # Of a step along the gradient: a whole one would take a lone pair to the bound, and turns others past it.
 _STEP = 0.5
@@ -26,12 +30,14 @@ def pushed_apart(atoms_MD: Tensor, bound: float, *, signed: bool = True) -> Tens
     Cost: 2·M²·D multiply-adds and M² floats a step.
     """
     for _ in range(_STEPS):
-        excess_MM = atoms_MD @ atoms_MD.T
+        excess_MM = products(atoms_MD, atoms_MD)
         excess_MM.fill_diagonal_(0)
         # Opposite atoms have an excess below 0: none, where codes have no signs.
         excess_MM -= excess_MM.clamp(-bound if signed else -1, bound)
-        largest = float(excess_MM.abs().sum(dim=1).max())
-        if largest == 0:
+        largest = excess_MM.abs().sum(dim=1).max()
+        # On a GPU five steps that change nothing cost less than to wait for it.
+        if not backends.on_gpu(atoms_MD.device) and float(largest) == 0:
             break
-        atoms_MD = normalize(atoms_MD - _STEP / max(1.0, largest) * (excess_MM @ atoms_MD), dim=1)
+        step_MD = _STEP / largest.clamp(min=1) * products(excess_MM, atoms_MD.T)
+        atoms_MD = torch.where(largest > 0, normalize(atoms_MD - step_MD, dim=1), atoms_MD)
     return atoms_MD

@@ -10,8 +10,11 @@ from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
 
-# The refit gathers rows × k atoms: few rows keep them in cache.
-_ROWS = 512
+# The refit gathers rows × k atoms: few rows keep them in a CPU's cache, many keep a GPU busy.
+_GATHERED_BYTES = {"cpu": 0, "cuda": 1 << 30}
+_FEWEST_ROWS = 512
+# Gram matrices of supports held at a time, on CUDA.
+_GRAM_BYTES = 1 << 30
 # 1 − cos² of an atom with the span of the others, below which a Gram matrix in float32 says too little.
 DEPENDENT = 1e-3
 
@@ -33,8 +36,10 @@ def refit_code(
         raise ShapeError("refit_code: the code is of other samples", got=f"{len(code)} rows", limit=f"{len(x_BD)}")
     gram_MM = checked_gram(atoms_MD, gram_MM, "refit_code")
     values_BK = torch.zeros_like(code.values_BK)
-    for start in range(0, len(code), _ROWS):
-        rows = slice(start, start + _ROWS)
+    gathered = values_BK.shape[1] * x_BD.shape[1] * x_BD.element_size()
+    n_rows = max(_FEWEST_ROWS, _GATHERED_BYTES.get(x_BD.device.type, 0) // gathered)
+    for start in range(0, len(code), n_rows):
+        rows = slice(start, start + n_rows)
         support_CK, used_CK = code.support_BK[rows].long(), code.values_BK[rows] != 0
         gram_CKK = support_gram(gram_MM, support_CK, used_CK)
         # x·atomᵀ for the support only: C·K·D products, gathered in float32.
@@ -55,6 +60,35 @@ def refit_code(
                 ).squeeze(-1)
         values_BK[rows] = (solved_CK * used_CK).to(values_BK.dtype)
     return Code(values_BK, code.support_BK)
+
+
+def refit_from_left(gram_MM: Tensor, code: Code, left_BK: Tensor, nonnegative: bool) -> Tensor:
+    """Least-squares coefficients, into the code, from what the pursuit left along the atoms of each support.
+
+    No sample and no atom is gathered: z + G⁻¹·left, as the products that z was to have are G·z + left.
+
+    Args: left_BK: products of the residual with the atoms of the support.
+    Returns: the least squared pivot of each support's Gram matrix, (B,): below ``DEPENDENT`` the coefficients are not
+        to be trusted.
+    """
+    k = left_BK.shape[1]
+    n_rows = max(1, _GRAM_BYTES // (8 * k * k))
+    pivots_B = torch.empty(len(code), dtype=torch.float64, device=left_BK.device)
+    for start in range(0, len(code), n_rows):
+        rows = slice(start, start + n_rows)
+        values_CK = code.values_BK[rows].double()
+        used_CK = values_CK != 0
+        gram_CKK = support_gram(gram_MM, code.support_BK[rows].long(), used_CK)
+        factor_CKK, failed_C = torch.linalg.cholesky_ex(gram_CKK)
+        pivots_C = factor_CKK.diagonal(dim1=1, dim2=2).amin(dim=1).square()
+        pivots_B[rows] = torch.where(failed_C == 0, pivots_C, 0)
+        if nonnegative:
+            target_CK = left_BK[rows].double() * used_CK + (gram_CKK @ values_CK[..., None]).squeeze(-1)
+            code.values_BK[rows] = nonnegative_least_squares(gram_CKK, target_CK, used_CK).to(left_BK.dtype)
+        else:
+            step_CK1 = torch.cholesky_solve((left_BK[rows].double() * used_CK)[..., None], factor_CKK)
+            code.values_BK[rows] += (step_CK1.squeeze(-1) * used_CK).to(left_BK.dtype)
+    return pivots_B
 
 
 def support_gram(gram_MM: Tensor, support_CK: Tensor, used_CK: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.backends import Precision
+from ksvd_sae.learning.atom_update import residual_of
 from ksvd_sae.learning.code import Code
-from ksvd_sae.learning.sparse_coding import matching_pursuit
+from ksvd_sae.learning.products import Precision
+from ksvd_sae.learning.sparse_coding import matching_pursuit, pursued
 
 SMALLEST_GROUP = 256
 NamedGroups = Literal["paper", "eighth"]
@@ -128,26 +129,31 @@ def stages(
     tau_absolute: float = 0.0,
     nonnegative: bool = False,
     precision: Precision = "float32",
+    checked: bool = False,
 ) -> Iterator[Stage]:
-    """Code group by group; arguments as ``matryoshka_encode`` and ``matching_pursuit``."""
+    """Code group by group; arguments as ``matryoshka_encode`` and ``matching_pursuit``.
+
+    Args: checked: samples and atoms are known to be right, see ``pursued``.
+    """
     check_groups(groups, len(atoms_MD), k, x_BD.shape[1])
     target_BD = x_BD
     # What is noise in a sample is noise in what a group leaves of it.
     noise_B = torch.linalg.vector_norm(x_BD, dim=1).mul_(tau).clamp_(min=tau_absolute)
     for rows, budget in zip(group_slices(groups), group_budgets(k, len(groups)), strict=True):
-        code = matching_pursuit(
-            target_BD,
-            atoms_MD[rows],
-            budget,
-            max_steps=max_steps,
-            rtol=rtol,
-            tau_absolute=noise_B,
-            nonnegative=nonnegative,
-            precision=precision,
-        )
+        options: dict[str, Any] = {
+            "max_steps": max_steps,
+            "rtol": rtol,
+            "tau_absolute": noise_B,
+            "nonnegative": nonnegative,
+            "precision": precision,
+        }
+        if checked:
+            code, _ = pursued(target_BD, atoms_MD[rows], budget, **options)
+        else:
+            code = matching_pursuit(target_BD, atoms_MD[rows], budget, **options)
         yield Stage(rows, target_BD, code)
         if rows.stop < len(atoms_MD):
-            target_BD = target_BD - code.reconstruct(atoms_MD[rows]).to(target_BD.dtype)
+            target_BD = residual_of(target_BD, code, atoms_MD[rows])
 
 
 def joined(parts: Sequence[Stage]) -> Code:

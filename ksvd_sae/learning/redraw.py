@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning import backends
+from ksvd_sae.learning.products import products
 
 Redraw = Literal["residual", "data", "random", "none"]
 REDRAWS: tuple[Redraw, ...] = ("residual", "data", "random", "none")
@@ -42,32 +44,64 @@ def near_duplicates(atoms_MD: Tensor, energy_M: Tensor, cosine: float, *, signed
     sorted_MD = atoms_MD[order_M]
     weaker_M = torch.zeros(len(atoms_MD), dtype=torch.bool, device=atoms_MD.device)
     for start in range(0, len(atoms_MD), _PAIR_ROWS):
-        cosines = sorted_MD[start : start + _PAIR_ROWS] @ sorted_MD[start:].T
+        cosines = products(sorted_MD[start : start + _PAIR_ROWS], sorted_MD[start:])
         close = (cosines.abs_() if signed else cosines) > cosine
         weaker_M[start:] |= torch.triu(close, diagonal=1).any(dim=0)
     # Back from the order of energies to that of the atoms.
     return torch.empty_like(weaker_M).index_copy_(0, order_M, weaker_M)
 
 
-def draw_atoms(n: int, how: Redraw, x_BD: Tensor, residual_BD: Tensor, generator: torch.Generator) -> Tensor:
-    """Up to n fresh unit atoms, from distinct samples; fewer where fewer samples have something to give.
+def redrawn(
+    atoms_MD: Tensor, useless_M: Tensor, how: Redraw, x_BD: Tensor, residual_BD: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The atoms with fresh ones in the place of useless ones, as far as there are any, and which are fresh, (M,) bool.
+
+    On a GPU nobody waits for it to tell how many are useless: as many are drawn as there are atoms, and few are taken.
+    """
+    n = len(atoms_MD) if backends.on_gpu(x_BD.device) else int(useless_M.sum())
+    if how == "none" or n == 0:
+        return atoms_MD, torch.zeros_like(useless_M)
+    drawn_ND, is_drawn_N = draw_atoms(n, how, x_BD, residual_BD, generator)
+    # The first useless atom takes the first drawn, and so on.
+    place_M = torch.cumsum(useless_M, dim=0) - 1
+    fresh_M = useless_M & (place_M < len(drawn_ND))
+    place_M = place_M.clamp(0, len(drawn_ND) - 1)
+    fresh_M &= is_drawn_N[place_M]
+    return torch.where(fresh_M[:, None], drawn_ND[place_M], atoms_MD), fresh_M
+
+
+def draw_atoms(
+    n: int, how: Redraw, x_BD: Tensor, residual_BD: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Up to n unit atoms from distinct samples, and which of them are any: fewer samples may have something to give.
 
     'residual': residuals, drawn with probability ∝ ‖r‖².  'data': random samples.  'random': uniform(−½, ½) directions,
-    normalised, as the paper's.  'none': no atoms.
+    normalised, as the paper's.
     """
-    if how == "none" or n == 0:
-        return x_BD[:0]
     if how == "random":
-        return uniform_atoms(n, x_BD.shape[1], generator).to(x_BD.device)
+        drawn_ND = uniform_atoms(n, x_BD.shape[1], generator).to(x_BD.device)
+        return drawn_ND, torch.ones(n, dtype=torch.bool, device=x_BD.device)
+    norms_B = torch.linalg.vector_norm(x_BD, dim=1)
     if how == "data":
-        return random_samples(n, x_BD, generator)
-    norms_B = torch.linalg.vector_norm(residual_BD, dim=1)
-    weights_B = torch.where(norms_B > _CODED * torch.linalg.vector_norm(x_BD, dim=1), norms_B, 0).double().cpu() ** 2
-    n = min(n, int((weights_B > 0).sum()))
-    if n == 0:
-        return x_BD[:0]
-    picks = torch.multinomial(weights_B, n, generator=generator)
-    return normalize(residual_BD[picks.to(x_BD.device)], dim=1)
+        rows_BD, weights_B = x_BD, (norms_B > 0).double()
+    else:
+        left_B = torch.linalg.vector_norm(residual_BD, dim=1, dtype=x_BD.dtype)
+        rows_BD, weights_B = residual_BD, torch.where(left_B > _CODED * norms_B, left_B, 0).double() ** 2
+    picks = drawn_samples(weights_B, min(n, len(x_BD)), generator)
+    return normalize(rows_BD[picks].to(x_BD.dtype), dim=1), weights_B[picks] > 0
+
+
+def drawn_samples(weights_B: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n distinct samples, each draw with probability ∝ weight among those left; those of no weight come last.
+
+    A race: sample i arrives after a time of mean 1 / weight_i, exponentially distributed (torch.multinomial draws so
+    too, but waits for the device). On a GPU the times are drawn there, from a seed that the generator gives.
+    """
+    if backends.on_gpu(weights_B.device):
+        seed = int(torch.randint(2**62, (), generator=generator).numpy())
+        generator = torch.Generator(weights_B.device).manual_seed(seed)
+    times_B = torch.empty_like(weights_B).exponential_(generator=generator)
+    return (weights_B / times_B).topk(n).indices
 
 
 def first_atoms(n_atoms: int, init: str, x_BD: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ than to read the samples again.
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from typing import Any, Protocol, runtime_checkable
 
@@ -74,6 +75,7 @@ class TensorSource:
         self.n_samples, self.d_in = samples_ND.shape
         self._centre_D, self._order = centre_D, order or self._permuted
         self.shuffled_here = order is None
+        self._prepared: dict[int, Future[Tensor]] = {}
 
     @property
     def centre_D(self) -> Tensor:
@@ -84,7 +86,20 @@ class TensorSource:
 
     def order(self, seed: int) -> Tensor:
         """The samples' indices in the order in which ``batches`` gives them under this seed."""
-        return self._order(seed)
+        prepared = self._prepared.pop(seed, None)
+        return self._order(seed) if prepared is None else prepared.result()
+
+    def prepare(self, seed: int) -> None:
+        """Begin to make that order: of millions of samples it takes as long as some batches on a GPU."""
+        future = self._prepared[seed] = Future()
+
+        def make() -> None:
+            try:
+                future.set_result(self._order(seed))
+            except BaseException as error:  # whatever it is, it belongs to whoever asks for the order
+                future.set_exception(error)
+
+        threading.Thread(target=make, name="ksvd_sae-order", daemon=True).start()
 
     def _permuted(self, seed: int) -> Tensor:
         return torch.randperm(self.n_samples, generator=torch.Generator().manual_seed(seed))
@@ -261,6 +276,9 @@ def prefetched(batches: Iterator[Tensor], device: torch.device, *, ahead: int = 
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         try:
             for batch_BD in batches:
+                if stream is not None:
+                    # A source that makes its batches on the GPU makes them on this thread's stream.
+                    stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream) if stream is not None else nullcontext():
                     moved_BD = on_device(batch_BD, device)
                 if stream is not None:

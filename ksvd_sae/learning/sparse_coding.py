@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import DictionaryError, ShapeError
-from ksvd_sae.learning.backends import Backend, Method, Precision, check_precision, chunks, coder_backend, products
+from ksvd_sae.learning.backends import Backend, Method, chunks, coder_backend, on_gpu
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
-from ksvd_sae.learning.least_squares import DEPENDENT, refit_code
+from ksvd_sae.learning.least_squares import DEPENDENT, refit_code, refit_from_left
+from ksvd_sae.learning.products import Precision, check_precision, products
 
 Coder = Literal["mp", "mp_refit", "omp", "ormp", "projection"]
 Choice = Literal["product", "error"]
@@ -135,7 +136,8 @@ def matching_pursuit(
         refit: replace the coefficients by least squares on the support found.
         nonnegative: z ≥ 0: only positive products are picked, and the refit keeps z ≥ 0.
         memory_bytes: bound on the products of one chunk; default 16 MiB on the CPU, 1 GiB on CUDA.
-        backend, precision: see backends.py.
+        backend: see backends.py.  precision: of the products, see products.py; on CUDA 'bfloat16' also reads a float16
+            Gram matrix.
     Returns: Code with values in float32 (float64 for float64 input).
     Raises: ShapeError, DictionaryError, ActivationError (NaN or infinity in x).
     Numerics: float32 accumulation; ties go to the lowest index. Cost: O(B·M·(D + steps)) time.
@@ -144,26 +146,69 @@ def matching_pursuit(
     check_precision(precision, x_BD)
     _check_limits(rtol, tau, tau_absolute, memory_bytes, "matching_pursuit")
     gram_MM = checked_gram(atoms_MD, gram_MM, "matching_pursuit").contiguous()
-    floor_B = _floor(x_BD, tau, tau_absolute)
-    steps = 4 * k if max_steps is None else max_steps
-    if steps < 1:
-        raise ShapeError("matching_pursuit: max_steps must be at least 1", got=steps)
-    code = Code.empty(x_BD, k)
-    left_BK = torch.zeros_like(code.values_BK)
-    where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k)
-    pursue = _kernels(where).pursue
-    # On chip a Gram matrix in 8 bits of mantissa is read twice as fast.
-    kernel_gram_MM = gram_MM.bfloat16() if where == "triton" and precision == "bfloat16" else gram_MM
-    for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=3 if where == "torch" else 1):
-        x_CD = x_BD[rows]
-        products_CM, energy_C = products(x_CD, atoms_MD, precision), (x_CD * x_CD).sum(dim=1)
-        out = (code.values_BK[rows], code.support_BK[rows], left_BK[rows])
-        pursue(products_CM, energy_C, floor_B[rows], kernel_gram_MM, k, steps, rtol, nonnegative, *out)
+    if max_steps is not None and max_steps < 1:
+        raise ShapeError("matching_pursuit: max_steps must be at least 1", got=max_steps)
+    code, left_BK = pursued(
+        x_BD,
+        atoms_MD,
+        k,
+        gram_MM=gram_MM,
+        max_steps=max_steps,
+        rtol=rtol,
+        tau=tau,
+        tau_absolute=tau_absolute,
+        nonnegative=nonnegative,
+        memory_bytes=memory_bytes,
+        backend=backend,
+        precision=precision,
+    )
     if not refit:
         return code
-    if where == "numba" and precision == "float32":
+    where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k)
+    if where != "torch" and precision == "float32":
         return _refit_from_left(x_BD, code, atoms_MD, gram_MM, left_BK, nonnegative)
     return refit_code(x_BD, code, atoms_MD, gram_MM, nonnegative=nonnegative)
+
+
+def pursued(
+    x_BD: Tensor,
+    atoms_MD: Tensor,
+    k: int,
+    *,
+    gram_MM: Tensor | None = None,
+    energy_B: Tensor | None = None,
+    max_steps: int | None = None,
+    rtol: float = 0.0,
+    tau: float = 0.0,
+    tau_absolute: float | Tensor = 0.0,
+    nonnegative: bool = False,
+    memory_bytes: int | None = None,
+    backend: Backend = "auto",
+    precision: Precision = "float32",
+) -> tuple[Code, Tensor]:
+    """``matching_pursuit`` of samples and atoms that are known to be right, without a look at them: on a GPU every
+    look waits for it.
+
+    Args: energy_B: ‖x‖², (B,), if at hand. Others: as ``matching_pursuit``; finite samples of a scale whose squares
+        neither vanish nor overflow, in the atoms' dtype and on their device.
+    Returns: the code and the products of the residual with the atoms of its support.
+    """
+    where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k)
+    gram_MM = products(atoms_MD, atoms_MD) if gram_MM is None else gram_MM
+    # On chip a Gram matrix of 16 bits is read twice as fast. Its entries are at most 1: float16 has 3 bits more for
+    # them than bfloat16.
+    gram_MM = gram_MM.half() if where == "triton" and precision == "bfloat16" else gram_MM
+    energy_B = _energies(x_BD) if energy_B is None else energy_B
+    floor_B = _floor(x_BD, tau, tau_absolute)
+    steps = 4 * k if max_steps is None else max_steps
+    code = Code.empty(x_BD, k)
+    left_BK = torch.zeros_like(code.values_BK)
+    pursue = _kernels(where).pursue
+    for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=3 if where == "torch" else 1):
+        products_CM = products(x_BD[rows], atoms_MD, precision)
+        out = (code.values_BK[rows], code.support_BK[rows], left_BK[rows])
+        pursue(products_CM, energy_B[rows], floor_B[rows], gram_MM, k, steps, rtol, nonnegative, *out)
+    return code, left_BK
 
 
 def _check_limits(rtol: float, tau: float, tau_absolute: float | Tensor, memory_bytes: int | None, where: str) -> None:
@@ -181,6 +226,14 @@ def _floor(x_BD: Tensor, tau: float, tau_absolute: float | Tensor) -> Tensor:
     if isinstance(tau_absolute, Tensor):
         return torch.maximum(floor_B, tau_absolute.to(floor_B))
     return floor_B.clamp_(min=tau_absolute) if tau_absolute else floor_B
+
+
+def _energies(x_BD: Tensor) -> Tensor:
+    """‖x‖², (B,); in chunks, as squares of all samples at once would not stay in a CPU's cache."""
+    if on_gpu(x_BD.device):
+        return torch.linalg.vector_norm(x_BD, dim=1).square()
+    parts = [(x_BD[rows] * x_BD[rows]).sum(dim=1) for rows in chunks(x_BD, x_BD.shape[1], None, arrays=1)]
+    return torch.cat(parts) if parts else x_BD.new_zeros(0)
 
 
 def _kernels(backend: str) -> Any:
@@ -201,10 +254,13 @@ def _refit_from_left(
     x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Tensor, left_BK: Tensor, nonnegative: bool
 ) -> Code:
     """Refit from the products that the pursuit left: no atom is gathered, save for supports that nearly depend."""
-    from ksvd_sae.learning.kernels import least_squares_numba
-
     pursued_BK = code.values_BK.clone()
-    pivots_B = least_squares_numba.refit(gram_MM, nonnegative, code.values_BK, code.support_BK, left_BK)
+    if not on_gpu(x_BD.device):
+        from ksvd_sae.learning.kernels import least_squares_numba
+
+        pivots_B = least_squares_numba.refit(gram_MM, nonnegative, code.values_BK, code.support_BK, left_BK)
+    else:
+        pivots_B = refit_from_left(gram_MM, code, left_BK, nonnegative)
     bad_B = ~(pivots_B > DEPENDENT)
     if bool(bad_B.any()):
         bad = Code(pursued_BK[bad_B], code.support_BK[bad_B])
@@ -253,6 +309,7 @@ def orthogonal_matching_pursuit(
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, where_)
     check_precision(precision, x_BD)
     _check_limits(rtol, tau, tau_absolute, memory_bytes, where_)
+    energy_B = _energies(x_BD)
     floor_B = _floor(x_BD, tau, tau_absolute)
     gram_MM = checked_gram(atoms_MD, gram_MM, where_).contiguous()
     if choice not in get_args(Choice):
@@ -267,12 +324,12 @@ def orthogonal_matching_pursuit(
     code = Code.empty(x_BD, k)
     method: Method = "nonnegative_omp" if nonnegative else "omp"
     where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k, method=method)
+    gram_MM = gram_MM.half() if where == "triton" and precision == "bfloat16" else gram_MM
     pursue = _kernels(where).pursue_orthogonally
     for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=k + 3 if where == "torch" else 1):
-        x_CD = x_BD[rows]
-        products_CM, energy_C = products(x_CD, atoms_MD, precision), (x_CD * x_CD).sum(dim=1)
+        products_CM = products(x_BD[rows], atoms_MD, precision)
         out = (code.values_BK[rows], code.support_BK[rows])
-        pursue(products_CM, energy_C, floor_B[rows], gram_MM, k, rtol, nonnegative, by_error, *out)
+        pursue(products_CM, energy_B[rows], floor_B[rows], gram_MM, k, rtol, nonnegative, by_error, *out)
     return code
 
 

@@ -13,20 +13,26 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning import backends
 from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums, update_atoms_sweep
 from ksvd_sae.learning.averaging import Average
-from ksvd_sae.learning.backends import PRECISIONS, Precision
+from ksvd_sae.learning.checks import check_samples
 from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.fvu import variance
 from ksvd_sae.learning.incoherence import pushed_apart
+from ksvd_sae.learning.kernels import batch_triton
 from ksvd_sae.learning.matryoshka import Stage, stages
-from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, draw_atoms, near_duplicates
-from ksvd_sae.learning.sparse_coding import matching_pursuit
+from ksvd_sae.learning.products import PRECISIONS, Precision
+from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, near_duplicates, redrawn
+from ksvd_sae.learning.sparse_coding import pursued
 from ksvd_sae.learning.weighting import Weighting
 
 Update = Literal["sums", "sweep", "exact"]
 Init = Literal["data", "random"]
 # Batches where no size is asked for.
 _BATCH_PER_ATOM, _FEWEST_IN_A_BATCH = 4, 1024
+# A variance below this share of the energy, from sums in float32, is taken again in float64.
+_DOUBTFUL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class LearnerOptions:
             less error; see averaging.py (the paper does not).
         centre: subtract the mean of the samples first: 4 % less error (the paper does not).
         weighting: metric to learn and code in (weighting.py).
-        precision: of the products in training's coding: 'float32', 'tf32' (CUDA) or 'bfloat16'; see backends.py.
+        precision: of the products in training's coding: 'float32' or 'bfloat16'; see products.py.
         seed: same seed, same data, same thread count: the same bits on CPU. On CUDA nothing here adds up in the order
             of atomics, so the same GPU, driver and torch should give the same bits too.
     """
@@ -177,6 +183,49 @@ class TrainingState:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """Samples that training may work on: finite, not all the same, of a scale whose squares are numbers.
+
+    energy_B: ‖x‖², (B,), where it came with the look at them. variance: Σ‖x − x̄‖².
+    """
+
+    x_BD: Tensor
+    energy_B: Tensor | None
+    variance: float
+
+
+def checked_batch(x_BD: Tensor) -> Batch:
+    """The samples after a look at them: on a GPU one pass over them and one wait.
+
+    Samples whose squares would vanish or overflow are multiplied by a power of two: exact, and atoms know no scale.
+    Raises: ActivationError (NaN or infinity, no variance).
+    """
+    where = "DB-KSVD"
+    if not backends.on_gpu(x_BD.device) or batch_triton.why_not(x_BD.device, x_BD.dtype) is not None:
+        check_samples(x_BD, where)
+        x_BD = _at_fair_scale(x_BD, float(x_BD.abs().max()) if x_BD.numel() else 1.0)
+        return Batch(x_BD, None, variance(x_BD, where))
+    energy_B, numbers = batch_triton.statistics(x_BD)
+    largest, batch_variance, energy = numbers.tolist()
+    if not math.isfinite(energy):
+        check_samples(x_BD, where)
+    scaled_BD = _at_fair_scale(x_BD, largest)
+    if scaled_BD is not x_BD:
+        return checked_batch(scaled_BD)
+    if not batch_variance > _DOUBTFUL * energy:
+        batch_variance = variance(x_BD, where)
+    return Batch(x_BD, energy_B, batch_variance)
+
+
+def _at_fair_scale(x_BD: Tensor, largest: float) -> Tensor:
+    if not (0 < largest < 1e-6 or 1e6 < largest < float("inf")):
+        return x_BD
+    # In two steps: the factor itself may lie outside float32.
+    exponent = math.frexp(largest)[1]
+    return x_BD * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
+
+
+@dataclass(frozen=True)
 class Step:
     """What a batch gave: new atoms, how long each is idle, which are fresh, and numbers for the log.
 
@@ -191,39 +240,50 @@ class Step:
     l0: float
     dead: int
     duplicates: int
+    redrawn: int
 
 
 @torch.no_grad()
 def learn_batch(
-    x_BD: Tensor, atoms_MD: Tensor, idle_M: Tensor, options: LearnerOptions, generator: torch.Generator
+    batch: Batch, atoms_MD: Tensor, idle_M: Tensor, options: LearnerOptions, generator: torch.Generator
 ) -> Step:
     """One K-SVD update from one batch, of each group on what the groups before it left."""
     new_MD, new_idle_M = torch.empty_like(atoms_MD), torch.empty_like(idle_M)
     fresh_M = torch.zeros(len(atoms_MD), dtype=torch.bool, device=atoms_MD.device)
-    errors: list[float] = []
-    l0 = 0.0
-    dead = duplicates = 0
-    for stage in _coded(x_BD, atoms_MD, options):
+    errors: list[Tensor] = []
+    # L0, dead atoms, duplicates.
+    counts_3 = torch.zeros(3, dtype=torch.float64, device=atoms_MD.device)
+    for stage in _coded(batch, atoms_MD, options):
         rows = stage.rows
         update = _updated(stage, atoms_MD[rows], options, generator)
         unused_M, duplicate_M = update.usage_M == 0, _duplicates(update, options)
-        new_idle_M[rows] = torch.where(unused_M, idle_M[rows] + update.usage_M.double().mean(), 0)
-        useless = ((new_idle_M[rows] >= ENOUGH_IDLE) | duplicate_M).nonzero().flatten()
-        drawn_MD = draw_atoms(len(useless), options.redraw, stage.target_BD, update.residual_BD, generator)
-        useless = useless[: len(drawn_MD)]
-        new_MD[rows] = update.atoms_MD.index_copy(0, useless, drawn_MD)
-        new_idle_M[rows] = new_idle_M[rows].index_fill(0, useless, 0)
-        fresh_M[rows] = fresh_M[rows].index_fill(0, useless, True)
-        errors.append(update.error_before)
-        l0 += float(stage.code.l0().double().mean())
-        dead += int(unused_M.sum())
-        duplicates += int(duplicate_M.sum())
+        stage_idle_M = torch.where(unused_M, idle_M[rows] + update.usage_M.double().mean(), 0)
+        useless_M = (stage_idle_M >= ENOUGH_IDLE) | duplicate_M
+        chosen = (options.redraw, stage.target_BD, update.residual_BD, generator)
+        new_MD[rows], fresh_M[rows] = redrawn(update.atoms_MD, useless_M, *chosen)
+        new_idle_M[rows] = torch.where(fresh_M[rows], 0, stage_idle_M)
+        errors.append(update.errors)
+        l0 = update.usage_M.sum() / max(1, len(stage.code))
+        counts_3 += torch.stack([l0, unused_M.sum(), duplicate_M.sum()])
     if options.coherence is not None:
         new_MD = pushed_apart(new_MD, options.coherence, signed=not options.coding.nonnegative)
-    return Step(new_MD, new_idle_M, fresh_M, errors, update.error_after, l0, dead, duplicates)
+    # All that the log wants of the device, in one wait.
+    numbers = torch.cat([*errors, counts_3, fresh_M.sum()[None].double()]).tolist()
+    l0, dead, duplicates, redrawn_atoms = numbers[-4:]
+    return Step(
+        atoms_MD=new_MD,
+        idle_M=new_idle_M,
+        fresh_M=fresh_M,
+        errors=numbers[0 : 2 * len(errors) : 2],
+        error_after=numbers[2 * len(errors) - 1],
+        l0=l0,
+        dead=int(dead),
+        duplicates=int(duplicates),
+        redrawn=int(redrawn_atoms),
+    )
 
 
-def _coded(x_BD: Tensor, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[Stage]:
+def _coded(batch: Batch, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[Stage]:
     """The batch's code, as one stage a group."""
     coding = options.coding
     options_of_mp: dict[str, Any] = {
@@ -236,8 +296,9 @@ def _coded(x_BD: Tensor, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[
     }
     k = options.train_k or coding.k
     if coding.groups is not None:
-        return stages(x_BD, atoms_MD, coding.groups, k, **options_of_mp)
-    return [Stage(slice(0, len(atoms_MD)), x_BD, matching_pursuit(x_BD, atoms_MD, k, **options_of_mp))]
+        return stages(batch.x_BD, atoms_MD, coding.groups, k, checked=True, **options_of_mp)
+    code, _ = pursued(batch.x_BD, atoms_MD, k, energy_B=batch.energy_B, **options_of_mp)
+    return [Stage(slice(0, len(atoms_MD)), batch.x_BD, code)]
 
 
 def _updated(stage: Stage, atoms_MD: Tensor, options: LearnerOptions, generator: torch.Generator) -> AtomUpdate:
@@ -262,13 +323,3 @@ def _duplicates(update: AtomUpdate, options: LearnerOptions) -> Tensor:
         return torch.zeros_like(used_M)
     signed = not options.coding.nonnegative
     return used_M & near_duplicates(update.atoms_MD, update.energy_M, options.duplicate_cosine, signed=signed)
-
-
-def at_fair_scale(x_BD: Tensor) -> Tensor:
-    """Samples times a power of two where their squares would vanish or overflow: exact, and atoms know no scale."""
-    largest = float(x_BD.abs().max()) if x_BD.numel() else 1.0
-    if not (0 < largest < 1e-6 or 1e6 < largest < float("inf")):
-        return x_BD
-    # In two steps: the factor itself may lie outside float32.
-    exponent = math.frexp(largest)[1]
-    return x_BD * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError, WeightingError
+from ksvd_sae.learning.products import products
 
 WeightingKind = Literal["none", "std", "fisher_diag", "fisher"]
 WEIGHTING_KINDS: tuple[WeightingKind, ...] = ("none", "std", "fisher_diag", "fisher")
@@ -83,7 +84,7 @@ class Weighting:
 
 def _map(rows_BD: Tensor, matrix: Tensor) -> Tensor:
     matrix = matrix.to(rows_BD.device, rows_BD.dtype)
-    return rows_BD * matrix if matrix.ndim == 1 else rows_BD @ matrix
+    return rows_BD * matrix if matrix.ndim == 1 else products(rows_BD, matrix.T)
 
 
 def make_weighting(

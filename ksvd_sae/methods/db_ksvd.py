@@ -11,10 +11,11 @@ from typing_extensions import Self
 
 from ksvd_sae.activations.harvest import HarvestConfig
 from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.learning.backends import Precision, coder_backend
+from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
 from ksvd_sae.learning.matryoshka import NamedGroups, group_sizes
+from ksvd_sae.learning.products import Precision
 from ksvd_sae.learning.redraw import Redraw
 from ksvd_sae.learning.training import Update
 from ksvd_sae.methods.base import (
@@ -80,7 +81,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
         "rest, or sizes that add up to n_atoms",
     )
     max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
-    precision: Precision = Field("float32", description="of the products in training's coding; tf32 needs a GPU")
+    precision: Precision = Field("float32", description="of the products in training's coding")
 
     version: ClassVar[int] = 3
     may_vary: ClassVar[frozenset[str]] = frozenset({"k", "seed", "passes"})

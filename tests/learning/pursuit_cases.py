@@ -220,9 +220,9 @@ class PursuitCases:
         assert torch.equal(result.code.to_dense(15)[:, :5], x_BD)
 
     @pytest.mark.parametrize("kind", ["mp", "omp", "ormp"])
-    def test_bfloat16_gram(self, kind: str, block: int) -> None:
+    def test_float16_gram(self, kind: str, block: int) -> None:
         problem = generic(3, 23, 41, 4, seed=7).to(FLOAT32)
-        result = code(problem, self.device, kind, gram_dtype=torch.bfloat16, block=block)
+        result = code(problem, self.device, kind, gram_dtype=torch.float16, block=block)
         assert_well_formed(result, problem)
         x, atoms = problem.x_BD.double().numpy(), problem.atoms_MD.double().numpy()
         exact = np.linalg.norm(x - expected(problem, kind) @ atoms, axis=1)

@@ -16,6 +16,8 @@ from ksvd_sae.learning.atom_update import (
     AtomUpdate,
     move_atoms,
     step_curvature,
+    sweep,
+    sweep_sums,
     update_atoms_exact,
     update_atoms_sums,
     update_atoms_sweep,
@@ -133,23 +135,66 @@ class TestSweep:
         product_gap = got.code.to_dense(n_atoms).numpy() @ got.atoms_MD.numpy() - codes @ atoms
         assert np.abs(product_gap).max() <= tolerances.EXACT_UPDATE_FLOAT64 * scale
 
-    @given(problem=problems(), dtype=dtypes, rows=st.integers(1, 200), first=st.floats(0, 1), last=st.floats(0, 1))
-    def test_products_of_atoms_with_and_without_gathering(
-        self, problem: Problem, dtype: torch.dtype, rows: int, first: float, last: float
+    @given(problem=problems(), dtype=dtypes, first=st.floats(0, 1), last=st.floats(0, 1))
+    def test_sums_with_and_without_gathering(
+        self, problem: Problem, dtype: torch.dtype, first: float, last: float
     ) -> None:
-        """Those of the CPU and those of CUDA, which are no kernel and run here too."""
+        """Those of the CPU and those of CUDA, which run here too."""
         problem = problem.to(dtype)
         code, n_atoms = coded(problem), len(problem.atoms_MD)
         begin, end = sorted((round(first * (n_atoms - 1)), round(last * (n_atoms - 1))))
-        by_atom = atom_update._group_by_atom(code, n_atoms)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(atom_update, "_COUPLINGS", rows)
-            dense_NM = atom_update._dense_coupling(code, n_atoms, begin, end + 1)
         dense_BM = code.to_dense(n_atoms).double()
-        wanted_NM = dense_BM[:, begin : end + 1].T @ dense_BM[:, : end + 1]
-        for got_NM in (dense_NM, atom_update._coupling(code, by_atom, begin, end + 1)):
-            gap = (got_NM.double() - wanted_NM).abs().max()
-            assert gap <= tolerances.UPDATE_ERROR[dtype] * (1 + energy(code.values_BK))
+        left_BD = problem.x_BD.double() - dense_BM @ problem.atoms_MD.double()
+        own_BN = dense_BM[:, begin : end + 1]
+        # Atoms before the block have moved.
+        step_MD = torch.zeros_like(problem.atoms_MD)
+        step_MD[:begin] = 0.1 * torch.randn(begin, step_MD.shape[1], generator=generator(1)).to(dtype)
+        gradient_ND = own_BN.T @ (left_BD - dense_BM @ step_MD.double())
+        limit = tolerances.UPDATE_ERROR[dtype] * (1 + energy(code.values_BK) + energy(problem.x_BD))
+        kinds = [sweep_sums(problem.x_BD, code, problem.atoms_MD)[1]]
+        for many in (1e9, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(atom_update, "_MANY_ATOMS", many)
+                kinds.append(atom_update._multiplied_sums(problem.x_BD, code, problem.atoms_MD, dtype)[1])
+        for sums in kinds:
+            got_ND, own_NN = sums.block(begin, end + 1, step_MD)
+            assert (got_ND - gradient_ND).abs().max() <= limit
+            assert (own_NN.tril() - (own_BN.T @ own_BN).tril()).abs().max() <= limit
+            assert (sums.energy_M - dense_BM.square().sum(dim=0)).abs().max() <= limit
+            assert sums.usage_M.tolist() == code.usage(n_atoms).tolist()
+            assert abs(float(sums.error) - energy(left_BD)) <= limit
+
+    @given(problem=problems(), cut=st.floats(0, 1))
+    def test_sums_of_two_parts_add_up(self, problem: Problem, cut: float) -> None:
+        """Two processes that sum over a part each take the step of one that has all samples."""
+        code, n_first = coded(problem), round(cut * len(problem.x_BD))
+        whole, *parts = (
+            sweep_sums(problem.x_BD[rows], Code(code.values_BK[rows], code.support_BK[rows]), problem.atoms_MD)[1]
+            for rows in (slice(None), slice(n_first), slice(n_first, None))
+        )
+        one, two = sweep(problem.atoms_MD, whole), sweep(problem.atoms_MD, parts[0] + parts[1])
+        assert (one.atoms_MD - two.atoms_MD).abs().max() <= tolerances.SAMPLE_ORDER[torch.float64]
+        assert abs(float(one.error) - float(two.error)) <= tolerances.SAMPLE_ORDER[torch.float64] * energy(problem.x_BD)
+
+    @pytest.mark.parametrize("many", [1e9, 0], ids=["products of codes", "from the residual"])
+    def test_in_bfloat16_as_on_cuda(self, many: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is rounded averages out: of what the update takes off the error, next to nothing is lost."""
+        monkeypatch.setattr(atom_update, "_MANY_ATOMS", many)
+        monkeypatch.setattr(atom_update, "_SOLVED_ROWS", {"cpu": 7})
+        problem = planted(4000, 32, 48, 4, noise=0.1)
+        atoms_MD = normalize(problem.x_BD[:48], dim=1)
+        code = matching_pursuit(problem.x_BD, atoms_MD, 4)
+        exact, rounded = (
+            sweep(atoms_MD, atom_update._multiplied_sums(problem.x_BD, code, atoms_MD, dtype)[1])
+            for dtype in (torch.float32, torch.bfloat16)
+        )
+        before = error(problem.x_BD, code, atoms_MD)
+        scaled = [Code(code.values_BK * by.scale_M[code.support_BK.long()], code.support_BK) for by in (exact, rounded)]
+        fallen = [
+            before - error(problem.x_BD, its, by.atoms_MD) for its, by in zip(scaled, (exact, rounded), strict=True)
+        ]
+        assert fallen[1] > (1 - tolerances.ROUNDED_SUMS) * fallen[0]
+        assert not torch.equal(exact.atoms_MD, rounded.atoms_MD)
 
     def test_after_many_the_error_is_the_least_that_any_atoms_have(self) -> None:
         problem = generic(200, 9, 17, 4, seed=3)

@@ -400,12 +400,8 @@ class TestPrecision:
         assert rounded <= full * (1 + tolerances.BFLOAT16) + tolerances.BFLOAT16**2
 
     def test_unknown(self) -> None:
-        with pytest.raises(ShapeError, match=r"(?s)precision='int8'.*float32, tf32, bfloat16"):
+        with pytest.raises(ShapeError, match=r"(?s)precision='int8'.*float32, bfloat16"):
             learner(20, 3, precision="int8").fit(normal(100, 12))
-
-    def test_tf32_needs_a_gpu(self) -> None:
-        with pytest.raises(ShapeError, match="tf32 is a mode of CUDA"):
-            learner(20, 3, precision="tf32").fit(normal(100, 12))
 
 
 class TestAverage:

@@ -1,4 +1,4 @@
-"""The Triton coders three ways: interpreted on the CPU, compiled for an H100 without one, and run on a GPU."""
+"""The Triton kernels three ways: interpreted on the CPU, compiled for an H100 without one, and run on a GPU."""
 
 import importlib.util
 import os
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ksvd_sae.errors import ShapeError
-from ksvd_sae.learning.kernels import pursuit_triton, pursuit_triton_jit
+from ksvd_sae.learning.kernels import batch_triton, pursuit_triton, pursuit_triton_jit
 from ksvd_sae.learning.sparse_coding import Choice, Code, matching_pursuit, orthogonal_matching_pursuit
 from tests import tolerances
-from tests.learning import pursuit_cases
+from tests.learning import batch_cases, pursuit_cases
 from tests.strategies import Problem, generic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,9 +25,10 @@ SHARED_BYTES = 227 << 10
 REGISTERS = 65536
 
 
-def test_interpreted() -> None:
-    """All cases of pursuit_cases.py, in a process in which Triton interprets."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/learning/pursuit_cases.py"]
+@pytest.mark.parametrize("cases", ["pursuit_cases.py", "batch_cases.py"])
+def test_interpreted(cases: str) -> None:
+    """All of them, in a process in which Triton interprets."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/learning/{cases}"]
     child = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
     )
@@ -80,22 +81,30 @@ class Compiled:
     local_bytes: int
 
 
-def compiled(kernel: Any, n_atoms: int, launch: dict[str, Any], gram: str, folder: Path) -> Compiled:
-    """Compile for an H100 as a launch with these sizes would: 16-byte aligned pointers, n_atoms constant if 1."""
+INTEGERS = ("n_atoms", "k", "max_steps", "n", "d")
+OPTIONS = ("num_warps", "enable_fp_fusion", "maxnreg")
+
+
+def compiled(kernel: Any, sizes: dict[str, int], launch: dict[str, Any], folder: Path, **pointers: str) -> Compiled:
+    """Compile for an H100 as a launch with these sizes would: 16-byte aligned pointers, sizes of 1 constant.
+
+    Args: pointers: types of those that are not float32, as gram="fp16".
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {name: launch[name] for name in ("num_warps", "enable_fp_fusion")}
+    options = {name: value for name, value in launch.items() if name in OPTIONS}
     constants = {name: value for name, value in launch.items() if name not in options}
-    constants |= {"n_atoms": 1} if n_atoms == 1 else {}
-    types = {"n_atoms": "i32", "k": "i32", "max_steps": "i32", "support_ptr": "*i32", "gram_ptr": f"*{gram}"}
+    constants |= {name: 1 for name, size in sizes.items() if size == 1}
+    types = {f"{name}_ptr": f"*{kind}" for name, kind in {"support": "i32", **pointers}.items()}
+    types |= dict.fromkeys(INTEGERS, "i32")
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = types.get(name, "*fp32" if name.endswith("_ptr") else "fp32")
         if name in constants:
             signature[name] = "constexpr"
-        elif name.endswith("_ptr") or (name == "n_atoms" and n_atoms % 16 == 0):
+        elif name.endswith("_ptr") or sizes.get(name, 1) % 16 == 0:
             aligned[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -124,46 +133,74 @@ class TestCompiledForH100:
         assert -(-made.registers // 8) * 8 * made.threads <= REGISTERS
         assert made.local_bytes <= spilled_bytes
 
-    @pytest.mark.parametrize("gram", ["fp32", "bf16"])
+    @pytest.mark.parametrize("gram", ["fp32", "fp16"])
     @pytest.mark.parametrize(("n_atoms", "k"), [(4096, 32), (16384, 80), (65536, 80)])
     def test_matching_pursuit(self, n_atoms: int, k: int, gram: str, tmp_path: Path) -> None:
-        launch = pursuit_triton.launch(n_atoms, k) | {"NONNEGATIVE": False}
-        made = compiled(pursuit_triton_jit.pursue_sample, n_atoms, launch, gram, tmp_path)
-        self.assert_fits(made)
-        if n_atoms == 4096:
-            # Four programs an SM hide each other's waits.
-            assert made.registers <= 64
-            assert 4 * made.shared_bytes <= SHARED_BYTES
+        sizes, launch = {"n_atoms": n_atoms}, pursuit_triton.launch(n_atoms, k) | {"NONNEGATIVE": False}
+        made = compiled(pursuit_triton_jit.pursue_sample, sizes, launch, tmp_path, gram=gram)
+        # Above 8,192 atoms constants are read again in every step, but no product is put aside.
+        self.assert_fits(made, spilled_bytes=200 if n_atoms == 16384 else 0)
+        # So many programs an SM hide each other's waits.
+        programs = {4096: 4, 16384: 2, 65536: 4}[n_atoms]
+        assert programs * made.threads * -(-made.registers // 8) * 8 <= REGISTERS
+        assert programs * made.shared_bytes <= SHARED_BYTES
         assert re.search(r"ld\.global\S*\.v4\.b32", made.ptx), "16 bytes a load"
         assert "fma.rn.f32" in made.ptx
 
     @pytest.mark.parametrize(
         ("n_atoms", "k", "gram", "spilled_bytes"),
         # What spills lies outside the loop over Gram rows: a few bytes a step.
-        [(4096, 32, "fp32", 0), (4096, 32, "bf16", 32), (16384, 80, "fp32", 0), (16384, 80, "bf16", 32)],
+        [(4096, 32, "fp32", 0), (4096, 32, "fp16", 32), (16384, 80, "fp32", 0), (16384, 80, "fp16", 32)],
     )
     @pytest.mark.parametrize("by_error", [False, True], ids=["omp", "ormp"])
     def test_orthogonal(
         self, n_atoms: int, k: int, gram: str, spilled_bytes: int, by_error: bool, tmp_path: Path
     ) -> None:
-        launch = pursuit_triton.launch_orthogonal(n_atoms, k) | {"BY_ERROR": by_error}
-        made = compiled(pursuit_triton_jit.pursue_sample_orthogonally, n_atoms, launch, gram, tmp_path)
+        sizes, launch = {"n_atoms": n_atoms}, pursuit_triton.launch_orthogonal(n_atoms, k) | {"BY_ERROR": by_error}
+        made = compiled(pursuit_triton_jit.pursue_sample_orthogonally, sizes, launch, tmp_path, gram=gram)
         self.assert_fits(made, spilled_bytes)
+
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+    @pytest.mark.parametrize(("n_atoms", "k"), [(4096, 20), (16384, 80)])
+    def test_leave(self, n_atoms: int, k: int, dtype: str, tmp_path: Path) -> None:
+        sizes = {"d": 2304, "n_atoms": n_atoms}
+        launch = batch_triton.launch_leave(k) | {"DENSE": True}
+        made = compiled(batch_triton.leave_row, sizes, launch, tmp_path, residual=dtype, dense=dtype)
+        self.assert_fits(made)
+        assert made.registers <= 40, "24 programs of two warps an SM"
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", made.ptx)) >= 5, "a sample and four atoms, 16 bytes a load"
+
+    def test_statistics(self, tmp_path: Path) -> None:
+        launch = batch_triton.LAUNCH_STATISTICS
+        made = compiled(batch_triton.sum_rows, {"n": 65536, "d": 2304}, launch, tmp_path)
+        self.assert_fits(made)
+        assert made.registers <= 128, "four programs an SM, each with 64 bytes a thread on their way"
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", made.ptx)) >= 4
 
     @pytest.mark.parametrize("n_atoms", [1, 61])
     def test_odd_sizes(self, n_atoms: int, tmp_path: Path) -> None:
+        sizes = {"n_atoms": n_atoms}
         for nonnegative in (False, True):
             launch = pursuit_triton.launch(n_atoms, 1) | {"NONNEGATIVE": nonnegative}
-            self.assert_fits(compiled(pursuit_triton_jit.pursue_sample, n_atoms, launch, "fp32", tmp_path))
+            self.assert_fits(compiled(pursuit_triton_jit.pursue_sample, sizes, launch, tmp_path))
         launch = pursuit_triton.launch(n_atoms, 1, registers_m=0) | {"NONNEGATIVE": True, "BLOCK_M": 32}
-        self.assert_fits(compiled(pursuit_triton_jit.pursue_sample, n_atoms, launch, "fp32", tmp_path))
+        self.assert_fits(compiled(pursuit_triton_jit.pursue_sample, sizes, launch, tmp_path))
         for by_error in (False, True):
             launch = pursuit_triton.launch_orthogonal(n_atoms, 1) | {"BY_ERROR": by_error}
-            self.assert_fits(compiled(pursuit_triton_jit.pursue_sample_orthogonally, n_atoms, launch, "fp32", tmp_path))
+            self.assert_fits(compiled(pursuit_triton_jit.pursue_sample_orthogonally, sizes, launch, tmp_path))
 
 
 @pytest.mark.gpu
 class TestOnGpu(pursuit_cases.PursuitCases):
+    device = torch.device("cuda")
+
+    @pytest.fixture(autouse=True)
+    def gpu(self) -> None:
+        assert torch.cuda.is_available(), "these tests were asked for (-m gpu) on a machine without a GPU"
+
+
+@pytest.mark.gpu
+class TestTrainingOnGpu(batch_cases.BatchCases):
     device = torch.device("cuda")
 
     @pytest.fixture(autouse=True)

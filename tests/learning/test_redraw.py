@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning import redraw
-from ksvd_sae.learning.redraw import draw_atoms, near_duplicates
+from ksvd_sae.learning.redraw import draw_atoms, near_duplicates, redrawn
 from tests import tolerances
 from tests.learners import learner
 from tests.strategies import generator, planted, unit_atoms
@@ -65,12 +65,41 @@ class TestNearDuplicates:
                 assert near_duplicates(atoms_MD, energy_M, 0.8).tolist() == wanted
 
 
+def drawn(*arguments: Any) -> Tensor:
+    """Only those that are any."""
+    rows_ND, are_any_N = draw_atoms(*arguments)
+    return rows_ND[are_any_N]
+
+
+class TestRedrawn:
+    X, ATOMS = normal(40, 6), unit_atoms(10, 6, dtype=torch.float32)
+    USELESS = torch.tensor([False, True, False, True, True, False, True, False, False, True])
+
+    def test_useless_atoms_are_replaced_and_no_others(self) -> None:
+        got_MD, fresh_M = redrawn(self.ATOMS, self.USELESS, "residual", self.X, self.X, generator(0))
+        assert torch.equal(fresh_M, self.USELESS)
+        assert torch.equal(got_MD[~fresh_M], self.ATOMS[~fresh_M])
+        source_M = (got_MD[fresh_M] @ normalize(self.X, dim=1).T).max(dim=1)
+        assert source_M.values == pytest.approx([1.0] * 5, abs=tolerances.UNIT_NORM[torch.float32])
+        assert len(set(source_M.indices.tolist())) == 5
+
+    def test_as_many_as_there_are(self) -> None:
+        residual_BD = torch.where(torch.arange(40)[:, None] < 3, self.X, 0)
+        got_MD, fresh_M = redrawn(self.ATOMS, self.USELESS, "residual", self.X, residual_BD, generator(0))
+        assert fresh_M.tolist() == [False, True, False, True, True] + [False] * 5
+        assert torch.equal(got_MD[~fresh_M], self.ATOMS[~fresh_M])
+
+    def test_fewer_samples_than_useless_atoms(self) -> None:
+        _, fresh_M = redrawn(self.ATOMS, self.USELESS, "data", self.X[:2], self.X[:2], generator(0))
+        assert fresh_M.tolist() == [False, True, False, True] + [False] * 6
+
+
 class TestDrawn:
     X = normal(40, 6)
     RESIDUAL = torch.where(torch.arange(40)[:, None] < 5, normal(40, 6, 1), 0)
 
     def test_residuals_of_distinct_badly_coded_samples(self) -> None:
-        got = draw_atoms(5, "residual", self.X, self.RESIDUAL, generator(0))
+        got = drawn(5, "residual", self.X, self.RESIDUAL, generator(0))
         cosines = got @ normalize(self.RESIDUAL[:5], dim=1).T
         assert sorted(cosines.argmax(dim=1).tolist()) == [0, 1, 2, 3, 4]
         assert cosines.max(dim=1).values == pytest.approx([1.0] * 5, abs=tolerances.UNIT_NORM[torch.float32])
@@ -78,25 +107,28 @@ class TestDrawn:
     def test_the_worse_coded_the_more_often(self) -> None:
         """Three samples with errors in the ratio 1 : 2 : 4, that is squares of 1 : 4 : 16, drawn one at a time."""
         residual = torch.eye(3) * torch.tensor([1.0, 2.0, 4.0])
-        drawn = [int(draw_atoms(1, "residual", torch.ones(3, 3), residual, generator(i)).argmax()) for i in range(600)]
-        counts = torch.bincount(torch.tensor(drawn), minlength=3)
+        picks = [int(drawn(1, "residual", torch.ones(3, 3), residual, generator(i)).argmax()) for i in range(600)]
+        counts = torch.bincount(torch.tensor(picks), minlength=3)
         # Standard deviations of the counts are at most 11.
         assert counts.tolist() == pytest.approx([600 / 21, 4 * 600 / 21, 16 * 600 / 21], abs=45)
 
     def test_no_more_than_there_are_badly_coded_samples(self) -> None:
-        assert draw_atoms(9, "residual", self.X, self.RESIDUAL, generator(0)).shape == (5, 6)
+        assert drawn(9, "residual", self.X, self.RESIDUAL, generator(0)).shape == (5, 6)
         rounding = 1e-7 * self.X
-        assert draw_atoms(9, "residual", self.X, rounding, generator(0)).shape == (0, 6)
+        assert drawn(9, "residual", self.X, rounding, generator(0)).shape == (0, 6)
 
     def test_samples(self) -> None:
         x_BD = torch.where(torch.arange(40)[:, None] < 8, self.X, 0)
-        got = draw_atoms(20, "data", x_BD, self.RESIDUAL, generator(0))
+        got = drawn(20, "data", x_BD, self.RESIDUAL, generator(0))
         assert sorted((got @ normalize(x_BD[:8], dim=1).T).argmax(dim=1).tolist()) == list(range(8))
 
     def test_random_and_none(self) -> None:
-        got = draw_atoms(20, "random", self.X, self.RESIDUAL, generator(0))
+        got = drawn(20, "random", self.X, self.RESIDUAL, generator(0))
         assert got.norm(dim=1) == pytest.approx([1.0] * 20, abs=tolerances.UNIT_NORM[torch.float32])
-        assert draw_atoms(20, "none", self.X, self.RESIDUAL, generator(0)).shape == (0, 6)
+        useless_M = torch.ones(20, dtype=torch.bool)
+        kept_MD, fresh_M = redrawn(got, useless_M, "none", self.X, self.RESIDUAL, generator(0))
+        assert torch.equal(kept_MD, got)
+        assert not fresh_M.any()
 
 
 class TestInTraining:

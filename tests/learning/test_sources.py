@@ -122,6 +122,24 @@ class TestKinds:
         with pytest.raises(ActivationError, match=r"(?s)1 of 600 samples.*row 400"):
             TensorSource(spoilt_ND)
 
+    def test_an_order_that_is_made_ahead_is_the_same(self) -> None:
+        x_ND = torch.arange(50.0)[:, None].repeat(1, 3)
+        plain, ahead = TensorSource(x_ND), TensorSource(x_ND)
+        ahead.prepare(5)
+        ahead.prepare(6)
+        for seed in (5, 6, 6, 7):
+            wanted, got = (torch.cat(list(source.batches(7, seed=seed))) for source in (plain, ahead))
+            assert torch.equal(wanted, got)
+
+    def test_an_order_that_fails_ahead_fails_where_it_is_asked_for(self) -> None:
+        def fail(seed: int) -> Tensor:
+            raise OSError(f"no order of seed {seed}")
+
+        source = TensorSource(torch.zeros(5, 2), order=fail)
+        source.prepare(3)
+        with pytest.raises(OSError, match="no order of seed 3"):
+            next(source.batches(2, seed=3))
+
 
 class TestStreams:
     def test_batches_are_taken_as_they_come(self) -> None:

@@ -379,7 +379,6 @@ class TestPrecision:
     @pytest.mark.parametrize(
         ("precision", "dtype", "words"),
         [
-            ("tf32", torch.float32, "mode of CUDA"),
             ("bfloat16", torch.float64, "ask for float64"),
             ("int4", torch.float32, "no precision 'int4'"),
         ],

@@ -3,7 +3,11 @@
 The kernels themselves, and what they cost, are in pursuit_triton_jit.py.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +17,17 @@ from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.kernels import limits
 from ksvd_sae.learning.kernels.pursuit_triton_jit import pursue_sample, pursue_sample_orthogonally, triton
 
-# Products in registers: 16 a thread leave none to spill, and a program has at most 32 warps.
+# Products in registers: 16 a thread leave none to spill. Above _ALONE atoms a program of so many warps would fill a
+# multiprocessor, and nothing would be read while it looks for its maximum: there 32 a thread, in 64 registers (what
+# does not fit are constants, read again from the nearest cache), leave room for two.
 _HELD_PER_WARP = 512
 REGISTERS_M = 32 * _HELD_PER_WARP
-# Products in memory: 4 a thread are one wide load, of a float32 row or of a bfloat16 one.
+_ALONE = 8192
+_SHARING: dict[str, Any] = {"num_warps": REGISTERS_M // 1024, "maxnreg": 64}
+# The best of what was tried on a device, by its name, BLOCK_M and the Gram matrix's type (bench/gpu.py writes it).
+LAUNCHES = Path(__file__).with_name("launches.json")
+_tried: dict[str, Any] | None = None
+# Products in memory: 4 a thread are one wide load, of a float32 row, or half a one of float16.
 _STREAMED_PER_WARP = 128
 _STREAMED_WARPS = 8
 # OMP's inverse Cholesky factor: 128² floats are 32 for each thread of 16 warps.
@@ -60,7 +71,7 @@ def pursue(
         products_CM: x·atomsᵀ; overwritten if M is above ``registers_m``.
         energy_C: ‖x‖².
         floor_C: no product of this size or less is picked.
-        gram_MM: atoms·atomsᵀ, float32 or bfloat16; the rest is float32.
+        gram_MM: atoms·atomsᵀ, float32 or float16; the rest is float32.
         k, max_steps, rtol: as in ``sparse_coding.matching_pursuit``.
         nonnegative: pick the largest product rather than the largest |product|, and stop where none is above 0.
         values_CK, support_CK (int32): the code; unused slots are left as they are.
@@ -88,7 +99,7 @@ def pursue(
             max_steps,
             float(rtol**2),
             NONNEGATIVE=nonnegative,
-            **launch(n_atoms, k, registers_m),
+            **launch(n_atoms, k, registers_m, products_CM.device, gram_MM.dtype),
         )
 
 
@@ -111,7 +122,7 @@ def pursue_orthogonally(
         by_error: pick what lowers the error of the refitted code the most; takes another chunk × M floats.
         most_m: most products that are handled at a time.
     Numerics: the coefficients fit the residual that the picks were made from, whatever the rounding of the
-    factor; with a bfloat16 Gram matrix both are off by its rounding.
+    factor; with a float16 Gram matrix both are off by its rounding.
     """
     if nonnegative:
         raise ShapeError(
@@ -146,14 +157,49 @@ def pursue_orthogonally(
         )
 
 
-def launch(n_atoms: int, k: int, registers_m: int = REGISTERS_M) -> dict[str, Any]:
-    """Block sizes and compiler options of ``pursue``."""
+def launch(
+    n_atoms: int,
+    k: int,
+    registers_m: int = REGISTERS_M,
+    device: torch.device | None = None,
+    gram_dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Block sizes and compiler options of ``pursue``; on a device that was tried out those that were best there."""
     held = n_atoms <= registers_m
     block_m = n_atoms if held else min(registers_m, _STREAMED_PER_WARP * _STREAMED_WARPS)
     block_m = triton.next_power_of_2(block_m)
     warps = max(1, block_m // (_HELD_PER_WARP if held else _STREAMED_PER_WARP))
     blocks = {"BLOCK_M": block_m, "BLOCK_K": triton.next_power_of_2(k)}
-    return {"IN_REGISTERS": held, **blocks, "num_warps": warps, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": warps}
+    if held:
+        options |= _SHARING if block_m > _ALONE else {}
+        options |= _measured(device, block_m, gram_dtype)
+        options = options if _tried is None else _tried
+    return {"IN_REGISTERS": held, **blocks, **options, "enable_fp_fusion": True}
+
+
+@contextmanager
+def launched_as(options: dict[str, Any]) -> Iterator[None]:
+    """``pursue`` with these compiler options, whatever is best: to try them out."""
+    global _tried
+    _tried = options
+    try:
+        yield
+    finally:
+        _tried = None
+
+
+def _measured(device: torch.device | None, block_m: int, gram_dtype: torch.dtype) -> dict[str, Any]:
+    if device is None or device.type != "cuda":
+        return {}
+    best: dict[str, Any] = _launches().get(torch.cuda.get_device_name(device), {})
+    return dict(best.get(f"{block_m} {gram_dtype}".replace("torch.", ""), {}))
+
+
+@lru_cache
+def _launches() -> dict[str, Any]:
+    launches: dict[str, Any] = json.loads(LAUNCHES.read_text())
+    return launches
 
 
 def launch_orthogonal(n_atoms: int, k: int, most_m: int = REGISTERS_M) -> dict[str, Any]:
@@ -184,7 +230,7 @@ def _check(
     reason = why_not(products_CM.device, n_atoms, k, orthogonal=operation == "pursue_orthogonally")
     if reason:
         raise ShapeError(f"{operation}: the Triton kernel cannot run: {reason}", cure="use backend 'auto'")
-    floats, grams = (torch.float32,), (torch.float32, torch.bfloat16)
+    floats, grams = (torch.float32,), (torch.float32, torch.float16)
     expected: dict[str, tuple[Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = {
         "products_CM": (products_CM, (n, n_atoms), floats),
         "energy_C": (energy_C, (n,), floats),

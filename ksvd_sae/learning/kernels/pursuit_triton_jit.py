@@ -6,7 +6,7 @@ each. Here a step reads Gram rows, subtracts them from products that stay where 
 largest; a sample that is done frees its place at once.
 
 Bytes a sample; they bound the time, for there are about ten instructions to a Gram entry (b = 4 bytes in
-float32, 2 in bfloat16):
+float32, 2 in float16):
 
 - Matching pursuit reads M·4 of products once and M·b of Gram a step, and writes K·12. The products are held in
   registers for up to ``REGISTERS_M`` atoms; above that they stay in memory, which adds M·8 a step.
@@ -14,9 +14,9 @@ float32, 2 in bfloat16):
   in all. Keeping the orthonormalised picks' products with all atoms instead would read as much and need k·M
   floats of memory a sample.
 
-Gram rows come from the L2 cache where M²·b fits into it (4,096 atoms: 64 MiB in float32, 32 MiB in bfloat16,
-against 50 MiB on an H100), else from memory. In bfloat16 a product is off by up to 2⁻⁹ of the coefficients
-subtracted from it: enough to choose atoms by, but coefficients then want a refit.
+Gram rows come from the L2 cache where M²·b fits into it (4,096 atoms: 64 MiB in float32, 32 MiB in float16,
+against 50 MiB on an H100), else from memory. In float16 a product is off by up to 2⁻¹² of the coefficients
+subtracted from it: picks are then float32's for 96 % of samples on real activations, for 72 % in bfloat16.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ try:
 except ImportError:  # some platforms have no wheel: pursuit_triton.why_not says so
     triton = None
 
-__all__ = ["pursue_sample", "pursue_sample_orthogonally", "triton"]
+__all__ = ["jit", "pursue_sample", "pursue_sample_orthogonally", "triton"]
 
 
-def _jit(**options: Any) -> Callable[[Any], Any]:
+def jit(**options: Any) -> Callable[[Any], Any]:
     """triton.jit; without Triton the function as it is, which nothing then calls."""
     return triton.jit(**options) if triton is not None else lambda kernel: kernel
 
 
-@_jit()
+@jit()
 def _largest(products_M, atoms_M, NONNEGATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """(product, atom) of the largest |product| (NONNEGATIVE: product), lowest atom first; product 0 if none is left.
 
@@ -56,7 +56,7 @@ def _largest(products_M, atoms_M, NONNEGATIVE: tl.constexpr):  # type: ignore[no
     return product, key // 2
 
 
-@_jit()
+@jit()
 def _subtract_and_find(  # type: ignore[no-untyped-def]
     products_ptr,
     gram_ptr,
@@ -92,7 +92,7 @@ def _subtract_and_find(  # type: ignore[no-untyped-def]
     return _largest(best_M, best_atom_M, NONNEGATIVE)
 
 
-@_jit(do_not_specialize=["k", "max_steps"])
+@jit(do_not_specialize=["k", "max_steps"])
 def pursue_sample(  # type: ignore[no-untyped-def]
     products_ptr,
     energy_ptr,
@@ -155,7 +155,7 @@ def pursue_sample(  # type: ignore[no-untyped-def]
     tl.store(left_ptr + slots_K, left_K, mask=used_K)
 
 
-@_jit()
+@jit()
 def _add_pick_and_find(  # type: ignore[no-untyped-def]
     products_ptr,
     new_ptr,
@@ -199,7 +199,7 @@ def _add_pick_and_find(  # type: ignore[no-untyped-def]
     return tl.where(gain != 0, tl.load(products_ptr + atom), 0.0), atom
 
 
-@_jit(do_not_specialize=["k"])
+@jit(do_not_specialize=["k"])
 def pursue_sample_orthogonally(  # type: ignore[no-untyped-def]
     products_ptr,
     new_ptr,
