@@ -29,8 +29,6 @@ DEFAULT = Shape("", n=8192, d=640, m=512, k=10)
 SMALL = Shape("", n=512, d=24, m=48, k=3)
 _HELDOUT, _HELDOUT_SMALL = 4096, 128
 _PASSES = (1, 3, 10)
-# Batches of 2·m samples: with fewer an atom sees too few, with more there are few updates in so few samples.
-_BATCH_PER_ATOM = 2
 _REPEATS = 1
 _WARM_SAMPLES, _WARM_ATOMS = 256, 32
 
@@ -52,6 +50,8 @@ def run(settings: Settings) -> Outcome:
     start_MD = initial_atoms(problem.x_ND, problem.shape.m, settings.seed)
     outcome = Outcome()
     with limited_threads(settings.threads):
+        small_ND = problem.x_ND[:_WARM_SAMPLES]
+        DictionaryLearner(LearnerOptions(_WARM_ATOMS, Coding(min(problem.shape.k, _WARM_ATOMS)))).fit(small_ND)
         jobs = [_our_job(problem, passes, settings) for passes in _PASSES]
         passes_of = dict(zip((str(job.who) for job in jobs), _PASSES, strict=True))
         for trainer in [trainer for name in names for trainer in peers.load(name).trainers(problem, settings.seed)]:
@@ -76,7 +76,6 @@ def heldout_fvu(atoms_MD: Tensor, problem: Problem) -> float:
 
 def _our_job(problem: Problem, passes: int, settings: Settings) -> Job:
     m, k = problem.shape.m, problem.shape.k
-    batch_samples = min(problem.shape.n, _BATCH_PER_ATOM * m)
 
     def train(_: Any) -> list[_Checkpoint]:
         checkpoints: list[_Checkpoint] = []
@@ -86,7 +85,7 @@ def _our_job(problem: Problem, passes: int, settings: Settings) -> Job:
             atoms_MD = learner.atoms_MD.detach().clone().cpu()
             checkpoints.append(_Checkpoint(time.perf_counter() - started, entry.samples_seen, atoms_MD))
 
-        options = LearnerOptions(m, Coding(k), passes=passes, batch_samples=batch_samples, seed=settings.seed)
+        options = LearnerOptions(m, Coding(k), passes=passes, seed=settings.seed)
         learner = DictionaryLearner(options, device=str(settings.device), on_batch=on_batch)
         learner.fit(problem.x_ND)
         return checkpoints
@@ -97,7 +96,7 @@ def _our_job(problem: Problem, passes: int, settings: Settings) -> Job:
 
     config = f"db-ksvd, {passes} pass" + "es" * (passes > 1)
     backend = ours.auto_backend(problem.shape, settings.device)
-    who = Who(OURS, config, backend, device=settings.device, note=f"MP codes, batches of {batch_samples:,}")
+    who = Who(OURS, config, backend, device=settings.device, note="MP codes, default batches")
     return Job(who, problem.shape.n, train, score)
 
 

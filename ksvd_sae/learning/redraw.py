@@ -11,6 +11,7 @@ depends on it, as samples are good atoms to start from; there atoms of little en
 rightly rare ("What the options of DB-KSVD are worth" in the docs, section Atoms of no use).
 """
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -28,6 +29,8 @@ REDRAWS: tuple[Redraw, ...] = ("residual", "data", "random", "none")
 ENOUGH_IDLE = 20.0
 # Rows of the Gram matrix that the search for pairs holds at a time.
 _PAIR_ROWS = 1024
+# Dimensions in which pairs are looked for first, and the cosine from which on that tells them apart.
+_SKETCH, _SKETCHED_COSINE = 64, 0.98
 # A residual below this share of its sample's norm is rounding: no direction to start an atom from.
 _CODED = 1e-5
 
@@ -38,8 +41,11 @@ def near_duplicates(atoms_MD: Tensor, energy_M: Tensor, cosine: float, *, signed
     Args:
         energy_M: Σ of each atom's squared coefficients.
         signed: opposite atoms are duplicates too; not so for non-negative codes.
-    Cost: half of the Gram matrix, ``_PAIR_ROWS`` rows at a time.
+    Cost: half of the Gram matrix, ``_PAIR_ROWS`` rows at a time; on the CPU, for a cosine near 1, of that of atoms in
+        ``_SKETCH`` dimensions, and no more if no pair is close there.
     """
+    if not backends.on_gpu(atoms_MD.device) and cosine >= _SKETCHED_COSINE and not _may_be_close(atoms_MD, cosine):
+        return torch.zeros(len(atoms_MD), dtype=torch.bool)
     order_M = torch.argsort(energy_M, descending=True, stable=True)
     sorted_MD = atoms_MD[order_M]
     weaker_M = torch.zeros(len(atoms_MD), dtype=torch.bool, device=atoms_MD.device)
@@ -49,6 +55,27 @@ def near_duplicates(atoms_MD: Tensor, energy_M: Tensor, cosine: float, *, signed
         weaker_M[start:] |= torch.triu(close, diagonal=1).any(dim=0)
     # Back from the order of energies to that of the atoms.
     return torch.empty_like(weaker_M).index_copy_(0, order_M, weaker_M)
+
+
+def _may_be_close(atoms_MD: Tensor, cosine: float) -> bool:
+    """False only if no two atoms have |cos| > ``cosine``.
+
+    After a random projection onto r dimensions a pair's cosine is off by (1 − cos²) / √r, one standard deviation: ten
+    of them are allowed for.
+    """
+    sketch_Mr = normalize(atoms_MD @ _directions(atoms_MD.shape[1]).to(atoms_MD.dtype), dim=1)
+    least = cosine - 10 * (1 - cosine**2) / _SKETCH**0.5
+    for start in range(0, len(atoms_MD), _PAIR_ROWS):
+        cosines = (sketch_Mr[start : start + _PAIR_ROWS] @ sketch_Mr[start:].T).abs_()
+        cosines.diagonal().zero_()
+        if float(cosines.max()) > least:
+            return True
+    return False
+
+
+@lru_cache
+def _directions(d_in: int) -> Tensor:
+    return torch.randn(d_in, _SKETCH, generator=torch.Generator().manual_seed(0))
 
 
 def redrawn(

@@ -94,6 +94,26 @@ class TestRedrawn:
         assert fresh_M.tolist() == [False, True, False, True] + [False] * 6
 
 
+class TestSketched:
+    """Whether there are pairs at all is looked up in fewer dimensions: without a miss."""
+
+    @pytest.mark.parametrize("cosine", [0.98, 0.99, 0.999])
+    def test_a_pair_at_the_bound_is_never_missed(self, cosine: float) -> None:
+        for seed in range(40):
+            atoms_MD = unit_atoms(300, 640, seed, dtype=torch.float32)
+            atoms_MD[7] = turned(atoms_MD[5:6], cosine + 1e-4)[0] * (-1) ** seed
+            assert redraw._may_be_close(atoms_MD, cosine)
+            assert near_duplicates(atoms_MD, torch.ones(300), cosine).nonzero().flatten().tolist() == [7]
+
+    def test_atoms_of_activations_are_not_taken_for_pairs(self) -> None:
+        """As coherent as atoms are there: |cos| with the nearest of 0.5 on average, of 0.9 at the most."""
+        atoms_MD = unit_atoms(2000, 640, dtype=torch.float32)
+        atoms_MD[1000:] = turned(atoms_MD[:1000], 0.5)
+        atoms_MD[1990:] = turned(atoms_MD[:10], 0.9)
+        assert not redraw._may_be_close(atoms_MD, 0.99)
+        assert not near_duplicates(atoms_MD, torch.ones(2000), 0.99).any()
+
+
 class TestDrawn:
     X = normal(40, 6)
     RESIDUAL = torch.where(torch.arange(40)[:, None] < 5, normal(40, 6, 1), 0)
