@@ -41,10 +41,10 @@ def coder(config: str, k: int, backend: str, device: torch.device, precision: Pr
 
 
 def coders(problem: Problem, device: torch.device) -> list[Coder]:
-    """Every coder on the backend that 'auto' takes, and on torch; matching pursuit also from rounded products."""
+    """Every coder on the backend that 'auto' takes, and on torch; some also from rounded products."""
     auto, k = auto_backend(problem.shape, device), problem.shape.k
     exact = [coder(config, k, backend, device) for config in _CODERS for backend in dict.fromkeys((auto, "torch"))]
-    return [*exact, coder("mp", k, auto, device, "bfloat16")]
+    return [*exact, *(coder(config, k, auto, device, "bfloat16") for config in ("mp", "omp", "ormp"))]
 
 
 def updaters(problem: Problem, device: torch.device) -> list[Updater]:
