@@ -25,6 +25,7 @@ from ksvd_sae.evals.atoms import AtomsConfig
 from ksvd_sae.methods import METHODS
 from ksvd_sae.methods.base import Method, View
 from ksvd_sae.run.find_config import find_config
+from ksvd_sae.run.read_yaml import parse_yaml, read_yaml
 from ksvd_sae.strict import Strict
 
 # Of a dictionary's name, in the split view.
@@ -134,12 +135,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: missing file, bad YAML, unknown key (with the nearest valid one), wrong type or value.
     """
     path = find_config(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"reading config {path}: not YAML ({error})", cure="eval_configs/ has examples") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"reading config {path}: not a mapping of keys to values", got=type(raw).__name__)
+    raw = read_yaml(path, "config")
     raw.setdefault("name", path.stem)
     for override in overrides:
         _apply(raw, override)
@@ -172,7 +168,7 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
         raise ConfigError(
             f"{where}: {key or 'the run'}: {problem['msg']}",
             got=repr(problem["input"]) if key and not isinstance(problem["input"], dict) else None,
-            cure="see the key's description in the reference of configs (docs/), or an example in eval_configs/",
+            cure=_allowed(location, raw) or "eval_configs/ has examples",
         ) from error
 
 
@@ -181,14 +177,54 @@ _KINDS: dict[str, type[Method]] = {method.model_fields["kind"].default: method f
 
 def _valid_keys(location: list[str], raw: dict[str, Any]) -> list[str]:
     """The keys that the model at ``location`` has."""
-    if location[:1] == ["dictionaries"]:
-        return sorted(_KINDS[raw["dictionaries"][location[1]]["kind"]].model_fields)
+    return sorted(_model_at(location, raw).model_fields)
+
+
+def _model_at(location: list[str], raw: dict[str, Any]) -> type[BaseModel]:
+    """What the keys at ``location`` are checked by."""
     model: type[BaseModel] = RunConfig
+    if location[:1] == ["dictionaries"] and len(location) > 1:
+        model, location = _KINDS[raw["dictionaries"][location[1]]["kind"]], location[2:]
     for part in location:
         annotation = model.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return sorted(model.model_fields)
+    return model
+
+
+def _allowed(location: list[str], raw: dict[str, Any]) -> str | None:
+    """What the key takes: its values or type, with its limits, and what it is for."""
+    try:
+        model = _model_at(location[:-1], raw)
+        field = model.model_fields[location[-1]]
+        schema = model.model_json_schema()
+    except (KeyError, IndexError, StopIteration, TypeError):
+        return None
+    of_key = schema["properties"][field.alias or location[-1]]
+    kinds = [_kind(part, schema.get("$defs", {})) for part in of_key.get("anyOf", [of_key])]
+    purpose = f" ({field.description})" if field.description else ""
+    return f"{location[-1]} takes {' or '.join(kinds)}{purpose}"
+
+
+def _kind(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    """A JSON schema in words."""
+    if "$ref" in schema:
+        schema = definitions.get(schema["$ref"].rsplit("/", 1)[-1], {})
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+    kind = str(schema.get("type", "a value"))
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "string": "text",
+        "boolean": "true or false",
+        "null": "null",
+        "object": "keys with values",
+    }
+    limits = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "up to"}
+    if kind == "array":
+        return f"a list of {_kind(schema.get('items', {}), definitions)}"
+    return " ".join([words.get(kind, kind), *(f"{limits[name]} {schema[name]}" for name in limits if name in schema)])
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -205,7 +241,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {part!r} holds a value, not keys", got=repr(child))
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = parse_yaml(text, f"--set {override!r}")
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: the value is not YAML ({error})") from error
 

@@ -15,6 +15,7 @@ from ksvd_sae.evals.truth import VERSION, TruthEval
 from ksvd_sae.run.config import DictionaryName, RunConfig, load_config
 from ksvd_sae.run.find_config import find_config
 from ksvd_sae.run.pipeline import Run
+from ksvd_sae.run.read_yaml import read_yaml
 from ksvd_sae.run.rows import Rows
 from ksvd_sae.store import content_hash
 from ksvd_sae.strict import Strict
@@ -56,10 +57,10 @@ def load_curves(path: str | Path) -> tuple[CurvesConfig, Runs]:
     Raises: ConfigError: missing file, bad YAML, unknown key or value, no such dictionary in the base run.
     """
     path = find_config(path)
+    raw = read_yaml(path, "curves")
     try:
-        raw = yaml.safe_load(path.read_text())
         config = CurvesConfig.model_validate({"name": path.stem, **raw})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValidationError) as error:
+    except ValidationError as error:
         raise ConfigError(f"reading curves {path}: {error}", cure="see eval_configs/truth-curves.yaml") from error
     base = find_config(config.base, path.parent).resolve()
     return config, {

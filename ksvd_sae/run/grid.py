@@ -10,13 +10,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from ksvd_sae.errors import ConfigError
 from ksvd_sae.methods.base import Coder
 from ksvd_sae.run.config import DictionaryName, RunConfig, load_config, parse_config, seed_name
 from ksvd_sae.run.find_config import find_config
+from ksvd_sae.run.read_yaml import read_yaml
 from ksvd_sae.strict import Strict
 
 OWN_ENCODER = "own"
@@ -103,10 +103,10 @@ def load_study(path: str | Path) -> tuple[StudyConfig, dict[int, LayerRun]]:
     Raises: ConfigError: missing file, bad YAML, unknown key or value, an entry that is no dictionary.
     """
     path = find_config(path)
+    raw = read_yaml(path, "study")
     try:
-        raw = yaml.safe_load(path.read_text())
         study = StudyConfig.model_validate({"name": path.stem, **raw})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValidationError) as error:
+    except ValidationError as error:
         raise ConfigError(f"reading study {path}: {error}", cure="see eval_configs/study-engine.yaml") from error
     base = find_config(study.base, path.parent).resolve()
     return study, {layer: layer_run(study, base, layer) for layer in study.layers}

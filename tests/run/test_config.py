@@ -286,6 +286,107 @@ class TestOverrides:
             load_config(path, ["harvest.train_token=1"])
 
 
+class TestYamlAsPeopleWriteIt:
+    @pytest.mark.parametrize(
+        ("written", "key", "lines"),
+        [
+            ("seed: 1\nmodel: {}\nseed: 2\n", "seed", "lines 1 and 3"),
+            ("harvest:\n  train_tokens: 1\n  heldout_tokens: 2\n  train_tokens: 3\n", "train_tokens", "lines 2 and 4"),
+            ("model: {name: a, hook: b, name: c}\n", "name", "lines 1 and 1"),
+            ("dictionaries:\n  ours: {kind: pca, k: 4}\n  'ours': {kind: pca, k: 5}\n", "ours", "lines 2 and 3"),
+        ],
+    )
+    def test_a_key_twice(self, tmp_path: Path, written: str, key: str, lines: str) -> None:
+        (tmp_path / "a.yaml").write_text(written)
+        with pytest.raises(ConfigError, match=rf"(?s)a\.yaml: the key '{key}' is there twice.*got: {lines}"):
+            load_config(tmp_path / "a.yaml")
+
+    def test_a_key_twice_on_the_command_line(self, path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"--set .*: the key 'k' is there twice"):
+            load_config(path, ["dictionaries.ours={kind: pca, k: 4, k: 5}"])
+
+    def test_what_is_merged_may_be_replaced(self, path: Path) -> None:
+        text = (
+            path.read_text()
+            .replace("  pca:", "  pca: &pca")
+            .replace("  random:", "  other: {<<: *pca, k: 4}\n  random:")
+        )
+        path.write_text(text)
+        assert load_config(path).dictionaries["other"] == PCAMethod(k=4)
+
+    @pytest.mark.parametrize(
+        ("key", "read"), [("no", "False"), ("on", "True"), ("8", "8"), ("1.5", "1.5"), ("", "None")]
+    )
+    def test_keys_that_are_no_text(self, path: Path, key: str, read: str) -> None:
+        path.write_text(path.read_text().replace("  pca:", f"  {key}:"))
+        with pytest.raises(ConfigError, match=rf"(?s)line \d+: the key {key} is read as {read}, not as text.*quotes"):
+            load_config(path)
+        path.write_text(path.read_text().replace(f"  {key}:", "  'no':"))
+        assert "no" in load_config(path).dictionaries
+
+    @pytest.mark.parametrize(
+        ("key", "value", "named"),
+        [
+            ("seed", True, "seed: True is no number"),
+            ("harvest.train_tokens", False, "harvest: .*train_tokens: False is no number"),
+            ("dictionaries.topk.lr", True, "dictionaries.topk: .*lr: True is no number"),
+            ("training_seeds", [0, True], "training_seeds: .*is no number"),
+            ("evaluation.sparse_probing.k_values", [True, 5], "k_values: .*is no number"),
+        ],
+    )
+    def test_booleans_are_no_numbers(self, key: str, value: Any, named: str) -> None:
+        with pytest.raises(ConfigError, match=named):
+            parse_config(changed(key, value))
+
+    @pytest.mark.parametrize("word", ["yes", "on", "true"])
+    def test_in_words(self, path: Path, word: str) -> None:
+        with pytest.raises(ConfigError, match="seed: True is no number"):
+            load_config(path, [f"seed={word}"])
+        assert load_config(path, [f"text.streaming={word}"]).text.streaming is True
+
+    @pytest.mark.parametrize(
+        ("written", "value"),
+        [("2e6", 2_000_000), ("2E+6", 2_000_000), ("1.5e3", 1500), ("1_000", 1000), (".5e4", 5000), ("20e-1", 2)],
+    )
+    def test_powers_of_ten(self, path: Path, written: str, value: int) -> None:
+        train = load_config(path, [f"harvest.train_tokens={written}", "dictionaries={p: {kind: pca, k: 1}}"])
+        assert train.harvest.train_tokens == value
+        assert type(train.harvest.train_tokens) is int
+
+    @pytest.mark.parametrize("written", ["2e-1", "1.5", "2e6x", "0x"])
+    def test_no_whole_number(self, path: Path, written: str) -> None:
+        with pytest.raises(ConfigError, match=r"harvest\.train_tokens: .*integer"):
+            load_config(path, [f"harvest.train_tokens={written}"])
+
+    @pytest.mark.parametrize("name", ["2e6", "1e-3"])
+    def test_text_that_looks_like_a_number_wants_quotes(self, path: Path, name: str) -> None:
+        assert load_config(path, [f"model.name='{name}'"]).model.name == name
+        with pytest.raises(ConfigError, match=r"model\.name: .*string"):
+            load_config(path, [f"model.name={name}"])
+
+
+class TestCures:
+    @pytest.mark.parametrize(
+        ("key", "value", "cure"),
+        [
+            ("device", "tpu", "device takes auto, cpu, cuda"),
+            ("harvest.train_tokens", 0, "train_tokens takes a whole number above 0"),
+            ("harvest.outlier_factor", 0.5, "outlier_factor takes a number above 1.0 or null (leave out tokens"),
+            ("dictionaries.ours.update", "svd", "update takes sums, sweep, exact"),
+            ("training_seeds", "x", "training_seeds takes a list of a whole number of at least 0 (learn each"),
+            ("text.streaming", "maybe", "streaming takes true or false"),
+            ("evaluation.core", 3, "core takes keys with values or null"),
+            ("harvest", 3, "harvest takes keys with values"),
+        ],
+    )
+    def test_say_what_is_allowed(self, key: str, value: Any, cure: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            parse_config(changed(key, value))
+        assert caught.value.cure is not None
+        assert caught.value.cure.startswith(cure)
+        assert ".py" not in str(caught.value)
+
+
 class TestFile:
     def test_missing_names_the_neighbours(self, path: Path) -> None:
         with pytest.raises(ConfigError, match=r"(?s)other\.yaml: no such file.*small\.yaml"):
