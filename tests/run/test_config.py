@@ -315,7 +315,7 @@ class TestYamlAsPeopleWriteIt:
         assert load_config(path).dictionaries["other"] == PCAMethod(k=4)
 
     @pytest.mark.parametrize(
-        ("key", "read"), [("no", "False"), ("on", "True"), ("8", "8"), ("1.5", "1.5"), ("", "None")]
+        ("key", "read"), [("no", "False"), ("on", "True"), ("8", "8"), ("1.5", "1.5"), ("~", "None")]
     )
     def test_keys_that_are_no_text(self, path: Path, key: str, read: str) -> None:
         path.write_text(path.read_text().replace("  pca:", f"  {key}:"))
