@@ -3,6 +3,7 @@
 import difflib
 import logging
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -104,6 +105,26 @@ def check_hook(model: "HookedTransformer", hook: str) -> None:
         limit=f"blocks.0 to blocks.{model.cfg.n_layers - 1}",
         cure=f"did you mean {' or '.join(map(repr, near))}?",
     )
+
+
+def check_contexts(model: "HookedTransformer", lengths: Mapping[str, int]) -> None:
+    """Raise ConfigError for contexts that are longer than what the model reads.
+
+    Learned positions end there with an error of torch's; rotary ones go on, to where the model was never trained.
+
+    Args: lengths: tokens of a context, by the key of the config that says so.
+    """
+    limit = model.cfg.n_ctx
+    for key, tokens in lengths.items():
+        if tokens > limit:
+            rotary = model.cfg.positional_embedding_type == "rotary"
+            raise ConfigError(
+                f"{key}: contexts are longer than model {model.cfg.model_name!r} reads",
+                got=f"{tokens} tokens",
+                limit=f"{limit} tokens",
+                cause="it was not trained on positions beyond" if rotary else "it has no embedding of positions beyond",
+                cure=f"set {key} to {limit} or less",
+            )
 
 
 class ActivationReader:

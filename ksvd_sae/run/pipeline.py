@@ -18,7 +18,7 @@ import torch
 
 from ksvd_sae.activations.gradients import GradientMoments, gradients_key, open_gradients
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, run_harvest
-from ksvd_sae.activations.language import ActivationReader, load_model
+from ksvd_sae.activations.language import ActivationReader, check_contexts, load_model
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
@@ -95,7 +95,17 @@ class Run:
         return run_harvest(self.config.harvested, self.harvest_folder, self._reader)
 
     def _reader(self) -> ActivationReader:
-        return ActivationReader(load_model(self.config.model, self.device), self.config.model.hook)
+        model = load_model(self.config.model, self.device)
+        check_contexts(model, self._context_lengths())
+        return ActivationReader(model, self.config.model.hook)
+
+    def _context_lengths(self) -> dict[str, int]:
+        """Tokens of a context, by key: of the harvest, and of every eval that is to run."""
+        lengths = {"harvest.context_tokens": self.config.harvest.context_tokens}
+        for section in self.config.evaluation.evals():
+            if isinstance(tokens := getattr(section, "context_tokens", None), int):
+                lengths[f"evaluation.{section.name}.context_tokens"] = tokens
+        return lengths
 
     def shards(self, part: str = "train") -> ActivationShards:
         """The finished harvest; ManifestError if there is none."""

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ksvd_sae.activations.language import ActivationReader, check_model_name, hook_layer
-from ksvd_sae.errors import ActivationError, HookError, HubError, KsvdSaeError
+from ksvd_sae.activations.language import ActivationReader, check_contexts, check_model_name, hook_layer
+from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, KsvdSaeError
+from ksvd_sae.run import pipeline
+from ksvd_sae.run.config import parse_config
 from tests import tiny_models, tolerances
 from tests.strategies import generator
 
@@ -69,6 +71,44 @@ def test_the_forward_pass_stops_at_the_hooks_layer(model: Any, tokens_BL: Tensor
 def test_reading_leaves_no_hook_behind(model: Any, tokens_BL: Tensor) -> None:
     ActivationReader(model, HOOK).read(tokens_BL)
     assert all(not point.fwd_hooks for point in model.hook_dict.values())
+
+
+class TestContexts:
+    def test_as_long_as_the_model_reads(self, model: Any) -> None:
+        check_contexts(model, {"harvest.context_tokens": tiny_models.N_CONTEXT, "evaluation.core.context_tokens": 2})
+
+    @pytest.mark.parametrize("key", ["harvest.context_tokens", "evaluation.core.context_tokens"])
+    @pytest.mark.parametrize(
+        ("positions", "cause"),
+        [("rotary", "not trained on"), ("standard", "no embedding of")],
+    )
+    def test_longer(self, model: Any, key: str, positions: str, cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(model.cfg, "positional_embedding_type", positions)
+        n = tiny_models.N_CONTEXT
+        with pytest.raises(ConfigError, match=rf"(?s)^{key}: .*got: {n + 1} tokens.*{n} tokens.*{cause}.*{n} or less"):
+            check_contexts(model, {"evaluation.loss.context_tokens": 8, key: n + 1})
+
+    def test_a_run_looks_before_it_harvests(self, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Whatever asks for the long contexts: the harvest, or an eval that would come hours later."""
+        monkeypatch.setattr(pipeline, "load_model", lambda *_: model)
+        raw: dict[str, Any] = {
+            "name": "long",
+            "model": {"name": tiny_models.PYTHIA, "hook": HOOK},
+            "text": {"source": "folder", "dataset": str(tiny_models.write_text_folder(tmp_path / "texts", 100))},
+            "harvest": {"train_tokens": 500, "heldout_tokens": 100, "context_tokens": 64},
+            "dictionaries": {"pca": {"kind": "pca", "k": 4}},
+        }
+        for key, section in {
+            "harvest.context_tokens": {"harvest": {**raw["harvest"], "context_tokens": 1024}},
+            "evaluation.core.context_tokens": {"evaluation": {"core": {"context_tokens": 1024}}},
+            "evaluation.loss.context_tokens": {"evaluation": {"loss": {"context_tokens": 513}}},
+        }.items():
+            run = pipeline.Run(parse_config({**raw, **section}), tmp_path / "results", tmp_path / "cache")
+            with pytest.raises(ConfigError, match=key):
+                run.harvest()
+            assert not list((tmp_path / "cache").rglob("*.safetensors"))
+        run = pipeline.Run(parse_config(raw), tmp_path / "results", tmp_path / "cache")
+        assert run.harvest().n_samples >= 400
 
 
 @pytest.mark.parametrize(
