@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -371,6 +373,7 @@ def _set_up_logging(verbose: bool) -> None:
 @contextmanager
 def _errors_as_messages(verbose: bool) -> Iterator[None]:
     """Our own errors are messages for the user; anything else is a bug and keeps its traceback."""
+    before = _stop_as_by_hand()
     try:
         yield
     except KsvdSaeError as error:
@@ -382,6 +385,20 @@ def _errors_as_messages(verbose: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         _err.print("stopped; run the same command again to go on", highlight=False)
         sys.exit(130)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop_as_by_hand() -> Any:
+    """Let SIGTERM, by which schedulers stop a job, do what Ctrl-C does; returns what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    return signal.signal(signal.SIGTERM, stop)
 
 
 if __name__ == "__main__":

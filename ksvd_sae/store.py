@@ -7,6 +7,7 @@ reuse it, and a folder that does not match is refused rather than overwritten.
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import DiskSpaceError, ManifestError
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 # What a manifest records: the packages that numbers depend on.
@@ -119,6 +122,36 @@ def atomic_path(target: Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_writer(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes from writing ``folder`` meanwhile; wait for one that does, and say so.
+
+    What the other has finished is there afterwards: look again. The lock is the system's, of a file in the cache's
+    folder ``locks``: it ends with its process, however that ends.
+
+    Args: what: is done, for the message.
+    """
+    # Here: learning/ and bench/ run without it.
+    from filelock import FileLock, Timeout
+
+    path = folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = path.with_suffix(".owner")
+        who = owner.read_text() if owner.exists() else "another process"
+        logger.info("%s: %s is at it; waiting for its result", what, who)
+        lock.acquire()
+    try:
+        path.with_suffix(".owner").write_text(f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        path.with_suffix(".owner").unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(target: Path, value: Any) -> None:

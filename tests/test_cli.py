@@ -2,11 +2,14 @@
 
 import json
 import logging
+import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -271,6 +274,21 @@ def test_interrupted(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke("harvest", config)
     assert done.exit_code == 130
     assert "run the same command again" in done.stderr
+
+
+def test_a_scheduler_that_ends_the_job(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ended(run: Run) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(Run, "harvest", ended)
+    done = invoke("harvest", config)
+    assert done.exit_code == 130
+    assert "run the same command again" in done.stderr
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_bug_keeps_its_traceback(config: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,9 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 from random import Random
@@ -23,6 +26,7 @@ from ksvd_sae.store import (
     is_finished,
     read_manifest,
     require_disk_space,
+    sole_writer,
     versions,
     write_json,
     write_manifest,
@@ -219,3 +223,29 @@ class TestCacheDir:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         assert cache_dir() == tmp_path / ".cache" / "ksvd_sae"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ksvd_sae.store import sole_writer
+with sole_writer(Path(sys.argv[1]), "test"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And it says who has it while it is held."""
+    caplog.set_level("INFO", "ksvd_sae")
+    folder = tmp_path / "cache" / "dictionaries" / "one"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        threading.Timer(0.5, holder.kill).start()
+        with sole_writer(folder, "train x"):
+            pass
+        assert f"train x: process {holder.pid} on" in caplog.text
+    with sole_writer(folder.with_name("another"), "train y"), sole_writer(folder, "train x"):
+        pass
+    assert caplog.text.count("waiting") == 1

@@ -28,7 +28,7 @@ from ksvd_sae.methods.base import Method, Source, TrainingSetting
 from ksvd_sae.run.config import RunConfig, view_name
 from ksvd_sae.run.replicas import Replica, replicas, source_training
 from ksvd_sae.run.trained import TrainedDictionary
-from ksvd_sae.store import cache_dir, content_hash, is_finished, read_manifest, write_manifest
+from ksvd_sae.store import cache_dir, content_hash, is_finished, read_manifest, sole_writer, write_manifest
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
@@ -92,7 +92,8 @@ class Run:
         for method in self.config.dictionaries.values():
             if not self._is_trained(method):
                 method.check_elsewhere(model.name, model.hook)
-        return run_harvest(self.config.harvested, self.harvest_folder, self._reader)
+        with sole_writer(self.harvest_folder, "harvest"):
+            return run_harvest(self.config.harvested, self.harvest_folder, self._reader)
 
     def _reader(self) -> ActivationReader:
         model = load_model(self.config.model, self.device)
@@ -157,18 +158,19 @@ class Run:
         """One training, done or reused."""
         method, source = replica.method, source_training(self.config, replica.method)
         folder, key = self._training(method, source)
-        if is_finished(folder, TRAIN_STAGE, key):
-            logger.info("train %s: reusing %s", replica.label, folder)
-            return self._opened(replica)
         taken_from = None
-        if source is not None and method.source is not None:
+        if source is not None and method.source is not None and not is_finished(folder, TRAIN_STAGE, key):
             other = self.train_one(method.source, source)
             taken_from = Source(other.method, other.folder, other.manifest["samples_seen"])
-        setting = self.setting(method)
-        method.clear_unfinished(folder)
-        started = time.perf_counter()
-        facts = method.train(setting, folder, taken_from).manifest(time.perf_counter() - started)
-        write_manifest(folder, TRAIN_STAGE, key, name=replica.label, device=str(self.device), **facts)
+        with sole_writer(folder, f"train {replica.label}"):
+            if is_finished(folder, TRAIN_STAGE, key):
+                logger.info("train %s: reusing %s", replica.label, folder)
+                return self._opened(replica)
+            setting = self.setting(method)
+            method.clear_unfinished(folder)
+            started = time.perf_counter()
+            facts = method.train(setting, folder, taken_from).manifest(time.perf_counter() - started)
+            write_manifest(folder, TRAIN_STAGE, key, name=replica.label, device=str(self.device), **facts)
         logger.info("train %s: %s s, %s", replica.label, facts["seconds"], folder)
         return self._opened(replica)
 
@@ -221,6 +223,10 @@ class Run:
         Returns: the stage's manifest.
         Raises: EvaluationError if a score is missing (finished ones are kept), ManifestError if a stage before is.
         """
+        with sole_writer(self._evaluation_folder, f"evaluate {self.config.name}"):
+            return self._evaluate(show, train)
+
+    def _evaluate(self, show: Callable[[Scores], None] | None, train: bool) -> dict[str, Any]:
         if is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
             if train:
                 self.train()

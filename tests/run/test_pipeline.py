@@ -1,7 +1,10 @@
 """The stages of a run from a harvest on: what is finished is reused, what does not fit is refused, nothing is lost."""
 
 import json
+import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -330,6 +333,50 @@ def test_gradient_moments_of_the_run(place: Path) -> None:
 def test_before_training(place: Path) -> None:
     with pytest.raises(ManifestError, match=r"run `ksvd-sae train CONFIG\.yaml`"):
         run_in(place).trained()
+
+
+# ---------------------------------------------------------------- two at once
+
+
+def test_two_runs_on_one_cache_train_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second waits for the first and takes its result: one log, and nothing half there."""
+    caplog.set_level("INFO", "ksvd_sae")
+    trainings, started = [], threading.Event()
+    original = DictionaryLearner.fit
+
+    def slow(self: Any, *args: Any, **options: Any) -> Any:
+        trainings.append(threading.current_thread().name)
+        started.set()
+        time.sleep(0.5)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(DictionaryLearner, "fit", slow)
+    found: list[TrainedDictionary] = []
+    runs = [threading.Thread(target=lambda: found.extend(run_in(place, only("db-ksvd")).train())) for _ in range(3)]
+    runs[0].start()
+    assert started.wait(60)
+    for run in runs[1:]:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert len(trainings) == 1
+    assert len({one.folder for one in found}) == 1
+    assert len(found) == 3
+    lines = (found[0].folder / TRAIN_LOG).read_text().splitlines()
+    assert len(lines) == 2 * 4
+    assert sum("waiting for its result" in record.message for record in caplog.records) == 2
+    assert f"process {os.getpid()}" in caplog.text
+
+
+def test_a_training_that_fails_lets_the_next_one_try(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_in(place, only("db-ksvd"))
+    with monkeypatch.context() as patch:
+        patch.setattr(DictionaryLearner, "fit", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run.train()
+    assert len(run.train()) == 1
 
 
 # ---------------------------------------------------------------- interrupted

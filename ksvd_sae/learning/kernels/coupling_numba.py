@@ -1,9 +1,11 @@
 """How atoms of a code go together, for the CPU: rows of XᵀX, a thread an atom."""
 
-from numba import njit, prange
+from numba import prange
+
+from ksvd_sae.learning.kernels.compiled import compiled
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def coupling(values_BK, support_BK, samples, values, starts_M, usage_M, first, out_NM):  # type: ignore[no-untyped-def]
     """Add the products of atoms first, first + 1, … with all atoms before the last of them, in order of samples.
 

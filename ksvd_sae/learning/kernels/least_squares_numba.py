@@ -6,8 +6,10 @@ Works on k × k Gram matrices in float64: K = k slots of a sample, ``target`` th
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
+
+from ksvd_sae.learning.kernels.compiled import compiled, forked
 
 # Rows that share one set of work arrays.
 ROWS = 16
@@ -15,6 +17,8 @@ ROWS = 16
 
 def use_torch_threads() -> None:
     """numba's threads as torch's, and torch's as they were."""
+    if forked():
+        return
     n_threads = torch.get_num_threads()
     numba.set_num_threads(min(n_threads, numba.config.NUMBA_NUM_THREADS))
     # Both use OpenMP, and the first call makes numba start it with all cores, for torch too.
@@ -22,7 +26,7 @@ def use_torch_threads() -> None:
         torch.set_num_threads(n_threads)
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def _cholesky(gram_KK, factor_KK, chosen_K, n):  # type: ignore[no-untyped-def]
     """Lower factor of the Gram matrix of the first n chosen slots; returns the smallest squared pivot."""
     smallest = 1.0
@@ -39,7 +43,7 @@ def _cholesky(gram_KK, factor_KK, chosen_K, n):  # type: ignore[no-untyped-def]
     return smallest
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def _solve(factor_KK, target_K, chosen_K, n, out_K):  # type: ignore[no-untyped-def]
     for i in range(n):
         total = target_K[chosen_K[i]]
@@ -53,7 +57,7 @@ def _solve(factor_KK, target_K, chosen_K, n, out_K):  # type: ignore[no-untyped-
         out_K[i] = total / factor_KK[i, i]
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def settle(gram_KK, target_K, z_K, chosen_K, n, factor_KK, solved_K):  # type: ignore[no-untyped-def]
     """Inner loop of Lawson & Hanson: least squares on the chosen slots, those that turn negative leave one by one.
 
@@ -94,7 +98,7 @@ def settle(gram_KK, target_K, z_K, chosen_K, n, factor_KK, solved_K):  # type: i
             return 0, smallest
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _refit(gram_MM, nonnegative, values_CK, support_CK, left_CK, pivots_C):  # type: ignore[no-untyped-def]
     k = values_CK.shape[1]
     for group in prange((values_CK.shape[0] + ROWS - 1) // ROWS):
@@ -123,7 +127,7 @@ def _refit(gram_MM, nonnegative, values_CK, support_CK, left_CK, pivots_C):  # t
                 values_CK[row, used_K[i]] = np.float32(z_K[i])
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def _least_squares_nonnegative(gram_KK, target_K, z_K, chosen_K, n, factor_KK, solved_K):  # type: ignore[no-untyped-def]
     """Lawson & Hanson 1974 on an n × n Gram matrix, into z_K; returns the smallest squared pivot met."""
     for i in range(n):

@@ -17,6 +17,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from ksvd_sae.learning.kernels import limits
+from ksvd_sae.learning.kernels.compiled import compiled
 from ksvd_sae.learning.kernels.least_squares_numba import ROWS, settle, use_torch_threads
 
 _BLOCK = 128
@@ -51,7 +52,7 @@ def _largest(bits, mask):  # type: ignore[no-untyped-def]
     return best_start
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _pursue(products_CM, bits_CM, energy_C, floor_C, gram_MM, k, steps, rtol2, mask, values_CK, support_CK, left_CK):  # type: ignore[no-untyped-def]
     zero = np.float32(0.0)
     for row in prange(products_CM.shape[0]):
@@ -79,7 +80,7 @@ def _pursue(products_CM, bits_CM, energy_C, floor_C, gram_MM, k, steps, rtol2, m
             left_CK[row, slot] = p[support_K[slot]]
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _pursue_orthogonally(  # type: ignore[no-untyped-def]
     products_CM,
     bits_CM,
@@ -186,7 +187,7 @@ def _orthonormalise(along_KM, count, w_K, gram_row_M, scale, p, a):  # type: ign
             mine_p[i] -= a * mine[i]
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _pursue_orthogonally_nonnegative(  # type: ignore[no-untyped-def]
     products_CM, energy_C, floor_C, gram_MM, k, rtol2, dependent, values_CK, support_CK
 ):

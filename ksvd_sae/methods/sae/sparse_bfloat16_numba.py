@@ -16,6 +16,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from ksvd_sae.learning.kernels.compiled import compiled
 from ksvd_sae.learning.kernels.least_squares_numba import use_torch_threads
 from ksvd_sae.methods.sae.sparse_choice_numba import (
     BLOCK,
@@ -43,7 +44,7 @@ def bfloat16_pays(device: torch.device) -> bool:
     return device.type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
 
 
-@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
+@compiled(fastmath=_FAST)
 def _bounds(bits16_M, offset_M, error_M, size, bits_M, floats_M, lower_M, upper_M):  # type: ignore[no-untyped-def]
     """Between which each rank lies, none below 0; floats_M is a view of bits_M."""
     zero = np.float32(0.0)
@@ -75,7 +76,7 @@ def _collect_upper(upper_M, lower_M, bound, columns, uppers, lowers):  # type: i
     return n
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _choose_by_row(bits16_BM, x_BD, folded_MD, offset_M, error_M, k, columns_BK, bits_BK, counts_B):  # type: ignore[no-untyped-def]
     n_rows, m = bits16_BM.shape
     n_blocks = m // BLOCK
@@ -118,7 +119,7 @@ def _choose_by_row(bits16_BM, x_BD, folded_MD, offset_M, error_M, k, columns_BK,
             counts_B[row] = kept
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _count(bits16_BM, x_BD, offset_M, error_M, bound, certain_B, possible_B):  # type: ignore[no-untyped-def]
     """How many of each row's ranks are certainly at least bound; how many possibly."""
     n_rows, m = bits16_BM.shape
@@ -135,7 +136,7 @@ def _count(bits16_BM, x_BD, offset_M, error_M, bound, certain_B, possible_B):  #
             certain_B[row], possible_B[row] = certain, possible
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _collect_all(bits16_BM, x_BD, offset_M, error_M, bound, starts_B, columns_Z, uppers_Z, lowers_Z):  # type: ignore[no-untyped-def]
     n_rows, m = bits16_BM.shape
     for group in prange((n_rows + ROWS - 1) // ROWS):
@@ -150,7 +151,7 @@ def _collect_all(bits16_BM, x_BD, offset_M, error_M, bound, starts_B, columns_Z,
             lowers_Z[start : start + n] = lowers[:n]
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _rank(x_BD, folded_MD, offset_M, starts_B, columns_Z, ranks_Z):  # type: ignore[no-untyped-def]
     zero = np.float32(0.0)
     for row in prange(len(x_BD)):

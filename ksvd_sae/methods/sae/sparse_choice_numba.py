@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, prange
 from torch import Tensor
 
+from ksvd_sae.learning.kernels.compiled import compiled
 from ksvd_sae.learning.kernels.least_squares_numba import use_torch_threads
 
 BLOCK = 16
@@ -35,7 +36,7 @@ def maximum(block):  # type: ignore[no-untyped-def]
     return largest
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def nth_largest(bits_N, n):  # type: ignore[no-untyped-def]
     """The n-th largest (from 1), by Hoare's selection with medians of three; reorders its argument."""
     low, high, wanted = 0, len(bits_N) - 1, n - 1
@@ -77,7 +78,7 @@ def _collect(bits_M, bound, columns, candidates):  # type: ignore[no-untyped-def
     return n
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _choose_by_row(bits_BM, k, columns_BK, bits_BK, counts_B):  # type: ignore[no-untyped-def]
     n_rows, m = bits_BM.shape
     n_blocks = m // BLOCK
@@ -107,7 +108,7 @@ def _choose_by_row(bits_BM, k, columns_BK, bits_BK, counts_B):  # type: ignore[n
             counts_B[row] = kept
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def close_gaps(counts_B, columns_BK, bits_BK, columns_Z, bits_Z):  # type: ignore[no-untyped-def]
     z = 0
     for row in range(len(counts_B)):
@@ -116,7 +117,7 @@ def close_gaps(counts_B, columns_BK, bits_BK, columns_Z, bits_Z):  # type: ignor
             z += 1
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _count(bits_BM, bound, counts_B):  # type: ignore[no-untyped-def]
     for row in prange(bits_BM.shape[0]):
         n, bits_M = np.int32(0), bits_BM[row]
@@ -125,7 +126,7 @@ def _count(bits_BM, bound, counts_B):  # type: ignore[no-untyped-def]
         counts_B[row] = n
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _collect_all(bits_BM, bound, starts_B, columns_Z, bits_Z):  # type: ignore[no-untyped-def]
     n_rows, m = bits_BM.shape
     for group in prange((n_rows + ROWS - 1) // ROWS):
@@ -135,7 +136,7 @@ def _collect_all(bits_BM, bound, starts_B, columns_Z, bits_Z):  # type: ignore[n
             columns_Z[start : start + n], bits_Z[start : start + n] = columns[:n], chosen[:n]
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def keep(starts_B, columns_Z, bits_Z, last, n):  # type: ignore[no-untyped-def]
     """Leave only n pairs, in place: those above last and the first of those that equal it."""
     ties, kept = n, 0

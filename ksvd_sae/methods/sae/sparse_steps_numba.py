@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from ksvd_sae.learning.kernels.compiled import compiled
 from ksvd_sae.learning.kernels.least_squares_numba import use_torch_threads
 
 # A function's own: inlined by numba (not by LLVM) its sums would follow the caller's rules, one number at a time.
@@ -20,7 +21,7 @@ _FAST = {"reassoc", "nnan", "ninf", "nsz", "contract"}
 _Array = np.ndarray[Any, Any]
 
 
-@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
+@compiled(fastmath=_FAST)
 def dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(a.shape[0]):
@@ -28,13 +29,13 @@ def dot(a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
+@compiled(fastmath=_FAST)
 def _add(out, a, row):  # type: ignore[no-untyped-def]
     for i in range(out.shape[0]):
         out[i] += a * row[i]
 
 
-@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
+@compiled(fastmath=_FAST)
 def _add_rows(out, values_Z, rows_Z, first, end, matrix):  # type: ignore[no-untyped-def]
     """out += Σ_z values_z·matrix[rows_z]; four at a time: fewer passes over ``out``."""
     z = first
@@ -49,7 +50,7 @@ def _add_rows(out, values_Z, rows_Z, first, end, matrix):  # type: ignore[no-unt
         z += 1
 
 
-@njit(fastmath=_FAST, cache=True, boundscheck=False, error_model="numpy")
+@compiled(fastmath=_FAST)
 def products(row, rows_Z, first, end, matrix, out_Z):  # type: ignore[no-untyped-def]
     """out_z = row·matrix[rows_z]; four at a time: fewer passes over ``row``, and no sum waits for another."""
     z = first
@@ -68,7 +69,7 @@ def products(row, rows_Z, first, end, matrix, out_Z):  # type: ignore[no-untyped
         z += 1
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _fold_norms(w_enc_MD, b_enc_M, w_dec_MD, b_dec_D, folded_MD, offset_M, norms_M):  # type: ignore[no-untyped-def]
     for m in prange(len(norms_M)):
         norm = np.sqrt(dot(w_dec_MD[m], w_dec_MD[m]))
@@ -79,7 +80,7 @@ def _fold_norms(w_enc_MD, b_enc_M, w_dec_MD, b_dec_D, folded_MD, offset_M, norms
             out[i] = norm * row[i]
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _decode(  # type: ignore[no-untyped-def]
     x_BD, starts_B, columns_Z, values_Z, w_dec_MD, b_dec_D, ends_G, out_BD, gradients_GBD, by_value_Z, errors_GB
 ):
@@ -111,7 +112,7 @@ def _decode(  # type: ignore[no-untyped-def]
             z = first
 
 
-@njit(cache=True, boundscheck=False, error_model="numpy")
+@compiled()
 def _sort_by_latent(starts_B, columns_Z, values_Z, by_value_Z, starts_M, rows_S, values_S, by_value_S):  # type: ignore[no-untyped-def]
     for z in range(len(columns_Z)):
         starts_M[columns_Z[z] + 1] += 1
@@ -125,7 +126,7 @@ def _sort_by_latent(starts_B, columns_Z, values_Z, by_value_Z, starts_M, rows_S,
             rows_S[place], values_S[place], by_value_S[place] = row, values_Z[z], by_value_Z[z]
 
 
-@njit(parallel=True, cache=True, boundscheck=False, error_model="numpy")
+@compiled(parallel=True)
 def _accumulate(  # type: ignore[no-untyped-def]
     x_BD, gradients_GBD, ends_G, b_dec_D, starts_M, rows_S, values_S, by_value_S, bounds_P, w_dec_MD, w_enc_MD, b_enc_M
 ):
