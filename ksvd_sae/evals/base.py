@@ -188,6 +188,7 @@ class Eval(Strict, ABC):
         ours: it writes results of our own, not SAEBench's.
         at_once: it is cheap, and runs on each dictionary as soon as that is there.
         loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
+        needs_block: it runs the model up to the block that the hook is in: not to be had at hooks outside the blocks.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
         published: settings, by their names here, that its published scores were made with; None: none are published.
         redefined: metric -> what happened to it between the version of SAEBench that published and today's.
@@ -201,6 +202,7 @@ class Eval(Strict, ABC):
     ours: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
     loads_own_model: ClassVar[bool] = False
+    needs_block: ClassVar[bool] = False
     reads_signs: ClassVar[bool] = False
     published: ClassVar[Mapping[str, JsonValue] | None] = None
     redefined: ClassVar[Mapping[str, str]] = {}

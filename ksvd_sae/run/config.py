@@ -17,10 +17,10 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, field
 from typing_extensions import ParamSpec
 
 from ksvd_sae.activations.harvest import Harvest, HarvestConfig
-from ksvd_sae.activations.language import ModelConfig
+from ksvd_sae.activations.language import ModelConfig, hook_layer
 from ksvd_sae.activations.text import TextConfig
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.evals import EvaluationConfig
+from ksvd_sae.evals import EVALS, EvaluationConfig
 from ksvd_sae.evals.atoms import AtomsConfig
 from ksvd_sae.methods import METHODS
 from ksvd_sae.methods.base import Method, View
@@ -100,6 +100,20 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _hook(self) -> "RunConfig":
+        """What an eval cannot do at a hook is said before anything is harvested."""
+        if hook_layer(self.model.hook) is None:
+            asked = [section.name for section in self.evaluation.evals() if section.needs_block]
+            if asked:
+                able = ", ".join(kind.name for kind in EVALS if not kind.needs_block)
+                switches = ", ".join(f"evaluation.{name}: null" for name in asked)
+                raise ValueError(
+                    f"model.hook: {self.model.hook!r} is outside the blocks, where {', '.join(asked)} cannot be had; "
+                    f"set {switches} (to be had there: {able}), or take a hook such as blocks.0.hook_resid_pre"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _names(self) -> "RunConfig":
         """Names of result files tell trainings and views apart."""
         if len(set(self.training_seeds)) < len(self.training_seeds):
@@ -166,7 +180,7 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
                 else f"valid keys here: {', '.join(valid)}",
             ) from error
         raise ConfigError(
-            f"{where}: {key or 'the run'}: {problem['msg']}",
+            f"{where}: {key or 'the run'}: {problem['msg'].removeprefix('Value error, ')}",
             got=repr(problem["input"]) if key and not isinstance(problem["input"], dict) else None,
             cure=_allowed(location, raw) or "eval_configs/ has examples",
         ) from error

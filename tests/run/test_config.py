@@ -236,6 +236,31 @@ class TestWrongValue:
         assert parse_config(changed("text", {"source": "bbc-news"})).text.dataset is None
 
 
+class TestHooks:
+    """What an eval cannot do at a hook is said when the config is read, with what can be had there."""
+
+    @pytest.mark.parametrize("hook", ["hook_embed", "ln_final.hook_normalized", "hook_pos_embed"])
+    def test_outside_the_blocks(self, hook: str) -> None:
+        with pytest.raises(ConfigError) as caught:
+            parse_config(changed("model.hook", hook))
+        said = str(caught.value)
+        assert f"'{hook}' is outside the blocks, where core, sparse_probing cannot be had" in said
+        assert "set evaluation.core: null, evaluation.sparse_probing: null" in said
+        assert "heldout, loss, sparse_probing_sae_probes" in said
+
+    @pytest.mark.parametrize("section", ["absorption", "autointerp", "ravel", "scr"])
+    def test_evals_that_are_not_on_by_default(self, section: str) -> None:
+        raw = changed("model.hook", "hook_embed")
+        raw["evaluation"] = {"core": None, "sparse_probing": None, section: {}}
+        with pytest.raises(ConfigError, match=rf"where {section} cannot be had"):
+            parse_config(raw)
+
+    def test_without_them(self) -> None:
+        raw = changed("model.hook", "hook_embed")
+        raw["evaluation"] = {"core": None, "sparse_probing": None}
+        assert parse_config(raw).model.hook == "hook_embed"
+
+
 class TestOverrides:
     @pytest.mark.parametrize(
         ("override", "where", "value"),
@@ -251,7 +276,7 @@ class TestOverrides:
             ("evaluation.sparse_probing.k_values=[1, 2, 3]", "evaluation.sparse_probing.k_values", [1, 2, 3]),
             ("text.streaming=false", "text.streaming", False),
             (" seed = 7", "seed", 7),
-            ("model.hook=a=b", "model.hook", "a=b"),
+            ("model.name=a=b", "model.name", "a=b"),
         ],
     )
     def test_sets(self, path: Path, override: str, where: str, value: Any) -> None:

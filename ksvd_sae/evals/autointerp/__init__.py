@@ -94,6 +94,7 @@ class AutoInterpEval(SeededEval):
     n_iw_sampled_ex_for_scoring: int = Field(2, ge=1)
 
     name: ClassVar[str] = "autointerp"
+    needs_block: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model up to the hook once for a panel; a judge's answers for each latent"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(

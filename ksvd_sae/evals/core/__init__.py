@@ -18,6 +18,7 @@ class CoreEval(Eval):
     sparsity_batches: int = Field(2000, ge=1)
 
     name: ClassVar[str] = "core"
+    needs_block: ClassVar[bool] = True
     on_by_default: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model over all its text once for a panel; its layers after the hook for each"
     demo_seconds: ClassVar[float] = 70

@@ -37,6 +37,7 @@ class RavelEval(SeededEval):
     llm_batch_prompts: int = Field(8, ge=1)
 
     name: ClassVar[str] = "ravel"
+    needs_block: ClassVar[bool] = True
     cost: ClassVar[str] = "the whole language model: answers once for a panel, masks with gradients for each"
     demo_seconds: ClassVar[float] = 200
     loads_own_model: ClassVar[bool] = True

@@ -30,6 +30,7 @@ class ScrEval(SeededEval):
     n_values: list[Annotated[int, Field(gt=0)]] = Field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
 
     name: ClassVar[str] = "scr"
+    needs_block: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; coding them for each"
     demo_seconds: ClassVar[float] = 70
     columns: ClassVar[tuple[Column, ...]] = (
