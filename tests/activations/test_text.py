@@ -151,7 +151,10 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("text\nno\n")
-    with pytest.raises(TextError, match="empty folder"):
+    with pytest.raises(TextError, match=r"got: 1 with the ending \.csv\n.*under other endings\n.*text\.endings"):
+        read_folder(tmp_path)
+    (tmp_path / "data.csv").unlink()
+    with pytest.raises(TextError, match="an empty folder"):
         read_folder(tmp_path)
 
 
