@@ -74,8 +74,7 @@ class TextConfig(Strict):
         """Of the documents, where they are known before they are read."""
         if self.source == "bbc-news":
             return bbc_news.corpus_hash()
-        local = self._saved or (self._files if self.source == "folder" else None)
-        return None if local is None else local.content_hash()
+        return (self._saved or (self._files if self.source == "folder" else self._on_hub)).content_hash()
 
     @property
     def _place(self) -> Path:
@@ -86,6 +85,11 @@ class TextConfig(Strict):
         """What ``save_to_disk`` wrote, if that is what the path leads to."""
         if self.source == "bbc-news" or not is_saved(self._place):
             return None
+        if given := [key for key in _OF_HUB if getattr(self, key) is not None]:
+            raise TextError(
+                f"data set {self._place}: save_to_disk wrote it, so it has no {' or '.join(given)}",
+                cure=f"leave {' and '.join(f'text.{key}' for key in given)} out",
+            )
         return SavedDataset(self._place, self.split if "split" in self.model_fields_set else None)
 
     @property
@@ -102,8 +106,7 @@ class TextConfig(Strict):
         """See ``documents``."""
         if self.source == "bbc-news":
             return iter([article.text for article in bbc_news.harvest_articles(seed)])
-        local = self._saved or (self._files if self.source == "folder" else self._on_hub)
-        return local.documents(self.column)
+        return (self._saved or (self._files if self.source == "folder" else self._on_hub)).documents(self.column)
 
 
 def documents(config: TextConfig, seed: int) -> Iterator[Document]:

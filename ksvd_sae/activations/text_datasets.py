@@ -3,9 +3,11 @@
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from glob import glob
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,22 @@ class HubDataset:
             )
         return _documents(chain([first], iter(lambda: self._next(rows), None)), column, f"data set {self.name!r}")
 
+    def content_hash(self) -> str | None:
+        """Hash of files on this machine that are named by their format; None for what lies elsewhere."""
+        if self.name not in FORMATS:
+            return None
+        named = self.options["data_files"]
+        patterns = [named] if isinstance(named, str) else named
+        files = sorted({path for pattern in patterns for path in glob(pattern, recursive=True)})
+        digest = hashlib.sha256()
+        for path in filter(os.path.isfile, files):
+            digest.update(f"{os.path.basename(path)}\0{file_sha256(Path(path))}\n".encode())
+        return digest.hexdigest()[:12] if files else None
+
+    @property
+    def _page(self) -> str:
+        return f"huggingface.co/datasets/{self.name}"
+
     def _rows(self) -> Iterable[dict[str, Any]]:
         import datasets
 
@@ -57,6 +75,8 @@ class HubDataset:
         # Versions that run a data set's script ask on the terminal whether they may.
         if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:
             options["trust_remote_code"] = False
+        if "revision" in options:
+            self._require_revision(options)
         try:
             rows: Iterable[dict[str, Any]] = datasets.load_dataset(
                 self.name, split=self.split, streaming=self.streaming, **options
@@ -65,6 +85,29 @@ class HubDataset:
         # datasets raises many types for one cause, and one type for many.
         except Exception as error:
             raise self._error("loading", error) from error
+
+    def _require_revision(self, options: dict[str, Any]) -> None:
+        """Where the Hub has no such revision or cannot be asked, datasets takes whatever is in its cache."""
+        import datasets
+
+        wanted = options["revision"]
+        if Path(self.name).is_dir() or self.name in FORMATS:
+            raise TextError(
+                f"data set {self.name!r}: files on this machine have no revisions",
+                got=f"text.revision: {wanted}",
+                cure="leave text.revision out",
+            )
+        try:
+            builder = datasets.load_dataset_builder(self.name, **options)
+        except Exception as error:
+            raise self._error("loading", error) from error
+        if ".cache." in type(builder).__module__ and builder.hash != wanted:
+            raise HubError(
+                f"loading data set {self.name!r}: no revision {wanted!r}",
+                got=f"another in the cache: {builder.hash}",
+                cause="a misspelt revision; or no network, and the cache has another",
+                cure=f"set text.revision to a commit, branch or tag of {self._page}/commits/main",
+            )
 
     def _next(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
         try:
@@ -92,7 +135,7 @@ class HubDataset:
         """Limit, cause and cure."""
         lists = re.findall(r"\[([^\[\]]*)\]", said)
         there = lists[-1] if lists else None
-        page = f"huggingface.co/datasets/{self.name}"
+        page = self._page
         if "Config name is missing" in said:
             return there, "the data set has several configurations", "set text.config to one of them"
         if "BuilderConfig" in said and "not found" in said:
@@ -115,6 +158,9 @@ class HubDataset:
             cause = "no network, or HF_HUB_OFFLINE=1, and no copy in the Hub's cache"
             cure = "check with `ksvd-sae doctor`, and run again: what is there is kept; for local text use "
             return None, cause, cure + "text.source: folder"
+        if "Couldn't find cache" in said:
+            cause = "no such configuration or file on the Hub; or no network, and the cache has no copy"
+            return None, cause, "mend text.config or text.data_files, or check the network with `ksvd-sae doctor`"
         if "data file" in said or "Unable to find" in said or isinstance(error, FileNotFoundError):
             if "data_files" in self.options:
                 return None, "no file of these names there", "set text.data_files to files that are there"
