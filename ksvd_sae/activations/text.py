@@ -100,7 +100,8 @@ class TextConfig(Strict):
     def _on_hub(self) -> HubDataset:
         named = {"name": self.config, "revision": self.revision, "data_files": self.data_files}
         options = {key: value for key, value in named.items() if value is not None}
-        return HubDataset(str(self.dataset), self.split, self.streaming, options)
+        name = str(self._place) if str(self.dataset).startswith("~") else str(self.dataset)
+        return HubDataset(name, self.split, self.streaming, options)
 
     def documents(self, seed: int) -> Iterator[Document]:
         """See ``documents``."""

@@ -22,7 +22,7 @@ def check_tokenizer(config: TextConfig, first: TokenIds, tokenizer: Any) -> None
     """
     said = tokenizer.decode(first.ids[:_SHOWN_TOKENS])
     logger.info("text %s: token ids, used as they are; the first say %r", config.name, said)
-    name = _tokenizer_name(config)
+    name = tokenizer_name(config)
     own = getattr(tokenizer, "name_or_path", "")
     if name is None:
         logger.warning(
@@ -56,7 +56,7 @@ def check_tokenizer(config: TextConfig, first: TokenIds, tokenizer: Any) -> None
         )
 
 
-def _tokenizer_name(config: TextConfig) -> str | None:
+def tokenizer_name(config: TextConfig) -> str | None:
     """What the data set says of who made its ids; None if it says nothing."""
     path = Path(str(config.dataset)).expanduser() / _MADE_BY
     if config.source == "hub" and not path.parent.exists():

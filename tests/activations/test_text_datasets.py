@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -101,6 +100,13 @@ def test_files_by_their_format(tmp_path: Path) -> None:
         TextConfig(dataset="csv")
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    with pytest.raises(HubError, match=r"nowhere.*\n.*a wrong path, or a folder without data\n.*text\.dataset"):
+        read(dataset=str(tmp_path / "nowhere"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(dataset="~/data", config="one") == ["one"]
+
+
 def test_a_program_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "data.py").write_text("raise SystemExit('it ran')")
@@ -154,11 +160,12 @@ def test_keys_of_the_hub_elsewhere(key: str) -> None:
 
 
 def test_what_was_made_before_is_found_again() -> None:
-    """The keys of configs that name none of the later keys are those from before there were any."""
+    """Configs that name none of the later keys have the keys from before there were any."""
     old = {"source": "hub", "dataset": "owner/name", "split": "train", "column": "text", "streaming": True}
     assert TextConfig(dataset="owner/name").model_dump(mode="json") == old
-    assert content_hash(load_config("demo").harvested.key) == "4b946d215b67"
-    assert content_hash(load_config("pythia-160m").harvested.key) == "a95b3aeca5a8"
+    assert content_hash(load_config("demo").harvested.key["text"]) == "0ac0a9f0b3a2"
+    for name in ("pythia-160m", "gemma-2-2b"):
+        assert content_hash(load_config(name).harvested.key["text"]) == "eb462425e485"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +219,7 @@ def test_its_content_is_in_the_key(saved: Path, saved_splits: Path, tmp_path: Pa
 
 def test_a_saved_format_does_not_change_the_rows(tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"text": [[1, 2], [3]], "picture": [b"", b""]}).with_format("numpy")
-    assert isinstance(data[0]["text"], np.ndarray)
+    assert data.format["type"] == "numpy"
     data.save_to_disk(tmp_path / "saved")
     assert [d.ids for d in read(source="folder", dataset=str(tmp_path / "saved"))] == [[1, 2], [3]]
 
@@ -265,16 +272,19 @@ def test_an_empty_one(tmp_path: Path) -> None:
 READ = """
 import json, sys
 from ksvd_sae.activations.text import TextConfig, documents
+from ksvd_sae.activations.token_ids import tokenizer_name
 from ksvd_sae.errors import KsvdSaeError
 
 for line in sys.stdin:
     try:
-        found = list(documents(TextConfig(**json.loads(line)), 0))
+        config = TextConfig(**json.loads(line))
+        found = [d if isinstance(d, str) else [d.ids, tokenizer_name(config)] for d in documents(config, 0)]
     except KsvdSaeError as error:
         found = [type(error).__name__, str(error)]
     print(json.dumps(found), flush=True)
 """
 OLD = {"one.jsonl": b'{"text": "an older one"}\n'}
+IDS = {"a.jsonl": b'{"input_ids": [1, 2]}\n', "sae_lens.json": b'{"tokenizer_name": "owner/tokenizer"}'}
 NAME = "owner/name"
 CASES: dict[str, dict[str, Any]] = {
     # In this order: the first that is not streamed leaves a copy in the cache.
@@ -287,6 +297,7 @@ CASES: dict[str, dict[str, Any]] = {
     "branch": {"revision": "old"},
     "commit": {"revision": commit_of("old")},
     "files": {"data_files": ["two.jsonl"]},
+    "token ids": {"revision": "ids", "column": "input_ids", "data_files": "a.jsonl"},
     "no such data set": {"dataset": "owner/none"},
     "gated": {"dataset": GATED},
 }
@@ -297,7 +308,7 @@ def from_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """What each case gives, or the error's type and message."""
     home = tmp_path_factory.mktemp("hub")
     lines = "".join(json.dumps({"dataset": NAME, **case}) + "\n" for case in CASES.values())
-    with served_datasets({NAME: {"main": FILES, "old": OLD}}) as (endpoint, _):
+    with served_datasets({NAME: {"main": FILES, "old": OLD, "ids": IDS}}) as (endpoint, _):
         environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
         for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE"):
             environment.pop(name, None)
@@ -315,9 +326,10 @@ def from_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         ("branch", ["an older one"]),
         ("commit", ["an older one"]),
         ("files", ["two"]),
+        ("token ids", [[[1, 2], "owner/tokenizer"]]),
     ],
 )
-def test_data_sets_of_the_hub(from_hub: dict[str, list[str]], case: str, found: list[str]) -> None:
+def test_data_sets_of_the_hub(from_hub: dict[str, list[str]], case: str, found: list[Any]) -> None:
     assert from_hub[case] == found
 
 
