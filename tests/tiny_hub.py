@@ -1,5 +1,6 @@
 """Repositories as the Hugging Face Hub has them: in the Hub's cache on disk, or behind a server on the loopback."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import huggingface_hub
 import pytest
@@ -89,11 +91,83 @@ def served_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[tuple[str,
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    with _serving(Answer) as endpoint:
+        yield endpoint, asked
+
+
+@contextmanager
+def served_datasets(repositories: dict[str, dict[str, dict[str, bytes]]]) -> Iterator[tuple[str, list[str]]]:
+    """As ``served_hub``, for data sets, whose files are listed too; of each, revision -> files.
+
+    Every revision has a commit of its own: ``commit_of`` it.
+    """
+    asked: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self.wfile.write(self._answer())
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            names = json.loads(body)["paths"] if body.startswith("{") else parse_qs(body)["paths"]
+            self.wfile.write(self._answer(names))
+
+        def _answer(self, names: list[str] | None = None) -> bytes:
+            asked.append(self.path)
+            path = unquote(urlsplit(self.path).path).strip("/")
+            is_api = path.startswith("api/")
+            owner, name, *rest = path.removeprefix("api/").removeprefix("datasets/").split("/")
+            if f"{owner}/{name}" == GATED:
+                return self._send(403, b"", {"X-Error-Code": "GatedRepo"})
+            revisions = repositories.get(f"{owner}/{name}")
+            if revisions is None:
+                return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+            what, revision, *inside = rest or ["revision", "main"]
+            by_commit = {commit_of(known): known for known in revisions}
+            revision = by_commit.get(revision, revision)
+            if revision not in revisions:
+                return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
+            files, commit = revisions[revision], commit_of(revision)
+            if not is_api:
+                content = files.get("/".join(inside))
+                if content is None:
+                    return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+                return self._send(200, content, {"X-Repo-Commit": commit, "ETag": f'"{commit}{len(content)}"'})
+            listed = [{"type": "file", "path": file, "oid": commit, "size": len(c)} for file, c in files.items()]
+            if what == "paths-info":
+                listed = [entry for entry in listed if entry["path"] in (names or ())]
+            info = {"id": f"{owner}/{name}", "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+            return self._send(200, json.dumps(info if what == "revision" else listed).encode(), {})
+
+        def _send(self, status: int, content: bytes, headers: dict[str, str]) -> bytes:
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            return content
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    with _serving(Answer) as endpoint:
+        yield endpoint, asked
+
+
+def commit_of(revision: str) -> str:
+    """The commit of a served data set's revision."""
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
+@contextmanager
+def _serving(answer: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), answer)
     thread = Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()

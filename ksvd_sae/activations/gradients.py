@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ksvd_sae.activations.documents import Document
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.splicing import Unembedding, before_unembedding
@@ -222,12 +223,12 @@ def run_gradients(
     config: GradientConfig,
     shards: ActivationShards,
     reader: Callable[[], ActivationReader],
-    training_texts: Callable[[], Iterator[str]],
+    training_texts: Callable[[], Iterator[Document]],
 ) -> GradientMoments:
     """Collect the moments that ``config`` asks for beside finished activations, or reuse the finished ones there.
 
     Args:
-        training_texts: the documents after the held-out ones; the moments are of their first contexts.
+        training_texts: called once the reader is loaded; the moments are of their first contexts.
     Raises: see ``collect_gradient_moments``; ManifestError, ShardError (what is there was altered).
     """
     key = gradients_key(shards.manifest["hash"], config)
@@ -240,7 +241,9 @@ def run_gradients(
     with progress("gradients", config.gradient_tokens, "tokens") as advance:
         moments = collect_gradient_moments(
             loaded,
-            contexts(training_texts(), loaded.model.tokenizer, config.context_tokens),
+            contexts(
+                training_texts(), loaded.model.tokenizer, config.context_tokens, n_vocabulary=loaded.model.cfg.d_vocab
+            ),
             config.gradient_tokens,
             config.gradient_batch_contexts,
             norm_limit=float("inf") if limit is None else limit,

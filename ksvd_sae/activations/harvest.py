@@ -3,8 +3,9 @@
 Two steps, both resumable. Collecting runs the model and writes the activations as they come into
 ``raw/`` parts, one part after another; a harvest that was stopped goes on at the next part. Finishing
 drops outlier tokens, shuffles over the whole harvest and writes the shards that training reads; then
-``raw/`` is deleted. The held-out part comes from other documents than the training part. Gradient moments, if
-asked for, are collected from the training part's text once the shards are there (``gradients.py``).
+``raw/`` is deleted. The held-out part comes from other documents than the training part, as far as there are enough
+(``splitting.py``). Gradient moments, if asked for, are collected from the training part's text once the shards are
+there (``gradients.py``).
 """
 
 import json
@@ -12,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import chain, count, islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ksvd_sae.activations.documents import Document, Readable, TokenIds, readable, write_documents
 from ksvd_sae.activations.gradients import GRADIENT_SETTINGS, GradientConfig, run_gradients
 from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import (
@@ -33,8 +35,10 @@ from ksvd_sae.activations.shards import (
     shard_name,
     write_shard,
 )
+from ksvd_sae.activations.splitting import Split
 from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
 from ksvd_sae.activations.text import TextConfig, contexts, documents
+from ksvd_sae.activations.token_ids import check_tokenizer
 from ksvd_sae.errors import ManifestError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
 from ksvd_sae.store import (
@@ -49,6 +53,8 @@ logger = logging.getLogger(__name__)
 PARTS = ("heldout", "train")
 HELDOUT_DOCUMENTS = "heldout_documents.jsonl"
 _KEY_FILE = "key.json"
+# Among the raw parts, where the split is inside documents: it holds however often the harvest is stopped.
+_SPLIT_FILE = "split.json"
 
 
 class HarvestConfig(GradientConfig):
@@ -94,7 +100,7 @@ class Harvest:
         name = f"{self.model.name.split('/')[-1]}-{self.model.hook}-{content_hash(self.key)}"
         return root / "activations" / name
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Document]:
         """The documents, in the same order at every call."""
         return documents(self.text, self.seed)
 
@@ -112,18 +118,23 @@ def run_harvest(harvest: Harvest, folder: Path, reader: Callable[[], ActivationR
     # Only here does the model stay in memory while the shards are written: it is needed again after that.
     reader = cache(reader)
     shards = _run_activations(harvest, folder, reader)
-    run_gradients(harvest.config, shards, reader, lambda: _training_texts(folder, harvest.texts()))
+    run_gradients(harvest.config, shards, reader, lambda: _training_texts(shards, harvest.texts(), reader))
     return shards
 
 
-def _training_texts(folder: Path, texts: Iterator[str]) -> Iterator[str]:
-    """The documents after the held-out ones of a finished harvest."""
+def _training_texts(
+    shards: ActivationShards, texts: Iterator[Document], reader: Callable[[], ActivationReader]
+) -> Iterator[Document]:
+    """The training text of a finished harvest."""
+    folder, split = shards.folder, shards.manifest["parts"]["heldout"].get("split")
     path = folder / HELDOUT_DOCUMENTS
     if not path.exists():
         raise ManifestError(
             f"harvest: {path} is missing, so the training text's start is not known",
             cure=f"delete {folder} and run `ksvd-sae harvest` again",
         )
+    if split is not None:
+        return Split(**split).training(list(islice(texts, split["drawn"])), texts, reader().model.tokenizer)
     with path.open() as lines:
         return islice(texts, sum(1 for _ in lines), None)
 
@@ -137,7 +148,7 @@ def _run_activations(harvest: Harvest, folder: Path, reader: Callable[[], Activa
     collected = {part: _read_parts(folder, part) for part in PARTS}
     wanted = {"heldout": harvest.config.heldout_tokens, "train": harvest.config.train_tokens}
     if any(_n_tokens(collected[part]) < wanted[part] for part in PARTS):
-        _collect(harvest.config, folder, reader(), harvest.texts(), collected, wanted)
+        _collect(harvest, folder, reader(), collected, wanted)
     _finish(harvest, folder, collected, started)
     return ActivationShards.open(folder, key=harvest.key)
 
@@ -178,46 +189,125 @@ def _n_tokens(entries: list[dict[str, Any]]) -> int:
 
 
 def _collect(
-    config: HarvestConfig,
+    harvest: Harvest,
     folder: Path,
     reader: ActivationReader,
-    texts: Iterator[str],
     collected: dict[str, list[dict[str, Any]]],
     wanted: dict[str, int],
 ) -> None:
-    batch_tokens = config.batch_contexts * (config.context_tokens - 1)
+    tokenizer, length = reader.model.tokenizer, harvest.config.context_tokens
+    texts, drawn = _readable_texts(harvest, reader), list[Readable]()
+    first = next(texts, None)
+    if isinstance(first, TokenIds):
+        check_tokenizer(harvest.text, first, tokenizer)
+    texts = texts if first is None else chain([first], texts)
     with progress("harvest", sum(wanted.values()), "tokens") as advance:
-        for part in PARTS:
-            # Each part has documents of its own: the text goes on after those that the parts before it drew.
-            drawn: list[str] = []
-            stream = contexts(_remember(texts, drawn), reader.model.tokenizer, config.context_tokens)
-            done = collected[part]
-            skip = sum(entry["n_contexts"] for entry in done)
-            for _ in islice(stream, skip):
-                pass
-            advance(_n_tokens(done))
-            while _n_tokens(done) < wanted[part]:
-                limit = min(config.shard_tokens, wanted[part] - _n_tokens(done))
-                left = sum(wanted.values()) - sum(map(_n_tokens, collected.values()))
-                entry = _collect_part(config, folder, part, len(done), stream, reader, limit, left, advance)
-                if entry is None:
-                    raise TextError(
-                        f"harvest: the text ended before {wanted[part]:,} {part} tokens",
-                        got=f"{_n_tokens(done):,} tokens from {len(drawn)} documents",
-                        cause="too short a text, or a filter that leaves nothing",
-                        cure=f"ask for fewer tokens (harvest.{part}_tokens) or give more text; "
-                        f"a batch is {batch_tokens:,} tokens",
-                    )
-                done.append(entry)
-            if part == "heldout":
-                with (folder / HELDOUT_DOCUMENTS).open("w") as file:
-                    file.writelines(json.dumps({"text": text}) + "\n" for text in drawn)
+        advance(sum(map(_n_tokens, collected.values())))
+
+        def fill(part: str, stream: Iterator[Tensor]) -> bool:
+            return _fill_part(harvest.config, folder, reader, part, stream, collected, wanted, advance)
+
+        # Each part has documents of its own: the text goes on after those that the part before it drew.
+        if not fill("heldout", contexts(_remember(texts, drawn), tokenizer, length)):
+            found = f"{_n_tokens(collected['heldout']):,} tokens from {len(drawn)} documents"
+            raise _too_short(harvest.config, "heldout", found)
+        split_file = folder / "raw" / _SPLIT_FILE
+        if not split_file.exists():
+            write_documents(folder / HELDOUT_DOCUMENTS, drawn, tokenizer)
+            if fill("train", contexts(texts, tokenizer, length)):
+                return
+            _split_inside(harvest, folder, reader, drawn, collected["heldout"])
+        split = Split(**json.loads(split_file.read_text()))
+        write_documents(folder / HELDOUT_DOCUMENTS, split.heldout(drawn, tokenizer), tokenizer)
+        if not fill("train", _training_contexts(harvest, reader, split, drawn)):
+            found = f"{_n_tokens(collected['train']):,} tokens"
+            raise _too_short(harvest.config, "train", found, "a text that changed since the harvest began")
 
 
-def _remember(texts: Iterator[str], drawn: list[str]) -> Iterator[str]:
+def _readable_texts(harvest: Harvest, reader: ActivationReader) -> Iterator[Readable]:
+    """The documents as the model's tokenizer takes them."""
+    tokenizer, n_vocabulary = reader.model.tokenizer, reader.model.cfg.d_vocab
+    return (readable(text, tokenizer, n_vocabulary) for text in harvest.texts())
+
+
+def _remember(texts: Iterator[Readable], drawn: list[Readable]) -> Iterator[Readable]:
     for text in texts:
         drawn.append(text)
         yield text
+
+
+def _split_inside(
+    harvest: Harvest, folder: Path, reader: ActivationReader, drawn: list[Readable], heldout: list[dict[str, Any]]
+) -> None:
+    """Give training what the held-out part drew and did not need, if that is enough.
+
+    Nothing is read by the model to know it, and nothing is written if it is not: once there is more text, the harvest
+    goes on as if it had been there from the beginning.
+    Raises: TextError if it is not enough.
+    """
+    config = harvest.config
+    split = Split.after(_n_contexts(heldout), drawn, reader.model.tokenizer, config.context_tokens)
+    n_tokens = 0
+    for tokens_L in _training_contexts(harvest, reader, split, drawn):
+        n_tokens += int(reader.ordinary(tokens_L[None].to(reader.model.cfg.device)).sum())
+        if n_tokens >= config.train_tokens:
+            break
+    where = f"the held-out part keeps {_n_tokens(heldout):,} tokens: {split}; training has all that follows"
+    if split.cut_tokens:
+        where += f", in the one that is cut after a gap of {split.gap_tokens} tokens"
+    if n_tokens < config.train_tokens:
+        raise _too_short(config, "train", f"{n_tokens:,} tokens; {where}")
+    logger.warning("harvest: too few documents follow those that the held-out part drew, so %s", where)
+    write_json(folder / "raw" / _SPLIT_FILE, asdict(split))
+
+
+def _training_contexts(
+    harvest: Harvest, reader: ActivationReader, split: Split, drawn: list[Readable]
+) -> Iterator[Tensor]:
+    tokenizer = reader.model.tokenizer
+    after = islice(_readable_texts(harvest, reader), len(drawn), None)
+    return contexts(split.training([*drawn], after, tokenizer), tokenizer, harvest.config.context_tokens)
+
+
+def _too_short(
+    config: HarvestConfig, part: str, got: str, cause: str = "too short a text, or a filter that leaves nothing"
+) -> TextError:
+    wanted = config.heldout_tokens if part == "heldout" else config.train_tokens
+    return TextError(
+        f"harvest: the text ended before {wanted:,} {part} tokens",
+        got=got,
+        cause=cause,
+        cure=f"ask for fewer tokens (harvest.{part}_tokens) or give more text; "
+        f"a batch is {config.batch_contexts * (config.context_tokens - 1):,} tokens",
+    )
+
+
+def _n_contexts(entries: list[dict[str, Any]]) -> int:
+    return sum(entry["n_contexts"] for entry in entries)
+
+
+def _fill_part(
+    config: HarvestConfig,
+    folder: Path,
+    reader: ActivationReader,
+    part: str,
+    stream: Iterator[Tensor],
+    collected: dict[str, list[dict[str, Any]]],
+    wanted: dict[str, int],
+    advance: Advance,
+) -> bool:
+    """Go on until a part has what is wanted; False if the text is over before. Args: stream: from its beginning."""
+    done = collected[part]
+    for _ in islice(stream, _n_contexts(done)):
+        pass
+    while _n_tokens(done) < wanted[part]:
+        limit = min(config.shard_tokens, wanted[part] - _n_tokens(done))
+        left = sum(wanted.values()) - sum(map(_n_tokens, collected.values()))
+        entry = _collect_part(config, folder, part, len(done), stream, reader, limit, left, advance)
+        if entry is None:
+            return False
+        done.append(entry)
+    return True
 
 
 def _collect_part(
@@ -270,6 +360,9 @@ def _finish(harvest: Harvest, folder: Path, collected: dict[str, list[dict[str, 
         kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
         parts[part] = _write_shuffled(harvest, folder, part, raw[part], kept, running if part == "train" else None)
         parts[part]["outliers"] = sum(len(n) for n in norms[part]) - sum(len(k) for k in kept)
+    split_file = folder / "raw" / _SPLIT_FILE
+    if split_file.exists():
+        parts["heldout"]["split"] = json.loads(split_file.read_text())
     statistics = running.result(median_norm)
     seconds = time.perf_counter() - started
     finish(folder, harvest.key, parts, statistics, limit if limit != float("inf") else None, seconds)

@@ -1,24 +1,25 @@
 """Documents in, contexts of tokens out."""
 
-import hashlib
-import json
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
-from ksvd_sae.errors import HubError, TextError
+from ksvd_sae.activations.documents import Document, TokenIds, readable, without_bos
+from ksvd_sae.activations.text_datasets import FORMATS, HubDataset, SavedDataset, is_saved
+from ksvd_sae.activations.text_files import TextFiles, text_files
+from ksvd_sae.errors import TextError
 from ksvd_sae.offline import bbc_news
-from ksvd_sae.store import file_sha256
 from ksvd_sae.strict import Strict
 
-logger = logging.getLogger(__name__)
 _TOKENISER_BATCH = 64
+# Of such a batch at once: documents can be books.
+_TOKENISER_CHARACTERS = 1 << 20
+_OF_HUB, _OF_FOLDERS = ("config", "revision", "data_files"), ("endings",)
 
 
 class TextConfig(Strict):
@@ -27,141 +28,166 @@ class TextConfig(Strict):
     source: Literal["hub", "folder", "bbc-news"] = Field(
         "hub", description="hub: a data set on the Hub; folder: local files; bbc-news: 2,225 articles from a package"
     )
-    dataset: str | None = Field(None, description="Hub name, or the folder's path")
+    dataset: str | None = Field(
+        None, description="Hub name, or the path of a folder, of one file, or of what a data set's save_to_disk wrote"
+    )
     split: str = "train"
-    column: str = "text"
+    column: str = Field("text", description="holds texts, token ids of the model's tokenizer, or chats")
     streaming: bool = True
+    config: str | None = Field(None, description="which one of a data set that has several, e.g. wikitext-103-raw-v1")
+    revision: str | None = Field(None, description="commit, branch or tag on the Hub; null: the newest")
+    data_files: str | list[str] | None = Field(
+        None,
+        description="which files of the data set; with dataset: csv, json, parquet, text, ...: local files or URLs",
+    )
+    endings: list[str] | None = Field(None, description="of files in a folder that are text, beside .txt, e.g. [.md]")
 
     @model_validator(mode="after")
     def _named(self) -> "TextConfig":
         if self.source != "bbc-news" and not self.dataset:
             raise ValueError(f"text.source {self.source!r} needs text.dataset")
+        for key in (*_OF_HUB, *_OF_FOLDERS):
+            source = "hub" if key in _OF_HUB else "folder"
+            if getattr(self, key) is not None and self.source != source:
+                raise ValueError(f"text.{key} goes with text.source {source!r}, not {self.source!r}")
+        if self.source == "hub" and self.dataset in FORMATS and not self.data_files:
+            raise ValueError(f"text.dataset {self.dataset!r} is a format of files and needs text.data_files")
+        for ending in self.endings or ():
+            if not ending.startswith(".") or ending in (".", ".gz", ".zst"):
+                raise ValueError(f"text.endings: {ending!r} is no ending of a name such as '.md'")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialised: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that came later are there only where they are given: what was made without them is found again."""
+        later = (*_OF_HUB, *_OF_FOLDERS)
+        return {key: value for key, value in serialised(self).items() if value is not None or key not in later}
 
     @property
     def name(self) -> str:
         """The true name of the text."""
-        return self.source if self.source == "bbc-news" else Path(str(self.dataset)).name
+        if self.source == "bbc-news":
+            return self.source
+        return Path(str(self.dataset)).name + (f"-{self.config}" if self.config else "")
 
     def content_hash(self) -> str | None:
         """Of the documents, where they are known before they are read."""
         if self.source == "bbc-news":
             return bbc_news.corpus_hash()
-        return text_folder_hash(Path(str(self.dataset)).expanduser()) if self.source == "folder" else None
+        return (self._saved or (self._files if self.source == "folder" else self._on_hub)).content_hash()
+
+    @property
+    def _place(self) -> Path:
+        return Path(str(self.dataset)).expanduser()
+
+    @property
+    def _saved(self) -> SavedDataset | None:
+        """What ``save_to_disk`` wrote, if that is what the path leads to."""
+        if self.source == "bbc-news" or not is_saved(self._place):
+            return None
+        if given := [key for key in _OF_HUB if getattr(self, key) is not None]:
+            raise TextError(
+                f"data set {self._place}: save_to_disk wrote it, so it has no {' or '.join(given)}",
+                cure=f"leave {' and '.join(f'text.{key}' for key in given)} out",
+            )
+        return SavedDataset(self._place, self.split if "split" in self.model_fields_set else None)
+
+    @property
+    def _files(self) -> TextFiles:
+        return text_files(self._place, tuple(self.endings or ()))
+
+    @property
+    def _on_hub(self) -> HubDataset:
+        named = {"name": self.config, "revision": self.revision, "data_files": self.data_files}
+        options = {key: value for key, value in named.items() if value is not None}
+        name = str(self._place) if str(self.dataset).startswith("~") else str(self.dataset)
+        return HubDataset(name, self.split, self.streaming, options)
+
+    def documents(self, seed: int) -> Iterator[Document]:
+        """See ``documents``."""
+        if self.source == "bbc-news":
+            return iter([article.text for article in bbc_news.harvest_articles(seed)])
+        return (self._saved or (self._files if self.source == "folder" else self._on_hub)).documents(self.column)
 
 
-def documents(config: TextConfig, seed: int) -> Iterator[str]:
+def documents(config: TextConfig, seed: int) -> Iterator[Document]:
     """The documents of a text source, in a fixed order.
 
     bbc-news: the half of the articles set aside for harvests, shuffled by ``seed``. folder: every
-    .txt file, or the rows of .jsonl / .parquet files, in the order of their names. hub: the data set's
-    own order.
+    .txt file, or the rows of .jsonl / .parquet files, in the order of their names, also of .gz and .zst; hidden and
+    binary files are left out. hub: the data set's own order. What ``save_to_disk`` wrote is read by either.
 
-    Raises: TextError (no such folder, no text in it), HubError (not reachable, no such data set or column).
+    Raises: TextError (no such folder, no text in it, a file or row that is none), HubError (not reachable; no such data
+        set, configuration, split or file).
     """
-    if config.source == "bbc-news":
-        return iter([article.text for article in bbc_news.harvest_articles(seed)])
-    if config.source == "folder":
-        return _read_files(_text_files(Path(str(config.dataset)).expanduser()), config.column)
-    return _hub_documents(config)
+    return config.documents(seed)
 
 
-def _text_files(folder: Path) -> list[Path]:
-    files = [p for p in folder.rglob("*") if p.suffix in (".txt", ".jsonl", ".parquet")] if folder.is_dir() else []
-    if not files:
-        raise TextError(
-            f"text folder {folder}: no .txt, .jsonl or .parquet file there",
-            cause="a wrong path" if not folder.is_dir() else "an empty folder",
-            cure="set text.dataset to a folder with text files",
-        )
-    return sorted(files)
-
-
-def _read_files(files: list[Path], column: str) -> Iterator[str]:
-    """Texts of the files in turn; rows whose text is null or missing are no documents."""
-    for path in files:
-        if path.suffix == ".txt":
-            yield path.read_text(errors="replace")
-            continue
-        try:
-            rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-        except (ValueError, OSError) as error:
-            raise TextError(f"text file {path}: {error}", cause="a truncated or misnamed file") from error
-        if rows and not any(column in row for row in rows):
-            raise TextError(f"text file {path}: no column {column!r}", got=", ".join(map(str, rows[0])))
-        yield from (str(row[column]) for row in rows if row.get(column) is not None)
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is not a JSON object")
-    return rows
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    import pyarrow.parquet
-
-    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-    return rows
-
-
-def text_folder_hash(folder: Path) -> str:
-    """Hash of the names and contents of a folder's text files, for manifests."""
-    digest = hashlib.sha256()
-    for path in _text_files(folder):
-        digest.update(f"{path.relative_to(folder)}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _hub_documents(config: TextConfig) -> Iterator[str]:
-    rows = load_hub_dataset(str(config.dataset), config.split, streaming=config.streaming)
-    first = next(iter(rows), None)
-    if first is None:
-        raise TextError(f"data set {config.dataset!r}, split {config.split!r}: empty")
-    if config.column not in first:
-        raise TextError(
-            f"data set {config.dataset!r}: no column {config.column!r}", got=", ".join(first), cure="set text.column"
-        )
-    return (str(row[config.column]) for row in rows if row.get(config.column) is not None)
-
-
-def load_hub_dataset(name: str, split: str, *, streaming: bool) -> Iterable[dict[str, Any]]:
-    """A data set by Hub name (or a local folder of that name), with errors that say what to do."""
-    import datasets
-
-    try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, split=split, streaming=streaming)
-        return rows
-    # datasets raises many types for "no network" and "no such data set"; none carries the cure.
-    except Exception as error:
-        raise HubError(
-            f"loading data set {name!r} (split {split!r}): {type(error).__name__}: {str(error).splitlines()[0][:300]}",
-            cause="no network, HF_HUB_OFFLINE=1, a wrong name, or a data set that needs `hf auth login`",
-            cure="check with `ksvd-sae doctor`; for local text use text.source: folder",
-        ) from error
-
-
-def contexts(texts: Iterator[str], tokenizer: Any, context_tokens: int) -> Iterator[Tensor]:
+def contexts(
+    texts: Iterator[Document], tokenizer: Any, context_tokens: int, n_vocabulary: int | None = None
+) -> Iterator[Tensor]:
     """Pack documents into contexts of exactly ``context_tokens`` tokens.
 
     Each context starts with BOS; inside, documents follow each other with a BOS between them. The rest
-    of the last document that does not fill a context is dropped.
+    of the last document that does not fill a context is dropped. Token ids that begin with a BOS and fill a context
+    are that context.
 
-    Raises: TextError if the tokenizer has no BOS token.
+    Args: n_vocabulary: of the model: token ids must be below it.
+    Raises: TextError if the tokenizer has no BOS token; else as ``readable``.
     """
     bos = tokenizer.bos_token_id
     if bos is None:
         raise TextError("packing text: the tokenizer has no BOS token", got=type(tokenizer).__name__)
     waiting: list[int] = []
-    while batch := list(islice(texts, _TOKENISER_BATCH)):
-        # verbose=False: a document longer than the model's context is cut here, so no warning.
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            if waiting:
-                waiting.append(bos)
-            waiting += ids
-        step = context_tokens - 1
+    step = context_tokens - 1
+    for after_bos, ids in pieces(texts, tokenizer, step, n_vocabulary):
+        if after_bos:
+            waiting.append(bos)
+        waiting += ids
         n_full = len(waiting) // step
         for start in range(0, n_full * step, step):
             yield torch.tensor([bos, *waiting[start : start + step]])
-        waiting = waiting[n_full * step :]
+        if n_full:
+            waiting = waiting[n_full * step :]
+
+
+def pieces(
+    texts: Iterator[Document], tokenizer: Any, step: int, n_vocabulary: int | None = None
+) -> Iterator[tuple[bool, list[int]]]:
+    """The tokens of each document, and whether a BOS stands before them.
+
+    None stands at the beginning of a context, if a batch of texts begins there, or a document of token ids.
+
+    Args: step: tokens of a context without its BOS.
+    """
+    texts, n_tokens = iter(texts), 0
+    for first in texts:
+        batch: list[Document] = [first]
+        if not isinstance(first, TokenIds):
+            batch += islice(texts, _TOKENISER_BATCH - 1)
+        after_bos = n_tokens % step > 0
+        for ids in _tokenised(batch, tokenizer, n_vocabulary):
+            yield after_bos, ids
+            n_tokens += after_bos + len(ids)
+            after_bos = after_bos or len(ids) > 0
+
+
+def _tokenised(batch: list[Document], tokenizer: Any, n_vocabulary: int | None) -> Iterator[list[int]]:
+    waiting: list[str] = []
+
+    def taken() -> Iterator[list[int]]:
+        if waiting:
+            # verbose=False: a document longer than the model's context is cut here, so no warning.
+            yield from tokenizer(waiting, add_special_tokens=False, verbose=False)["input_ids"]
+            waiting.clear()
+
+    for document in batch:
+        text = readable(document, tokenizer, n_vocabulary)
+        if isinstance(text, TokenIds):
+            yield from taken()
+            yield without_bos(text.ids, tokenizer)
+            continue
+        if sum(map(len, waiting)) + len(text) > _TOKENISER_CHARACTERS:
+            yield from taken()
+        waiting.append(text)
+    yield from taken()

@@ -251,7 +251,14 @@ class Run:
             config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
+            **self._split,
         )
+
+    @property
+    def _split(self) -> dict[str, Any]:
+        """Where held-out and training text part inside documents, if they do; see ``Split``."""
+        split = self.shards("heldout").manifest["parts"]["heldout"].get("split")
+        return {} if split is None else {"split": split}
 
     def _scored(self, *, train: bool) -> Iterator[Scores]:
         """What there is, whenever a dictionary has been scored by the evals that are had at once, or the panel by

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.documents import Document
 from ksvd_sae.activations.harvest import Harvest
 from ksvd_sae.activations.shards import (
     STAGE,
@@ -100,9 +101,9 @@ def store_harvest(tmp_path: Path) -> StoreHarvest:
 class GivenTexts(Harvest):
     """A harvest of these documents, whatever its text says; of None, opening the text is an error."""
 
-    documents: tuple[str, ...] | None = None
+    documents: tuple[Document, ...] | None = None
 
-    def texts(self) -> Iterator[str]:
+    def texts(self) -> Iterator[Document]:
         if self.documents is None:
             raise AssertionError("the text was opened")
         return iter(self.documents)

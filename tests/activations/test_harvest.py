@@ -48,7 +48,11 @@ class Reader:
 
     stop_at: int | None = None
     calls: int = 0
-    model: Any = field(default_factory=lambda: SimpleNamespace(tokenizer=NumberTokenizer()))
+    model: Any = field(
+        default_factory=lambda: SimpleNamespace(
+            tokenizer=NumberTokenizer(), cfg=SimpleNamespace(d_vocab=10**6, device="cpu")
+        )
+    )
 
     def __call__(self) -> ActivationReader:
         return cast(ActivationReader, self)
@@ -64,7 +68,10 @@ class Reader:
         x_BLD[..., POSITION] = torch.arange(tokens_BL.shape[1])
         x_BLD[..., CONTEXT] = (tokens_BL * torch.arange(1, tokens_BL.shape[1] + 1)).sum(dim=1, keepdim=True) % 7919
         x_BLD[tokens_BL % WORDS == LOUD] *= 100
-        return x_BLD[tokens_BL != BOS]
+        return x_BLD[self.ordinary(tokens_BL)]
+
+    def ordinary(self, tokens_BL: Tensor) -> Tensor:
+        return tokens_BL != BOS
 
 
 class NumberTokenizer:
@@ -74,6 +81,9 @@ class NumberTokenizer:
 
     def __call__(self, batch: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()] for text in batch]}
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
 
 
 def numbered_texts(n: int, seed: int = 0) -> list[str]:
@@ -314,39 +324,46 @@ def test_a_finished_harvest_is_reused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- refusals
 
 
-def test_text_too_short_goes_on_once_there_is_more(tmp_path: Path, uninterrupted: tuple[ActivationShards, int]) -> None:
+# More than these documents have, and less than all of TEXTS have after the first 64.
+MANY_TOKENS, FEW_TEXTS = 1200, TEXTS[:120]
+
+
+def test_text_too_short_goes_on_once_there_is_more(tmp_path: Path) -> None:
+    at_once, folder = Reader(), tmp_path / "stopped"
+    whole = run(tmp_path / "whole", at_once, train_tokens=MANY_TOKENS)
     first = Reader()
     with pytest.raises(TextError) as caught:
-        run(tmp_path, first, TEXTS[:90])
-    assert "ended before 600 train tokens" in str(caught.value)
-    done = finished_batches(tmp_path)
+        run(folder, first, FEW_TEXTS, train_tokens=MANY_TOKENS)
+    assert "ended before 1,200 train tokens" in str(caught.value)
+    done = finished_batches(folder)
+    assert any(name.startswith("train") for name in raw_entries(folder))
     assert 0 < done <= first.calls
     # Asked again, nothing that is there is read again.
     second = Reader()
     with pytest.raises(TextError):
-        run(tmp_path, second, TEXTS[:90])
+        run(folder, second, FEW_TEXTS, train_tokens=MANY_TOKENS)
     assert second.calls == first.calls - done
     last = Reader()
-    run(tmp_path, last)
-    assert last.calls == uninterrupted[1] - done
-    assert content(tmp_path) == content(uninterrupted[0].folder)
+    run(folder, last, train_tokens=MANY_TOKENS)
+    assert last.calls == at_once.calls - done
+    assert content(folder) == content(whole.folder)
 
 
 def test_text_too_short_says_the_same_when_asked_again(tmp_path: Path) -> None:
     messages = []
     for _ in range(2):
         with pytest.raises(TextError) as caught:
-            run(tmp_path, Reader(), TEXTS[:90])
+            run(tmp_path, Reader(), FEW_TEXTS, train_tokens=MANY_TOKENS)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
 
 def test_fewer_tokens_are_another_harvest(tmp_path: Path) -> None:
     """They are another content, so another folder, and what was collected before stays where it is."""
-    folders = [harvest_of(None, train_tokens=n).folder(tmp_path) for n in (600, 300)]
+    folders = [harvest_of(None, train_tokens=n).folder(tmp_path) for n in (MANY_TOKENS, 300)]
     assert folders[0] != folders[1]
     with pytest.raises(TextError):
-        run(folders[0], Reader(), TEXTS[:110])
+        run(folders[0], Reader(), TEXTS[:110], train_tokens=MANY_TOKENS)
     collected = raw_entries(folders[0])
     run(folders[1], Reader(), TEXTS[:110], train_tokens=300)
     assert raw_entries(folders[0]) == collected != {}
@@ -361,8 +378,10 @@ def test_no_text(tmp_path: Path, texts: list[str]) -> None:
 
 
 def test_text_that_is_all_used_up_by_the_heldout_part(tmp_path: Path) -> None:
-    """The tokenizer takes 64 documents at once; with 60 there is nothing left to train on."""
-    with pytest.raises(TextError, match="train"):
+    """The tokenizer takes 64 documents at once; what the held-out part leaves of 60 is not enough."""
+    with pytest.raises(
+        TextError, match=r"train tokens\n  got: \d+ tokens; .* keeps 117 tokens: 11 whole documents; training"
+    ):
         run(tmp_path, Reader(), TEXTS[:60])
 
 

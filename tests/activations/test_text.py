@@ -1,6 +1,7 @@
 """Documents from every source, and how they are packed into contexts."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pandas
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -151,7 +153,10 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_folder_without_text(tmp_path: Path) -> None:
     (tmp_path / "data.csv").write_text("text\nno\n")
-    with pytest.raises(TextError, match="empty folder"):
+    with pytest.raises(TextError, match=r"got: 1 with the ending \.csv\n.*under other endings\n.*text\.endings"):
+        read_folder(tmp_path)
+    (tmp_path / "data.csv").unlink()
+    with pytest.raises(TextError, match="an empty folder"):
         read_folder(tmp_path)
 
 
@@ -227,3 +232,11 @@ def test_bbc_news_documents_are_the_harvest_half() -> None:
     assert len(texts) == len(set(map(id, texts))) > 1000
     assert texts != list(documents(TextConfig(source="bbc-news"), seed=1))
     assert sorted(texts) == sorted(documents(TextConfig(source="bbc-news"), seed=1))
+
+
+def test_examples_of_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "accepts.md").read_text()
+    examples = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    assert len(examples) >= 3
+    for example in examples:
+        TextConfig.model_validate(yaml.safe_load(example)["text"])

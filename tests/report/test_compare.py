@@ -303,6 +303,13 @@ def test_notes_say_what_was_not_run(evaluation: dict[str, Any], said: list[str],
     assert not any(text in notes for text in unsaid)
 
 
+def test_notes_say_that_a_document_is_in_both_parts() -> None:
+    config, split = run_config(["db-ksvd"]), {"drawn": 1, "whole": 0, "cut_tokens": 120, "gap_tokens": 128}
+    assert "scored on other documents." in comparison_notes(config)[0]
+    assert "scored on other documents." in comparison_notes(config, {**split, "cut_tokens": 0})[0]
+    assert "scored on other text; a document that is cut goes on, 128 tokens" in comparison_notes(config, split)[0]
+
+
 def test_both_views_are_named_in_figures_and_notes(
     comparison: Comparison, monkeypatch: pytest.MonkeyPatch, methods: dict[str, tuple[float, ...]]
 ) -> None:

@@ -621,6 +621,22 @@ def test_evaluating_again_codes_nothing_again(place: Path, monkeypatch: pytest.M
     assert run.evaluate()["rows"] == first["rows"]
 
 
+def test_where_held_out_and_training_text_part_is_said(place: Path) -> None:
+    """Only where it is inside documents."""
+    run = run_in(place, only("pca"))
+    run.train()
+    assert "split" not in run.evaluate()
+    assert "scored on other documents." in (compare(run).parent / "comparison.md").read_text()
+    path, split = run.harvest_folder / MANIFEST, {"drawn": 1, "whole": 0, "cut_tokens": 500, "gap_tokens": 128}
+    harvested = json.loads(path.read_text())
+    harvested["parts"]["heldout"]["split"] = split
+    path.write_text(json.dumps(harvested))
+    shutil.rmtree(place / "cache" / "evaluations")
+    again = run_in(place, only("pca"))
+    assert again.evaluate()["split"] == split
+    assert "128 tokens later" in (compare(again).parent / "comparison.md").read_text()
+
+
 def test_missing_heldout_documents(place: Path) -> None:
     run = run_in(place, only("pca"))
     run.train()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.documents import Document, read_documents
 from ksvd_sae.activations.harvest import HarvestConfig
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.text import contexts
@@ -117,7 +118,7 @@ def evaluate_examples(
         return files
     started = time.perf_counter()
     read = reader()
-    text = read_text(read, _texts(documents), setting)
+    text = read_text(read, read_documents(documents), setting)
     texts = TokenTexts(read.model.tokenizer)
     logger.info("examples: read %d tokens in %.1f s", len(text.x_ND), time.perf_counter() - started)
     for panelist in missing:
@@ -128,13 +129,7 @@ def evaluate_examples(
     return files
 
 
-def _texts(documents: Path) -> Iterator[str]:
-    with documents.open() as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
-
-
-def read_text(reader: ActivationReader, texts: Iterator[str], setting: ExampleSetting) -> ReadText:
+def read_text(reader: ActivationReader, texts: Iterator[Document], setting: ExampleSetting) -> ReadText:
     """Run the model over the text's first contexts."""
     n_contexts = max(1, setting.tokens // (setting.context_tokens - 1))
     packed = list(islice(contexts(texts, reader.model.tokenizer, setting.context_tokens), n_contexts))

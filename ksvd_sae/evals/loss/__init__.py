@@ -1,6 +1,5 @@
 """What a dictionary's error does to the model's loss: its reconstructions spliced in, context by context."""
 
-import json
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, cast
 
@@ -106,11 +105,12 @@ class LossEval(MeasuredHere):
         """Made once: it runs the untouched model over the contexts."""
         kept = setting.between_calls
         if self.name not in kept:
+            from ksvd_sae.activations.documents import read_documents
             from ksvd_sae.activations.text import contexts
             from ksvd_sae.evals.loss.splice import SpliceEvaluator
 
             reader = heldout.reader()
-            texts = (json.loads(line)["text"] for line in heldout.documents.read_text().splitlines())
+            texts = read_documents(heldout.documents)
             tokens = list(islice(contexts(texts, reader.model.tokenizer, self.context_tokens), self.contexts))
             if len(tokens) < self.contexts:
                 raise TextError(
