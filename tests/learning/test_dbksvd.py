@@ -104,7 +104,7 @@ class TestPlanted:
 class TestAgainstReference:
     def test_error_of_every_sweep(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole loop with the exact update, from the same atoms, visiting them in the reference's order."""
-        monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
+        monkeypatch.setattr(torch, "randperm", lambda n, generator=None, device="cpu": torch.arange(n))
         problem = planted(200, 8, 12, 2, noise=0.1, seed=1)
         # Not from the data: a sample that is an atom leaves rounding as its residual, and picks by that.
         start_MD = normalize(normal(12, 8, 1), dim=1)
