@@ -36,7 +36,7 @@ def check_samples(x_BD: Tensor, where: str, *, first_row: int = 0) -> None:
         raise ActivationError(
             f"{where}: {int(bad_B.sum())} of {len(x_BD)} samples hold NaN or infinity",
             got=f"first at row {first_row + int(bad_B.int().argmax())}",
-            cause="float16 overflow in the model, or a corrupt file",
+            cause="float16 overflow in the model, missing numbers in a table, or a corrupt file",
             cure="harvest in bfloat16 or float32, or drop these rows",
         )
 

@@ -98,7 +98,7 @@ class Coding:
             rtol=fields["rtol"],
             max_steps=fields["max_steps"],
             nonnegative=fields.get("nonnegative", False),
-            groups=tuple(groups) if groups else None,
+            groups=None if groups is None or not len(groups) else tuple(groups),
             tau=fields.get("tau", 0.0),
             tau_absolute=fields.get("tau_absolute", 0.0),
         )

@@ -76,6 +76,11 @@ class FVU:
         self._error = self._error + (x_BD - rebuilt_BD.to(x_BD.device).double()).square().sum()
         self._variance.add(x_BD)
 
+    def add_rows(self, x_ND: Tensor, rebuilt_ND: Tensor) -> None:
+        """Count many samples, some at a time."""
+        for x_BD, rebuilt_BD in zip(torch.split(x_ND, _rows(x_ND)), torch.split(rebuilt_ND, _rows(x_ND)), strict=True):
+            self.add(x_BD, rebuilt_BD)
+
     def value(self, where: str) -> float:
         """Of the samples so far; arguments and errors as ``Variance.total``."""
         return float(self._error) / self._variance.total(where)
@@ -92,8 +97,7 @@ def variance(x_ND: Tensor, where: str) -> float:
 def fvu(x_ND: Tensor, rebuilt_ND: Tensor, where: str) -> float:
     """The FVU of samples that are all there; arguments and errors as ``Variance.total``."""
     stream = FVU()
-    for x_BD, rebuilt_BD in zip(torch.split(x_ND, _rows(x_ND)), torch.split(rebuilt_ND, _rows(x_ND)), strict=True):
-        stream.add(x_BD, rebuilt_BD)
+    stream.add_rows(x_ND, rebuilt_ND)
     return stream.value(where)
 
 

@@ -148,8 +148,14 @@ class MappedSource:
         _from_array(samples_ND[:0])
         _check_samples_shape(samples_ND.shape, samples_ND.dtype, kind in "fiu")
         self.n_samples, self.d_in = samples_ND.shape
-        for start, chunk_ND in zip(range(0, self.n_samples, _CHUNK_ROWS), self.chunks(), strict=True):
-            check_samples(chunk_ND, _WHERE, first_row=start)
+        for number, chunk_ND in enumerate(self.chunks()):
+            check_samples(chunk_ND, _WHERE, first_row=number * _CHUNK_ROWS)
+
+    @classmethod
+    def of(cls, samples: Any) -> "MappedSource | None":
+        """Of an array that lies in a file; None of anything else."""
+        mapped = isinstance(samples, np.ndarray) and samples.dtype != object and _is_mapped(samples)
+        return cls(samples) if mapped else None
 
     @cached_property
     def centre_D(self) -> Tensor:
@@ -157,8 +163,8 @@ class MappedSource:
         return torch.as_tensor(sums_D, device="cpu") / max(1, self.n_samples)
 
     def chunks(self) -> Iterator[Tensor]:
-        """All samples in their order, some at a time."""
-        return self.batches(_CHUNK_ROWS)
+        """All samples in their order, some at a time; of none at all an empty matrix."""
+        return self.batches(_CHUNK_ROWS) if self.n_samples else iter([self.whole()])
 
     def whole(self) -> Tensor:
         """All samples, in memory."""
@@ -236,6 +242,7 @@ def unpacked(batch: Any, where: str) -> Any:
 
     Raises: InputTypeError where there is more than the samples in it, or a row of a data set.
     """
+    _refuse_sparse(batch, where)
     if isinstance(batch, Mapping):
         named = {str(name): value for name, value in batch.items()}
         if len(named) == 1 and _ndim(value := next(iter(named.values()))) >= 2:
@@ -259,6 +266,14 @@ def unpacked(batch: Any, where: str) -> Any:
             cure="batches of the samples alone: lambda: (x for x, _ in loader)",
         )
     return batch
+
+
+def _refuse_sparse(samples: Any, where: str) -> None:
+    """SciPy's, of which some are dicts, too."""
+    if hasattr(type(samples), "toarray"):
+        raise InputTypeError(
+            f"{where}: sparse samples are not supported", got=type(samples).__name__, cure="samples.toarray()"
+        )
 
 
 def _ndim(value: Any) -> int:
@@ -312,14 +327,11 @@ def as_source(samples: Any) -> SampleSource | StreamSource:
         return TensorSource(samples)
     if isinstance(samples, SampleSource):
         return samples
+    _refuse_sparse(samples, _WHERE)
     if isinstance(samples, Mapping):
         return as_source(unpacked(samples, _WHERE))
-    if not isinstance(samples, list | tuple | np.ndarray) and hasattr(samples, "toarray"):
-        raise InputTypeError(
-            f"{_WHERE}: sparse samples are not supported", got=type(samples).__name__, cure="samples.toarray()"
-        )
-    if isinstance(samples, np.ndarray) and samples.dtype != object and _is_mapped(samples):
-        return MappedSource(samples)
+    if (mapped := MappedSource.of(samples)) is not None:
+        return mapped
     if isinstance(samples, np.ndarray) or hasattr(samples, "__array__"):
         return TensorSource(_from_array(samples))
     if isinstance(samples, list | tuple) and not (len(samples) and _holds_batches(samples)):
@@ -396,6 +408,8 @@ def _of_objects(array: "np.ndarray[Any, Any]", columns: Any, where: str) -> "np.
     """Numbers of an array of objects; None, and what pandas has for a missing number, become NaN."""
     with suppress(TypeError, ValueError):
         return array.astype(np.float64)
+    if array.ndim == 0:
+        raise InputTypeError(f"{where}: samples are not numbers", got=shown(array.item()))
     numbers = np.empty(array.shape)
     for index, value in np.ndenumerate(array):
         try:
