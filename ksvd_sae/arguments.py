@@ -53,7 +53,9 @@ def number(value: Any, name: str, where: str) -> float:
     if isinstance(plain, bool | np.bool_) or not isinstance(plain, Real):
         raise InputTypeError(f"{where}: {name} must be a number", got=shown(value), cure=f"{name}=float(...)")
     if not math.isfinite(plain):
-        raise ShapeError(f"{where}: {name} must be a finite number", got=shown(value))
+        raise ShapeError(
+            f"{where}: {name} must be a finite number", got=shown(value), cure="leave it out for the default"
+        )
     return float(plain)
 
 

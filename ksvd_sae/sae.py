@@ -187,7 +187,11 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
             elif not with_heads and math.prod(shape[-2:]) == d_in:
                 cause, cure = "heads that are not flattened", "x.flatten(-2)"
             raise ShapeError(what, got=str(shape), limit=limit, cause=cause, cure=cure)
-        return super().process_sae_in(sae_in)
+        centred = super().process_sae_in(sae_in)
+        if with_heads:
+            # SAELens remembers the first alone.
+            self.d_head = shape[-1]
+        return centred
 
     @override
     @without_autocast()

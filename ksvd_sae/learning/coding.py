@@ -110,5 +110,7 @@ def _sizes(groups: Any) -> tuple[int, ...]:
     except TypeError:
         sizes = ()
     if not sizes:
-        raise InputTypeError("Coding: groups must be the sizes of the groups", got=shown(groups), limit="whole numbers")
+        raise InputTypeError(
+            "Coding: groups must be the sizes of the groups", got=shown(groups), limit="whole numbers above 0"
+        )
     return tuple(whole(size, f"groups[{index}]", "Coding") for index, size in enumerate(sizes))
