@@ -195,6 +195,11 @@ class DoubleBatchKSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEst
         """D; with ``fit``'s samples only, so that hasattr tells whether it was fitted."""
         return int(self._trained.atoms_MD.shape[1])
 
+    def get_feature_names_out(self, input_features: Any = None) -> Any:
+        """Names of the columns of ``transform``: the class's name and the atom's number."""
+        _ = self._n_features_out  # our NotFittedError, rather than scikit-learn's
+        return super().get_feature_names_out(input_features)
+
     @property
     def _n_features_out(self) -> int:
         """M, for the names of columns."""
