@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,17 +15,58 @@ logger = logging.getLogger(__name__)
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
-def resolve_device(device: str) -> torch.device:
-    """'auto' is CUDA if torch sees a GPU, else the CPU; a named device that is absent is an error."""
-    if device == "auto":
+def resolve_device(device: str | torch.device) -> torch.device:
+    """'auto' is CUDA if torch sees a GPU, else the CPU; a device that is absent or not worked on is an error.
+
+    Raises: ConfigError.
+    """
+    if isinstance(device, str) and device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    named = named_device(device)
+    if named.type not in ("cpu", "cuda"):
         raise ConfigError(
-            f"device {device!r} was asked for, but torch sees no GPU",
+            f"device {str(device)!r} is not one to learn on",
+            limit="'auto', 'cpu', 'cuda', 'cuda:0', 'cuda:1', …",
+            cause="sums in float64 and kernels are for the CPU and CUDA alone",
+            cure="use device 'cpu'",
+        )
+    return named
+
+
+def named_device(device: str | torch.device) -> torch.device:
+    """A device by its name, or as torch has it, that is there.
+
+    Raises: ConfigError.
+    """
+    try:
+        # A bare number is torch's for a GPU, and a mistake as often.
+        named = torch.device(device) if isinstance(device, str | torch.device) else None
+    except RuntimeError:
+        named = None
+    if named is None:
+        raise ConfigError(
+            "no device of this name",
+            got=f"{device!r} ({type(device).__name__})",
+            limit="text such as 'cpu' and 'cuda:0', or a torch.device",
+        )
+    if named.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {str(device)!r} was asked for, but torch sees no GPU",
             cause="a machine without a GPU, or a torch build without CUDA",
             cure="use device 'auto' or 'cpu'; `ksvd-sae doctor` shows what torch sees",
         )
-    return torch.device(device)
+    if named.type == "cuda" and named.index is not None and named.index >= torch.cuda.device_count():
+        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs")
+    if named.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError(f"device {str(device)!r} was asked for, but torch sees none", cure="use device 'cpu'")
+    return named
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Here products have the precision that they say, whatever ``torch.autocast`` is around; a decorator, too."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def keep_freed_memory() -> None:

@@ -5,15 +5,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ksvd_sae.errors import DictionaryError, KsvdSaeError, ShapeError
-from ksvd_sae.learning.checks import check_atoms
+from ksvd_sae.arguments import json_value, path, shown
+from ksvd_sae.device import named_device, without_autocast
+from ksvd_sae.errors import DictionaryError, InputTypeError, KsvdSaeError, ShapeError
+from ksvd_sae.learning.checks import check_atoms, check_code
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.sources import as_batch, reshaped
 from ksvd_sae.learning.weighting import Weighting
 from ksvd_sae.store import atomic_path, write_json
 
@@ -48,8 +52,9 @@ class Dictionary:
         centre_D: subtracted before coding, added after decoding (raw units).
         coding: how it codes centred and weighted samples.
         weighting: the metric that it was learned in and codes in, None for the plain one.
-        provenance: what it was learned from; JSON values.
-    Raises: DictionaryError, ShapeError if the parts do not fit.
+        provenance: what it was learned from; JSON values, and numpy's, paths and tuples in their JSON form.
+    Atoms and centre may be arrays.
+    Raises: DictionaryError, ShapeError if the parts do not fit, or are not what JSON has a form for (NaN is not).
     """
 
     atoms_MD: Tensor
@@ -59,6 +64,13 @@ class Dictionary:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("atoms_MD", "centre_D"):
+            tensor = _floating(getattr(self, name), name)
+            object.__setattr__(self, name, tensor)
+        for name, kind in (("coding", Coding), ("weighting", Weighting | None), ("provenance", dict)):
+            if not isinstance(getattr(self, name), kind):
+                raise InputTypeError(f"Dictionary: {name} is of another type", got=shown(getattr(self, name)))
+        object.__setattr__(self, "provenance", json_value(self.provenance, "provenance", "Dictionary"))
         if self.atoms_MD.ndim != 2 or self.centre_D.shape != self.atoms_MD.shape[1:]:
             raise ShapeError(
                 "Dictionary: atoms and centre do not fit",
@@ -82,22 +94,37 @@ class Dictionary:
     def d_in(self) -> int:
         return self.atoms_MD.shape[1]
 
-    def encode(self, x_BD: Tensor) -> Code:
-        """Code raw samples (B, d_in)."""
+    @without_autocast()
+    def encode(self, x_BD: Any) -> Code:
+        """Code raw samples, a tensor or array (B, d_in).
+
+        Raises: ShapeError, ActivationError (NaN or infinity).
+        """
+        x_BD = as_batch(x_BD, "Dictionary.encode")
         if x_BD.ndim != 2 or x_BD.shape[1] != self.d_in:
             raise ShapeError(
                 "Dictionary.encode: samples do not fit the dictionary",
                 got=str(tuple(x_BD.shape)),
                 limit=f"(B, {self.d_in})",
                 cause="activations of another model or hook",
+                cure=reshaped(tuple(x_BD.shape)) if x_BD.ndim != 2 else None,
+            )
+        if not x_BD.is_floating_point():
+            raise ShapeError(
+                "Dictionary.encode: samples are not floating point", got=x_BD.dtype, cure="samples.float()"
             )
         y_BD = x_BD.to(self.atoms_MD.device, self.atoms_MD.dtype) - self.centre_D
         if self.weighting is not None:
             y_BD = self.weighting.apply(y_BD)
         return self.coding.encode(y_BD, self.atoms_MD)
 
+    @without_autocast()
     def decode(self, code: Code) -> Tensor:
-        """Rebuild raw samples, (B, d_in)."""
+        """Rebuild raw samples, (B, d_in).
+
+        Raises: ShapeError (dense codes, a code of another dictionary).
+        """
+        check_code(code, self.n_atoms, "Dictionary.decode")
         y_BD = code.reconstruct(self.atoms_MD)
         return (y_BD if self.weighting is None else self.weighting.undo(y_BD)) + self.centre_D
 
@@ -111,7 +138,13 @@ class Dictionary:
 
     @classmethod
     def from_estimator(cls, ksvd: Learned, provenance: dict[str, Any] | None = None) -> "Dictionary":
-        """The dictionary that a fitted estimator or learner has learned; learning on does not change it."""
+        """The dictionary that a fitted estimator or learner has learned; learning on does not change it.
+
+        Raises: NotFittedError, ShapeError (nothing that learns dictionaries).
+        """
+        if not all(hasattr(type(ksvd), name) for name in ("atoms_MD", "centre_D", "coding")):
+            limit = "a DoubleBatchKSVD or a DictionaryLearner"
+            raise InputTypeError("Dictionary.from_estimator: no learner", got=type(ksvd).__name__, limit=limit)
         return cls(
             ksvd.atoms_MD.detach().clone(),
             ksvd.centre_D.detach().clone(),
@@ -120,24 +153,29 @@ class Dictionary:
             provenance=provenance or {},
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write ``atoms.safetensors`` and ``dictionary.json``."""
+        folder = path(folder, "folder", "Dictionary.save")
+        # Looked at again, as it is a dict that may have been written to; before anything is.
+        provenance = json_value(self.provenance, "provenance", "Dictionary.save")
         tensors = {"atoms": self.atoms_MD.contiguous().cpu(), "centre": self.centre_D.contiguous().cpu()}
         if self.weighting is not None:
             tensors["weighting"] = self.weighting.matrix.contiguous().cpu()
             tensors["weighting_inverse"] = self.weighting.inverse.contiguous().cpu()
         with atomic_path(folder / ATOMS_FILE) as temporary:
             save_file(tensors, temporary)
-        write_json(folder / CONFIG_FILE, {"format": FORMAT, **self.coding.as_json(), "provenance": self.provenance})
+        write_json(folder / CONFIG_FILE, {"format": FORMAT, **self.coding.as_json(), "provenance": provenance})
 
     @classmethod
-    def load(cls, folder: Path, device: str | torch.device = "cpu") -> "Dictionary":
+    def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Dictionary":
         """Read what ``save`` wrote, bit for bit.
 
-        Raises: DictionaryError if a file is missing, truncated or of a newer format.
+        Raises: DictionaryError if a file is missing, truncated or of a newer format; ConfigError (no such device).
         """
+        folder, device = path(folder, "folder", "Dictionary.load"), named_device(device)
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text())
+            # NaN, which is no JSON, may be in provenance of before it was refused: as text.
+            config = json.loads((folder / CONFIG_FILE).read_text(), parse_constant=str)
             tensors = load_file(folder / ATOMS_FILE, device=str(device))
             if config["format"] > FORMAT:
                 raise DictionaryError(
@@ -164,3 +202,17 @@ class Dictionary:
                 cause="not a dictionary's folder, or a truncated file",
                 cure="give the folder that `ksvd-sae train` wrote, or train again",
             ) from error
+
+
+def _floating(rows: Any, name: str) -> Tensor:
+    """A tensor of floating-point numbers, of a tensor, array or list."""
+    if not isinstance(rows, Tensor):
+        try:
+            rows = torch.from_numpy(np.array(rows))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputTypeError(f"Dictionary: {name} is no array", got=shown(rows), cause=str(error)) from error
+    if not rows.is_floating_point():
+        raise ShapeError(
+            f"Dictionary: {name} is not floating point", got=f"{rows.dtype} {tuple(rows.shape)}", cure=".float()"
+        )
+    return rows

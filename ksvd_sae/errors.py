@@ -5,12 +5,14 @@
     KsvdSaeError
     ├── ConfigError            a YAML file or a --set value
     ├── ShapeError             sizes that do not fit each other (also a ValueError)
+    │   └── InputTypeError     a value of a type that is not taken (also a TypeError)
     ├── DictionaryError        atoms that are no dictionary (not unit norm, NaN), or lack a view (also a ValueError)
     ├── WeightingError         second moments that give no invertible map (also a ValueError)
     ├── NotFittedError         encode before fit (also a ValueError, and an AttributeError as in scikit-learn)
     ├── TextError              text that is missing, empty or too short
     ├── HookError              a hook name that the model lacks
-    ├── ActivationError        NaN, infinite or constant activations
+    ├── ActivationError        NaN, infinite or drifting activations
+    │   └── ConstantSamplesError   samples that are all the same
     ├── ShardError             a shard that is missing, truncated or altered
     ├── ManifestError          a folder made by another config, or no folder of ours
     ├── ResultsError           a run's raw.zip that is missing, damaged or not ours, or has no place to go
@@ -63,6 +65,9 @@ class ConfigError(KsvdSaeError): ...
 class ShapeError(KsvdSaeError, ValueError): ...
 
 
+class InputTypeError(ShapeError, TypeError): ...
+
+
 class DictionaryError(KsvdSaeError, ValueError): ...
 
 
@@ -79,6 +84,9 @@ class HookError(KsvdSaeError): ...
 
 
 class ActivationError(KsvdSaeError, ValueError): ...
+
+
+class ConstantSamplesError(ActivationError): ...
 
 
 class ShardError(KsvdSaeError): ...

@@ -1,42 +1,50 @@
 """DB-KSVD as a scikit-learn transformer: ``DictionaryLearner`` with flat arguments and arrays in and out."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import validate_data
 from torch import Tensor
 
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.errors import InputTypeError, NotFittedError, ShapeError
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
-from ksvd_sae.learning.fvu import fvu
+from ksvd_sae.learning.fvu import FVU
 from ksvd_sae.learning.products import Precision
 from ksvd_sae.learning.redraw import Redraw
-from ksvd_sae.learning.sources import Samples, as_tensor
+from ksvd_sae.learning.sources import MappedSource, Samples, as_batch, as_tensor
 from ksvd_sae.learning.training import Init, Update
 from ksvd_sae.learning.weighting import Weighting
 
 Array = NDArray[np.float32]
 
 
-class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
+class DoubleBatchKSVD(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Learn a dictionary of unit atoms such that k of them, with signs, rebuild a sample.
 
     Args:
         n_atoms, train_k, passes, batch_samples, update, atom_batch, init, redraw, duplicate_cosine, coherence, average,
-            centre, weighting, precision, seed: see ``LearnerOptions``.
+            centre, weighting, precision: see ``LearnerOptions``.
+        seed: a whole number for the same bits every time; or what scikit-learn takes as random_state: None, a
+            RandomState (and numpy's Generator), of which every ``fit`` draws a number.
         k, coder, groups, nonnegative, rtol, tau, max_steps: see ``Coding``. Training always codes by plain MP, with
             groups group by group; the coder is that of ``encode``, ``transform`` and the dictionary.
         device, keep_on_device, log_path, checkpoint_path, checkpoint_every, on_batch: see ``DictionaryLearner``.
 
     Attributes after fitting: ``atoms_MD`` (unit rows of the weighted space), ``centre_D``, ``samples_seen``, ``log``
-    (list of BatchLog); and in scikit-learn's terms, as arrays in raw units, ``components_`` and ``mean_``:
-    ``codes @ components_ + mean_`` rebuilds the samples. Without a weighting the components are unit rows.
+    (list of BatchLog), ``batches_passed_over`` (see ``fit``); and in scikit-learn's terms, as arrays in raw units,
+    ``components_`` and ``mean_``: ``codes @ components_ + mean_`` rebuilds the samples. Without a weighting the
+    components are unit rows. ``feature_names_in_``: the columns of a frame that it was fitted with; frames with others,
+    or in another order, are refused. ``set_output`` gives codes as frames.
 
     >>> ksvd = DoubleBatchKSVD(n_atoms=512, k=8).fit(x_ND)         # doctest: +SKIP
     >>> x_hat_ND = ksvd.decode(ksvd.encode(x_ND))                  # doctest: +SKIP
@@ -44,6 +52,7 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
 
     # Not in __init__, which scikit-learn wants to set nothing but its arguments.
     _learner: DictionaryLearner | None = None
+    _seed: int | None = None
 
     def __init__(
         self,
@@ -69,8 +78,8 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
         max_steps: int | None = None,
         precision: Precision = "float32",
         coder: AnyCoder = "mp",
-        seed: int = 0,
-        device: str = "auto",
+        seed: int | np.random.RandomState | np.random.Generator | None = 0,
+        device: str | torch.device = "auto",
         keep_on_device: bool | None = None,
         log_path: Path | str | None = None,
         checkpoint_path: Path | str | None = None,
@@ -103,7 +112,8 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
     @property
     def coding(self) -> Coding:
         """How ``encode`` codes centred and weighted samples."""
-        groups = None if self.groups is None else tuple(self.groups)
+        # A Coding takes any sequence.
+        groups: Any = self.groups
         return Coding(self.k, self.coder, self.rtol, self.max_steps, self.nonnegative, groups, self.tau)
 
     @property
@@ -126,7 +136,7 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
                 centre=self.centre,
                 weighting=self.weighting,
                 precision=self.precision,
-                seed=self.seed,
+                seed=self._number_of_seed(),
             ),
             device=self.device,
             keep_on_device=self.keep_on_device,
@@ -137,6 +147,25 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
         )
         learner.state = None if self._learner is None else self._learner.state
         return learner
+
+    def _number_of_seed(self, *, draw: bool = False) -> Any:
+        """The seed as the learner wants it: a whole number, of a source of them the one that was drawn last.
+
+        Args: draw: draw a new one. To look at a fitted estimator must not.
+        """
+        seed: Any = self.seed
+        if not (seed is None or seed is np.random or isinstance(seed, np.random.RandomState | np.random.Generator)):
+            return seed
+        if draw:
+            if isinstance(seed, np.random.Generator):
+                self._seed = int(seed.integers(2**31 - 1))
+            else:
+                self._seed = int(check_random_state(seed).randint(2**31 - 1))
+        if self._seed is None:
+            raise NotFittedError(
+                "DB-KSVD: not fitted yet, so that no seed is drawn", cure="call fit or partial_fit first"
+            )
+        return self._seed
 
     @property
     def atoms_MD(self) -> Tensor:
@@ -151,16 +180,37 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
     @property
     def log(self) -> list[BatchLog]:
         """A line for each batch so far."""
-        return self.learner.log
+        return [] if self._learner is None else self._learner.log
 
     @property
     def samples_seen(self) -> int:
-        return self.learner.samples_seen
+        return 0 if self._learner is None else self._learner.samples_seen
+
+    @property
+    def batches_passed_over(self) -> int:
+        return 0 if self._learner is None else self._learner.batches_passed_over
 
     @property
     def n_features_in_(self) -> int:
         """D; with ``fit``'s samples only, so that hasattr tells whether it was fitted."""
-        return int(self.atoms_MD.shape[1])
+        return int(self._trained.atoms_MD.shape[1])
+
+    def get_feature_names_out(self, input_features: Any = None) -> Any:
+        """Names of the columns of ``transform``: the class's name and the atom's number."""
+        _ = self._n_features_out  # our NotFittedError, rather than scikit-learn's
+        return super().get_feature_names_out(input_features)
+
+    @property
+    def _n_features_out(self) -> int:
+        """M, for the names of columns."""
+        return len(self._trained.atoms_MD)
+
+    @property
+    def _trained(self) -> DictionaryLearner:
+        """As it was trained, whatever the arguments are now."""
+        if self._learner is None:
+            raise NotFittedError("DB-KSVD: not fitted yet", cure="call fit or partial_fit first")
+        return self._learner
 
     @property
     def components_(self) -> Array:
@@ -176,50 +226,110 @@ class DoubleBatchKSVD(TransformerMixin, BaseEstimator):
 
         Args: y: ignored, as scikit-learn has it.
         """
-        # Kept before it learns: on_batch may look at the atoms.
-        self._learner = self.learner
-        self._learner.fit(samples, resume=resume)
+        if resume and self.seed is None:
+            what = f"{type(self).__name__}.fit: seed None draws another seed in every fit, and none can go on with it"
+            raise ShapeError(what, cure="a whole number as seed")
+        with self._names_of(samples, first=True):
+            self._number_of_seed(draw=True)
+            # Kept before it learns: on_batch may look at the atoms.
+            self._learner = self.learner
+            self._learner.fit(samples, resume=resume)
         return self
 
     def partial_fit(self, samples: Any, y: Any = None) -> "DoubleBatchKSVD":
         """One update from one batch; as ``DictionaryLearner.partial_fit``."""
-        batch_BD = samples if isinstance(samples, Tensor) else self._array(samples)
-        self._learner = self.learner
-        self._learner.partial_fit(batch_BD)
+        first = self._learner is None or self._learner.state is None
+        with self._names_of(samples, first=first):
+            if first:
+                self._number_of_seed(draw=True)
+            self._learner = self.learner
+            self._learner.partial_fit(self._with_width(as_batch(samples, f"{type(self).__name__}.partial_fit")))
         return self
 
-    def encode(self, x_BD: Tensor) -> Code:
+    def encode(self, x_BD: Any) -> Code:
         """Code raw samples with ``coder``."""
-        return self.learner.encode(x_BD)
+        learner = self.learner
+        codes = [learner.encode(chunk_BD) for chunk_BD in self._chunks(x_BD, look=False)]
+        if len(codes) == 1:
+            return codes[0]
+        return Code(torch.cat([code.values_BK for code in codes]), torch.cat([code.support_BK for code in codes]))
 
     def decode(self, code: Code) -> Tensor:
         """Rebuild raw samples, (B, D)."""
         return self.learner.decode(code)
 
     def transform(self, samples: Any) -> Array:
-        """Dense codes, (N, M) float32: for N·M that fits in memory; ``encode`` gives sparse ones."""
-        x_ND = self._array(samples)
-        return self.encode(x_ND).to_dense(len(self.atoms_MD)).cpu().numpy()
+        """Dense codes, (N, M) float32: for N·M that fits in memory; ``encode`` gives sparse ones.
+
+        A memory-mapped array is read, and coded, some rows at a time.
+        """
+        learner = self.learner
+        n_atoms = len(learner.atoms_MD)
+        parts = [learner.encode(chunk_ND).to_dense(n_atoms).cpu().numpy() for chunk_ND in self._chunks(samples)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def inverse_transform(self, codes: Any) -> Array:
         """Samples from dense codes, (N, D) float32."""
-        codes_NM = np.asarray(codes, dtype=np.float32)
-        if codes_NM.ndim != 2 or codes_NM.shape[1] != len(self.atoms_MD):
-            what = f"{type(self).__name__}.inverse_transform: codes do not fit"
-            raise ShapeError(what, got=str(codes_NM.shape), limit=f"(N, {len(self.atoms_MD)})")
-        return codes_NM @ self.components_ + self.mean_
+        n_atoms, what = self._n_features_out, f"{type(self).__name__}.inverse_transform: codes do not fit"
+        # Whole numbers and bfloat16 are codes, too.
+        codes_NM = as_batch(codes.float() if isinstance(codes, Tensor) else codes, what).numpy(force=True)
+        if codes_NM.ndim != 2 or codes_NM.shape[1] != n_atoms:
+            raise ShapeError(what, got=str(codes_NM.shape), limit=f"(N, {n_atoms})")
+        return codes_NM.astype(np.float32, copy=False) @ self.components_ + self.mean_
 
     def score(self, samples: Any, y: Any = None) -> float:
         """Minus the FVU in raw units, Σ‖x − x̂‖² / Σ‖x − x̄‖², so that larger is better.
 
         Raises: ActivationError if all samples are the same.
         """
-        x_ND = self._array(samples)
-        return -fvu(x_ND, self.decode(self.encode(x_ND)), f"{type(self).__name__}.score")
+        learner, where = self.learner, f"{type(self).__name__}.score"
+        stream = FVU()
+        for chunk_ND in self._chunks(samples):
+            stream.add_rows(chunk_ND, learner.decode(learner.encode(chunk_ND)))
+        return -stream.value(where)
 
-    def _array(self, samples: Any) -> Tensor:
-        x_ND = as_tensor(samples)
-        if hasattr(self, "n_features_in_") and x_ND.shape[1] != self.n_features_in_:
+    @contextmanager
+    def _names_of(self, samples: Any, *, first: bool = False) -> Iterator[None]:
+        """scikit-learn's rule of column names: the first frame gives them, and those after must have the same.
+
+        Args: first: these samples give the names, unless what is done with them fails.
+        """
+        before = vars(self).get("feature_names_in_")
+        try:
+            if not isinstance(samples, Tensor):
+                validate_data(self, samples, reset=first, skip_check_array=True, ensure_2d=False)
+        except TypeError as error:
+            raise InputTypeError(str(error).rstrip(), cure="samples.columns = samples.columns.astype(str)") from error
+        except ValueError as error:
+            cure = "samples[list(ksvd.feature_names_in_)]: the columns as they were, in that order"
+            raise ShapeError(str(error).rstrip(), cure=cure) from error
+        try:
+            if first and isinstance(samples, Tensor):
+                self.__dict__.pop("feature_names_in_", None)
+            yield
+        except BaseException:
+            self.__dict__.pop("feature_names_in_", None)
+            if before is not None:
+                self.feature_names_in_ = before
+            raise
+
+    def _chunks(self, samples: Any, *, look: bool = True) -> Iterator[Tensor]:
+        """The samples, of the width that it was fitted with: all at once, or of a file some at a time.
+
+        Args: look: at whether they are finite, before anything is done with them.
+        """
+        with self._names_of(samples):
+            source = MappedSource.of(samples)
+            if source is not None:
+                self._with_width(torch.empty(0, source.d_in))
+                yield from source.chunks()
+            elif isinstance(samples, Tensor) and not look:
+                yield samples
+            else:
+                yield self._with_width(as_tensor(samples))
+
+    def _with_width(self, x_ND: Tensor) -> Tensor:
+        if hasattr(self, "n_features_in_") and x_ND.ndim == 2 and x_ND.shape[1] != self.n_features_in_:
             # scikit-learn's words, which its checks look for.
             expected = f"{type(self).__name__} is expecting {self.n_features_in_} features as input"
             what = f"X has {x_ND.shape[1]} features, but {expected}"

@@ -12,11 +12,16 @@ f₋ = max(−f, 0), over the decoder [D; −D]: two latents an atom, none negat
 reconstruction bit for bit. Evals that take a latent to be active only above 0 (SAEBench's core, autointerp and
 absorption) read the split view right and the signed one by half.
 
+Codes are computed in float32, under ``torch.autocast`` too, and given in the SAE's dtype, which ``half()`` and
+``double()`` change as ``to`` does: a float64 SAE has no finer codes, and in float16 what is above 65,504 is infinite.
+
 SAELens finds classes by name in a registry that this module's import fills; ``import ksvd_sae`` sees to
 it. A process that has not imported it cannot know the name, so the name on disk says what to do.
 """
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +32,13 @@ from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ksvd_sae.arguments import dtype_name, flag, json_value, shown, whole
+from ksvd_sae.arguments import path as as_path
+from ksvd_sae.device import named_device, without_autocast
 from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.errors import DictionaryError, ShapeError
+from ksvd_sae.errors import DictionaryError, InputTypeError, ShapeError
 from ksvd_sae.learning.coding import AnyCoder, Coding
+from ksvd_sae.learning.sources import same_device
 from ksvd_sae.store import write_json
 
 ARCHITECTURE = "db_ksvd"
@@ -66,6 +75,13 @@ class DBKSVDSAEConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        where = "DBKSVDSAEConfig"
+        taken: dict[str, Any] = {name: whole(getattr(self, name), name, where) for name in ("d_in", "d_sae")}
+        # As they go to JSON; whether a device is there is not for a config to say.
+        taken |= {"dtype": dtype_name(vars(self)["dtype"], where), "device": str(vars(self)["device"])}
+        taken |= {"split": flag(self.split, "split", where), **Coding.from_json(vars(self)).as_json()}
+        for name, value in taken.items():
+            setattr(self, name, value)
         if self.weighting not in ("none", "diagonal", "full"):
             raise ShapeError("DBKSVDSAEConfig: unknown weighting", got=self.weighting, limit="none, diagonal, full")
         if self.split and self.nonnegative:
@@ -96,9 +112,12 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     Parameters: W_dec (d_sae, d_in) unit rows, of which in the split view the second half is minus the first; b_dec
     (d_in,); W_enc = W_decᵀ, b_enc = 0: kept because SAEBench and SAELens read them, not used by ``encode``; weighting
     (d_in,) or (d_in, d_in) if the config says so: the map that centred activations go through before they are coded.
-    Raises: DictionaryError by ``encode`` and ``decode`` if the halves of a split W_dec are no longer opposites.
+    Raises: DictionaryError by ``encode`` and ``decode`` if the halves of a split W_dec are no longer opposites;
+    ShapeError for activations and latents of another shape; ActivationError for NaN and infinity.
     """
 
+    dtype: torch.dtype
+    device: torch.device
     b_enc: nn.Parameter
     weighting: nn.Parameter
 
@@ -118,6 +137,15 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         if self.cfg.weighting != "none":
             ones_D = torch.ones(self.cfg.d_in, dtype=self.dtype, device=self.device)
             self.weighting = nn.Parameter(ones_D if self.cfg.weighting == "diagonal" else torch.diag(ones_D))
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DBKSVDSAE":
+        """What all casts and moves go through; SAELens keeps dtype and device right in ``to`` alone."""
+        super()._apply(fn, recurse)
+        self.dtype, self.cfg.dtype = self.W_dec.dtype, str(self.W_dec.dtype).removeprefix("torch.")
+        if not same_device(self.device, self.W_dec.device):
+            self.device, self.cfg.device = self.W_dec.device, str(self.W_dec.device)
+        return self
 
     def _both_signs(self, rows_MD: Tensor) -> Tensor:
         """The decoder of these atoms: [D; −D] in the split view."""
@@ -144,6 +172,29 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         return rows_MD
 
     @override
+    def process_sae_in(self, sae_in: Tensor) -> Tensor:
+        """Activations as ``encode`` works on them: in the SAE's dtype, heads flattened at hook_z, and centred."""
+        what = "DBKSVDSAE: activations do not fit the SAE"
+        _check_tensor(sae_in, what)
+        d_in, shape = self.cfg.d_in, tuple(sae_in.shape)
+        with_heads = self.hook_z_reshaping_mode
+        width = shape[-2:] if with_heads else shape[-1:]
+        if len(width) < 1 + with_heads or math.prod(width) != d_in:
+            limit = f"(..., heads, d_head) with heads·d_head = {d_in}" if with_heads else f"(..., {d_in})"
+            cause, cure = "activations of another model or hook", None
+            if with_heads and shape[-1:] == (d_in,):
+                cause, cure = "heads that are flattened already", "turn_off_forward_pass_hook_z_reshaping()"
+            elif not with_heads and math.prod(shape[-2:]) == d_in:
+                cause, cure = "heads that are not flattened", "x.flatten(-2)"
+            raise ShapeError(what, got=str(shape), limit=limit, cause=cause, cure=cure)
+        centred = super().process_sae_in(sae_in)
+        if with_heads:
+            # SAELens remembers the first alone.
+            self.d_head = shape[-1]
+        return centred
+
+    @override
+    @without_autocast()
     def encode(self, x: Tensor) -> Tensor:
         """(..., d_in) to a dense code (..., d_sae), at most k nonzero. No gradient flows through the choice."""
         sae_in = self.process_sae_in(x)
@@ -157,11 +208,28 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
-        """(..., d_sae) to (..., d_in).
+        """(..., d_sae) to (..., d_in), in the SAE's dtype.
 
         The split view multiplies f₊ − f₋ by the atoms: half the work, and no bit differs from the signed view's.
         """
+        what = "DBKSVDSAE: latents do not fit the SAE"
+        _check_tensor(feature_acts, what)
+        if feature_acts.shape[-1:] != (self.cfg.d_sae,):
+            of_signed = self.cfg.split and feature_acts.shape[-1:] == (self.cfg.n_atoms,)
+            raise ShapeError(
+                what,
+                got=str(tuple(feature_acts.shape)),
+                limit=f"(..., {self.cfg.d_sae})",
+                cause="a code with signs, where this SAE splits them" if of_signed else "latents of another SAE",
+                cure="torch.cat([f.relu(), (-f).relu()], dim=-1)" if of_signed else None,
+            )
+        if self.hook_z_reshaping_mode and getattr(self, "d_head", None) is None:
+            raise ShapeError(
+                "DBKSVDSAE.decode: how wide a head is comes with the activations that are encoded, and none were yet",
+                cure="encode first, or turn_off_forward_pass_hook_z_reshaping() for heads that stay flat",
+            )
         atoms_MD = self.atoms_MD
+        feature_acts = feature_acts.to(atoms_MD.dtype)
         if self.cfg.split:
             feature_acts = feature_acts[..., : self.cfg.n_atoms] - feature_acts[..., self.cfg.n_atoms :]
         sae_out = self.hook_sae_recons(feature_acts @ atoms_MD + self.b_dec)
@@ -193,7 +261,10 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
-        weights_path, cfg_path = super().save_model(path)
+        # Before anything is written; metadata may have been added to at any time.
+        for name, value in list(self.cfg.metadata.items()):
+            self.cfg.metadata[name] = json_value(value, f"metadata.{name}", "DBKSVDSAE.save_model")
+        weights_path, cfg_path = super().save_model(as_path(path, "path", "DBKSVDSAE.save_model"))
         config = json.loads(cfg_path.read_text())
         config["architecture"] = ARCHITECTURE_ON_DISK
         write_json(cfg_path, config)
@@ -206,8 +277,8 @@ def sae_from_dictionary(
     model_name: str,
     hook_name: str,
     context_size: int = 128,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "float32",
     view: Literal["signed", "split"] = "signed",
     **metadata: Any,
 ) -> DBKSVDSAE:
@@ -218,17 +289,26 @@ def sae_from_dictionary(
         hook_name: the hook they were read at.
         context_size: tokens a context, for SAELens' ActivationsStore.
         view: 'signed', the code as it comes, or 'split', its positive and negative parts as two latents an atom.
-        metadata: anything else to keep in ``cfg.metadata`` (JSON values).
-    Raises: ShapeError (no such view), DictionaryError (the split view of a non-negative dictionary).
+        metadata: anything else to keep in ``cfg.metadata`` (JSON values; numpy's numbers and arrays become Python's).
+    Raises: ShapeError (no such view, metadata that JSON has no form for, as NaN), DictionaryError (the split view of a
+        non-negative dictionary), ConfigError (no such device or dtype).
     """
+    where = "sae_from_dictionary"
+    if not isinstance(dictionary, Dictionary):
+        cure = "Dictionary.from_estimator(...) of a fitted estimator"
+        raise InputTypeError(f"{where}: no Dictionary", got=type(dictionary).__name__, cure=cure)
+    for name, value in (("model_name", model_name), ("hook_name", hook_name)):
+        if not isinstance(value, str):
+            raise InputTypeError(f"{where}: {name} must be text", got=shown(value))
+    metadata = {name: json_value(value, name, where) for name, value in metadata.items()}
     if view not in ("signed", "split"):
         raise ShapeError("sae_from_dictionary: unknown view", got=repr(view), limit="'signed' or 'split'")
     weighting, split = dictionary.weighting, view == "split"
     cfg = DBKSVDSAEConfig(
         d_in=dictionary.d_in,
         d_sae=2 * dictionary.n_atoms if split else dictionary.n_atoms,
-        dtype=dtype,
-        device=device,
+        dtype=dtype_name(dtype, where),
+        device=str(named_device(device)),
         # hook_z has heads; the harvest flattens them, and so must HookedSAETransformer.
         reshape_activations="hook_z" if hook_name.endswith("hook_z") else "none",
         **dictionary.coding.as_json(),
@@ -237,7 +317,7 @@ def sae_from_dictionary(
         metadata=SAEMetadata(
             model_name=model_name,
             hook_name=hook_name,
-            context_size=context_size,
+            context_size=whole(context_size, "context_size", where),
             prepend_bos=True,
             **metadata,
         ),
@@ -250,6 +330,13 @@ def sae_from_dictionary(
         sae.W_enc.copy_(sae.W_dec.T)
         sae.b_dec.copy_(dictionary.centre_D)
     return sae
+
+
+def _check_tensor(value: Any, what: str) -> None:
+    if not isinstance(value, Tensor):
+        raise InputTypeError(what, got=shown(value), limit="a tensor", cure="torch.as_tensor(x)")
+    if value.is_complex() or value.layout != torch.strided or value.is_nested:
+        raise InputTypeError(what, got=f"{value.dtype}, {value.layout}", limit="a dense tensor of real numbers")
 
 
 register_sae_class(ARCHITECTURE, DBKSVDSAE, DBKSVDSAEConfig)

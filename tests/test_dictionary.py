@@ -5,16 +5,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from safetensors.torch import save_file
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ksvd_sae import dictionary as module
 from ksvd_sae.dictionary import ATOMS_FILE, CONFIG_FILE, FORMAT, Dictionary
-from ksvd_sae.errors import DictionaryError, ShapeError
+from ksvd_sae.errors import ConfigError, DictionaryError, NotFittedError, ShapeError
 from ksvd_sae.estimator import DoubleBatchKSVD
+from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
 from ksvd_sae.learning.weighting import Weighting, weighting_by_fisher, weighting_by_std
@@ -22,6 +26,13 @@ from tests import tolerances
 from tests.strategies import Problem, generator, generic, planted, problems, unit_atoms
 
 PROVENANCE = {"model": "some/model", "hook": "blocks.3.hook_resid_post", "seed": 3, "note": None, "scores": [0.1, 2]}
+
+
+X_BD = 3 * torch.randn(20, 6, generator=generator(4))
+
+
+def code_of(support: list[list[int]]) -> Code:
+    return Code(torch.ones(1, 2), torch.tensor(support, dtype=torch.int32))
 
 
 def example(coder: AnyCoder = "mp") -> Dictionary:
@@ -264,3 +275,124 @@ class TestCoding:
 
     def test_sizes(self) -> None:
         assert (example().n_atoms, example().d_in) == (9, 6)
+
+    @pytest.mark.parametrize(
+        "samples",
+        [X_BD.numpy(), X_BD.double().numpy().tolist(), pd.DataFrame(X_BD.numpy()), [X_BD], {"x": X_BD}, X_BD.double()],
+        ids=["array", "rows", "frame", "list of one", "dict of one", "float64"],
+    )
+    def test_arrays_are_as_good_as_tensors(self, samples: Any) -> None:
+        code, wanted = example().encode(samples), example().encode(X_BD)
+        assert torch.equal(code.values_BK, wanted.values_BK)
+        assert torch.equal(code.support_BK, wanted.support_BK)
+
+    @pytest.mark.parametrize(
+        ("samples", "words"),
+        [
+            (X_BD[0], r"(?s)do not fit the dictionary.*got: \(6,\).*cure: Reshape"),
+            (X_BD.reshape(4, 5, 6), r"(?s)got: \(4, 5, 6\).*limit: \(B, 6\).*cure: x\.reshape\(-1, 6\)"),
+            (torch.tensor(1.0), r"(?s)got: \(\).*limit: \(B, 6\)"),
+            (torch.ones(3, 6, dtype=torch.int64), r"(?s)not floating point.*int64.*cure"),
+            (X_BD.to_sparse(), "sparse samples"),
+            (np.ones((3, 5), np.float32), r"(?s)got: \(3, 5\).*limit: \(B, 6\)"),
+            ([["a"] * 6], "not numbers"),
+            (None, "not samples"),
+            (iter([X_BD]), "not an array of samples"),
+        ],
+        ids=["1-D", "3-D", "scalar", "whole numbers", "sparse", "array", "text", "None", "stream"],
+    )
+    def test_what_is_no_batch_of_samples(self, samples: Any, words: str) -> None:
+        with pytest.raises(ShapeError, match=words):
+            example().encode(samples)
+
+    @pytest.mark.parametrize(
+        ("code", "words"),
+        [
+            (torch.ones(2, 9), r"(?s)Dictionary\.decode: not a Code.*Tensor \(2, 9\).*dense codes.*cure"),
+            (np.ones((2, 9)), r"(?s)not a Code.*ndarray"),
+            (None, r"(?s)not a Code.*None"),
+            (code_of([[0, 9]]), r"(?s)names atoms.*0 to 9.*limit: 0 to 8.*another dictionary"),
+            (code_of([[-1, 2]]), r"(?s)names atoms.*-1 to 2"),
+            (Code(torch.ones(2), torch.zeros(2, dtype=torch.int32)), r"(?s)values and support.*\(2,\)"),
+        ],
+        ids=["dense", "array", "None", "too many atoms", "fewer than none", "1-D"],
+    )
+    def test_what_is_no_code(self, code: Any, words: str) -> None:
+        with pytest.raises(ShapeError, match=words):
+            example().decode(code)
+
+    def test_no_samples_at_all(self) -> None:
+        code = example().encode(X_BD[:0])
+        assert example().decode(code).shape == (0, 6)
+
+
+class TestArguments:
+    def test_arrays(self) -> None:
+        made = example()
+        same = Dictionary(made.atoms_MD.numpy(), made.centre_D.tolist(), made.coding)  # type: ignore[arg-type]
+        assert torch.equal(same.atoms_MD, made.atoms_MD)
+        assert same.encode(X_BD).values_BK.shape == (20, 4)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"atoms_MD": torch.eye(6).long()}, "atoms_MD is not floating point"),
+            ({"atoms_MD": "atoms"}, "atoms_MD is not floating point|atoms_MD is no array"),
+            ({"atoms_MD": [[1.0, 0.0], [0.0]]}, "atoms_MD is no array"),
+            ({"coding": 4}, "coding is of another type"),
+            ({"weighting": torch.ones(6)}, "weighting is of another type"),
+            ({"provenance": ["model"]}, "provenance is of another type"),
+            ({"provenance": {"loss": float("nan")}}, r"provenance\.loss is nan.*JSON"),
+            ({"provenance": {"scores": np.array([0.5, np.inf])}}, r"provenance\.scores\[1\] is inf"),
+            ({"provenance": {"model": object()}}, r"provenance\.model cannot be stored as JSON"),
+        ],
+        ids=str,
+    )
+    def test_refused(self, changes: dict[str, Any], words: str) -> None:
+        with pytest.raises(ShapeError, match=words):
+            replace(example(), **changes)
+
+    def test_of_numpy(self, tmp_path: Path) -> None:
+        """What is stored of them is JSON."""
+        provenance = {"seed": np.int64(3), "loss": np.float32(0.5), "layers": np.arange(2), "folder": tmp_path}
+        coding = Coding(np.int64(4), "mp", rtol=np.float32(0.5), groups=np.array([4, 5]))  # type: ignore[arg-type]
+        saved = replace(example(), coding=coding, provenance=provenance)
+        saved.save(str(tmp_path / "saved"))
+        loaded = Dictionary.load(str(tmp_path / "saved"), device=torch.device("cpu"))
+        assert loaded.coding == Coding(4, "mp", rtol=0.5, groups=(4, 5))
+        assert loaded.provenance == {"seed": 3, "loss": 0.5, "layers": [0, 1], "folder": str(tmp_path)}
+
+    def test_provenance_that_was_written_to_is_looked_at_before_anything_is(self, tmp_path: Path) -> None:
+        dictionary = example()
+        dictionary.provenance["loss"] = float("nan")
+        with pytest.raises(ShapeError, match=r"(?s)Dictionary\.save: provenance\.loss is nan.*cure"):
+            dictionary.save(tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+        dictionary.provenance["loss"] = np.float64(0.5)
+        dictionary.save(tmp_path / "saved")
+        assert Dictionary.load(tmp_path / "saved").provenance["loss"] == 0.5
+
+    def test_nan_of_before_it_was_refused_loads(self, folder: Path) -> None:
+        rewrite(folder, provenance={"loss": float("nan")})
+        assert Dictionary.load(folder).provenance == {"loss": "NaN"}
+
+    @pytest.mark.parametrize("place", [3, b"here", None, ""], ids=repr)
+    def test_no_folder(self, place: Any) -> None:
+        with pytest.raises(ShapeError, match=r"Dictionary\.save: folder must be a path"):
+            example().save(place)
+        with pytest.raises(ShapeError, match=r"Dictionary\.load: folder must be a path"):
+            Dictionary.load(place)
+
+    @pytest.mark.parametrize("device", ["gpu", 0, None], ids=repr)
+    def test_no_device(self, folder: Path, device: Any) -> None:
+        with pytest.raises(ConfigError, match="no device of this name"):
+            Dictionary.load(folder, device=device)
+
+    @pytest.mark.parametrize("learner", [PCA(), "ksvd", None, X_BD], ids=lambda value: type(value).__name__)
+    def test_no_learner(self, learner: Any) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)from_estimator: no learner.*limit: a DoubleBatchKSVD"):
+            Dictionary.from_estimator(learner)
+
+    def test_a_learner_that_has_not_learned(self) -> None:
+        with pytest.raises(NotFittedError):
+            Dictionary.from_estimator(DoubleBatchKSVD(4, 2))

@@ -1,5 +1,6 @@
 """DoubleBatchKSVD as a scikit-learn transformer, and with every kind of input that is not a good tensor."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import pytest
 import torch
 from scipy import sparse
 from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 from torch import Tensor
 
-from ksvd_sae.errors import ActivationError, NotFittedError, ShapeError
+from ksvd_sae.errors import ActivationError, InputTypeError, NotFittedError, ShapeError
 from ksvd_sae.estimator import DoubleBatchKSVD
+from ksvd_sae.learning import sources
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
 from ksvd_sae.learning.weighting import weighting_by_std
@@ -145,6 +148,218 @@ class TestArrays:
     def test_methods_before_fit(self, method: str) -> None:
         with pytest.raises(NotFittedError, match="call fit or partial_fit first"):
             getattr(estimator(), method)(np.zeros((5, 20), dtype=np.float32))
+
+
+FRAME = pd.DataFrame(X_ND.numpy(), columns=list("abcdefghijkl"))
+TURNED = FRAME[FRAME.columns[::-1]]
+
+
+class TestFrames:
+    def test_names_of_columns(self) -> None:
+        ksvd = estimator().fit(FRAME)
+        assert list(ksvd.feature_names_in_) == list(FRAME.columns)
+        assert list(ksvd.get_feature_names_out()) == [f"doublebatchksvd{atom}" for atom in range(20)]
+        assert not hasattr(ksvd.fit(X_ND), "feature_names_in_")
+        with pytest.raises(NotFittedError):
+            estimator().get_feature_names_out()
+
+    @pytest.mark.parametrize("output", ["pandas", "default"])
+    def test_set_output(self, output: str) -> None:
+        codes = estimator().set_output(transform=output).fit_transform(FRAME)
+        wanted = estimator().fit_transform(X_ND)
+        assert isinstance(codes, pd.DataFrame) == (output == "pandas")
+        assert np.array_equal(np.asarray(codes), wanted)
+        if isinstance(codes, pd.DataFrame):
+            assert list(codes.columns) == [f"doublebatchksvd{atom}" for atom in range(20)]
+            assert np.array_equal(
+                estimator().fit(FRAME).inverse_transform(codes), estimator().fit(FRAME).inverse_transform(wanted)
+            )
+
+    def test_in_a_column_transformer(self) -> None:
+        frame = FRAME.assign(kind="text")
+        columns = ColumnTransformer([("codes", estimator(8, 2), list("abcdef")), ("as it is", "passthrough", ["kind"])])
+        codes = columns.set_output(transform="pandas").fit_transform(frame)
+        assert list(codes.columns) == [f"codes__doublebatchksvd{atom}" for atom in range(8)] + ["as it is__kind"]
+
+    @pytest.mark.parametrize("method", ["transform", "encode", "score", "partial_fit"])
+    @pytest.mark.parametrize("began_with", ["fit", "partial_fit"])
+    def test_columns_in_another_order(self, method: str, began_with: str) -> None:
+        ksvd = getattr(estimator(), began_with)(FRAME)
+        with pytest.raises(ShapeError, match=r"(?s)must be in the same order.*cure: samples\[list"):
+            getattr(ksvd, method)(TURNED)
+        with pytest.raises(ShapeError, match=r"(?s)now missing:.*- c.*cure"):
+            getattr(ksvd, method)(FRAME.drop(columns="c"))
+        getattr(ksvd, method)(TURNED[list(ksvd.feature_names_in_)])
+
+    def test_an_array_after_a_frame_is_taken_at_its_word(self) -> None:
+        ksvd = estimator().fit(FRAME)
+        with pytest.warns(UserWarning, match="does not have valid feature names"):
+            codes = ksvd.transform(X_ND.numpy())
+        assert np.array_equal(codes, ksvd.transform(FRAME))
+        assert np.array_equal(codes, ksvd.transform(X_ND)), "a tensor never has names"
+
+    def test_a_refused_fit_keeps_the_names(self) -> None:
+        ksvd = estimator().fit(FRAME)
+        with pytest.raises(ShapeError, match="k = 3, n_atoms = 2"):
+            ksvd.set_params(n_atoms=2).fit(TURNED)
+        assert list(ksvd.feature_names_in_) == list(FRAME.columns)
+        assert np.array_equal(ksvd.set_params(n_atoms=20).transform(FRAME), estimator().fit(FRAME).transform(FRAME))
+
+    def test_names_of_two_kinds(self) -> None:
+        frame = FRAME.rename(columns={"a": 1})
+        with pytest.raises(InputTypeError, match=r"(?s)string names.*cure: samples\.columns"):
+            estimator().fit(frame)
+
+    @pytest.mark.parametrize(
+        ("column", "words"),
+        [
+            ("words", r"(?s)not numbers.*'words' \(str\) in row 0, column 'c'.*cure"),
+            (pd.Timestamp("2020-01-01"), r"(?s)not numbers.*Timestamp.*in row 0, column 'c'"),
+            (pd.Categorical(["u"] * 300), r"(?s)not numbers.*'u'.*column 'c'"),
+            ([[1, 2]] * 300, r"(?s)not numbers.*\[1, 2\] \(list\).*column 'c'"),
+        ],
+        ids=["text", "times", "categories", "lists"],
+    )
+    @pytest.mark.parametrize("method", ["fit", "partial_fit", "transform", "encode", "score"])
+    def test_columns_that_are_no_numbers(self, column: Any, words: str, method: str) -> None:
+        ksvd = estimator() if "fit" in method else estimator().fit(FRAME)
+        with pytest.raises(InputTypeError, match=words):
+            getattr(ksvd, method)(FRAME.assign(c=column))
+
+    @pytest.mark.parametrize("method", ["fit", "partial_fit", "transform", "encode", "score"])
+    @pytest.mark.parametrize("kind", ["nullable", "None", "float"])
+    def test_missing_numbers(self, kind: str, method: str) -> None:
+        frame = {"nullable": FRAME.convert_dtypes(), "None": FRAME.astype(object), "float": FRAME.copy()}[kind]
+        assert torch.equal(estimator().fit(frame).atoms_MD, estimator().fit(X_ND).atoms_MD)
+        ksvd = estimator() if "fit" in method else estimator().fit(FRAME)
+        frame.iloc[4, 2] = pd.NA if kind == "nullable" else None
+        with pytest.raises(ActivationError, match=r"(?s)1 of 300 samples hold NaN.*row 4.*missing numbers.*cure"):
+            getattr(ksvd, method)(frame)
+
+
+class TestMapped:
+    @pytest.fixture
+    def mapped(self, tmp_path: Path) -> Any:
+        np.save(tmp_path / "x.npy", X_ND.numpy())
+        return np.load(tmp_path / "x.npy", mmap_mode="r")
+
+    def test_as_in_memory(self, mapped: Any) -> None:
+        ksvd, same = estimator().fit(mapped), estimator().fit(X_ND)
+        assert torch.equal(ksvd.atoms_MD, same.atoms_MD)
+        assert np.array_equal(ksvd.transform(mapped), same.transform(X_ND))
+        assert torch.equal(ksvd.encode(mapped).support_BK, same.encode(X_ND).support_BK)
+        assert ksvd.score(mapped) == same.score(X_ND)
+        assert torch.equal(estimator().partial_fit(mapped).atoms_MD, estimator().partial_fit(X_ND).atoms_MD)
+
+    def test_coded_some_rows_at_a_time(self, mapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        ksvd = estimator().fit(X_ND)
+        monkeypatch.setattr(sources, "_CHUNK_ROWS", 77)
+        seen: list[int] = []
+        encode = DictionaryLearner.encode
+
+        def count(self: DictionaryLearner, x_BD: Tensor) -> Any:
+            seen.append(len(x_BD))
+            return encode(self, x_BD)
+
+        monkeypatch.setattr(DictionaryLearner, "encode", count)
+        codes, score, code = ksvd.transform(mapped), ksvd.score(mapped), ksvd.encode(mapped)
+        assert seen == [77, 77, 77, 69] * 3
+        tolerance = tolerances.CHUNKING[torch.float32] * np.abs(codes).max()
+        assert np.abs(codes - ksvd.transform(X_ND)).max() <= tolerance
+        assert np.array_equal(code.to_dense(20).numpy(), codes)
+        assert score == pytest.approx(ksvd.score(X_ND), rel=1e-5)
+
+    def test_of_another_width(self, mapped: Any) -> None:
+        with pytest.raises(ShapeError, match="X has 11 features, but DoubleBatchKSVD is expecting 12"):
+            estimator().fit(X_ND).transform(mapped[:, :11])
+
+
+class TestSeeds:
+    @pytest.mark.parametrize("kind", ["RandomState", "Generator"])
+    def test_a_source_of_numbers_gives_another_to_every_fit(self, kind: str) -> None:
+        def source() -> Any:
+            return np.random.RandomState(3) if kind == "RandomState" else np.random.default_rng(3)
+
+        ksvd, same = estimator(seed=source()), estimator(seed=source())
+        first, second = (ksvd.fit(X_ND).atoms_MD.clone() for _ in range(2))
+        assert not torch.equal(first, second)
+        assert torch.equal(same.fit(X_ND).atoms_MD, first)
+        # To look at it draws nothing.
+        ksvd.transform(X_ND)
+        assert torch.equal(same.fit(X_ND).atoms_MD, second)
+
+    def test_none_is_numpys_global_source(self) -> None:
+        drawn = []
+        for _ in range(2):
+            np.random.seed(5)
+            ksvd = estimator(seed=None)
+            drawn += [ksvd.fit(X_ND).atoms_MD.clone(), ksvd.fit(X_ND).atoms_MD.clone()]
+        assert torch.equal(drawn[0], drawn[2])
+        assert not torch.equal(drawn[0], drawn[1])
+
+    def test_partial_fit_goes_on_with_the_seed_that_it_began_with(self) -> None:
+        ksvd = estimator(seed=np.random.RandomState(3))
+        ksvd.partial_fit(X_ND[:150]).partial_fit(X_ND[150:])
+        assert len(ksvd.log) == 2
+
+    def test_before_fit(self) -> None:
+        ksvd = estimator(seed=None)
+        assert not hasattr(ksvd, "atoms_MD")
+        assert (ksvd.log, ksvd.samples_seen, ksvd.batches_passed_over) == ([], 0, 0)
+        assert clone(ksvd).seed is None
+
+    def test_a_number_of_numpy(self) -> None:
+        assert torch.equal(estimator(seed=np.int64(7)).fit(X_ND).atoms_MD, estimator(seed=7).fit(X_ND).atoms_MD)
+
+    def test_none_cannot_be_resumed(self, tmp_path: Path) -> None:
+        ksvd = estimator(seed=None, checkpoint_path=tmp_path / "checkpoint")
+        with pytest.raises(ShapeError, match=r"(?s)seed None.*cure: a whole number"):
+            ksvd.fit(X_ND, resume=True)
+
+    @pytest.mark.parametrize("seed", ["0", 1.5, torch.Generator(), (1, 2)], ids=repr)
+    def test_others(self, seed: Any) -> None:
+        with pytest.raises(InputTypeError, match="seed must be a whole number"):
+            estimator(seed=seed).fit(X_ND)
+
+
+class TestArguments:
+    def test_a_grid_of_numpys_numbers(self) -> None:
+        """As np.arange and np.logspace give them to a search."""
+        grid = {"k": np.arange(1, 4, 2), "tau": np.linspace(0, 0.1, 2), "coder": np.array(["mp", "omp"])}
+        search = GridSearchCV(estimator(), grid, cv=2).fit(X_ND.numpy())
+        assert int(search.best_params_["k"]) == 3
+        json.dumps(search.best_estimator_.coding.as_json())
+
+    def test_changed_between_calls_of_partial_fit(self) -> None:
+        ksvd = estimator().partial_fit(X_ND)
+        with pytest.raises(ShapeError, match=r"(?s)not what they were.*n_atoms: 20, now 30.*set_params.*cure"):
+            ksvd.set_params(n_atoms=30).partial_fit(X_ND)
+        assert len(ksvd.set_params(n_atoms=20, coder="omp").partial_fit(X_ND).log) == 2
+
+    def test_drift_is_refused(self) -> None:
+        ksvd = estimator().partial_fit(X_ND)
+        with pytest.raises(ActivationError, match="drifted away"):
+            ksvd.partial_fit(X_ND.numpy() + 20)
+
+    @pytest.mark.parametrize("codes", ["text", [["a"] * 20], sparse.csr_matrix(np.eye(20)), None], ids=repr)
+    def test_codes_that_are_none(self, codes: Any) -> None:
+        with pytest.raises(InputTypeError):
+            estimator().fit(X_ND).inverse_transform(codes)
+
+    @pytest.mark.parametrize("dtype", [np.int64, np.float64, np.float16])
+    def test_codes_of_other_dtypes(self, dtype: Any) -> None:
+        ksvd = estimator().fit(X_ND)
+        codes = np.eye(20, dtype=dtype)
+        wanted = ksvd.components_ + ksvd.mean_
+        assert np.array_equal(ksvd.inverse_transform(codes), wanted)
+        assert np.array_equal(ksvd.inverse_transform(torch.from_numpy(codes)), wanted)
+
+    def test_bad_arguments_do_not_hide_that_it_is_not_fitted(self) -> None:
+        ksvd = estimator(k="three")  # type: ignore[arg-type]
+        assert not hasattr(ksvd, "n_features_in_")
+        assert "three" in repr(ksvd)
+        with pytest.raises(InputTypeError, match=r"k must be a whole number"):
+            ksvd.fit(X_ND)
 
 
 # A value other than the default for every argument.

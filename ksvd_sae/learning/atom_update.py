@@ -242,7 +242,7 @@ def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: floa
         usage_M=sums.usage_M,
         energy_M=sums.energy_M,
         residual_BD=residual_BD,
-        errors=torch.stack([sums.error, torch.as_tensor(moved.error)]),
+        errors=torch.stack([sums.error, torch.as_tensor(moved.error, device=sums.error.device)]),
     )
 
 
@@ -330,7 +330,7 @@ def _multiplied_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor, dtype: torch.dt
 def sweep(atoms_MD: Tensor, sums: SweepSums, held: float = HELD) -> MovedAtoms:
     """New atoms from the sums alone: the same wherever the sums are the same. ``error`` is a float64 tensor."""
     energy_M = sums.energy_M
-    stiffness_M = energy_M * (1 + held / sums.usage_M.clamp(min=1))
+    stiffness_M = energy_M * (1 + held / sums.usage_M.clamp(min=1).float())
     step_MD = _solved(atoms_MD, sums, stiffness_M)
     raw_MD = atoms_MD + step_MD
     norms_M = torch.linalg.vector_norm(raw_MD, dim=1)
@@ -393,7 +393,7 @@ def update_atoms_exact(
     error_before = error = float(_energy(residual_BD))
     used = by_atom.usage_M.nonzero().flatten().tolist()
     if generator is not None:
-        used = [used[i] for i in torch.randperm(len(used), generator=generator).tolist()]
+        used = [used[i] for i in torch.randperm(len(used), generator=generator, device="cpu").tolist()]
     redone = 0
     for start in range(0, len(used), atom_batch):
         batch = used[start : start + atom_batch]

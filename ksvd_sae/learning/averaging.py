@@ -38,7 +38,7 @@ class Average:
         """After one more batch; fresh atoms start anew, and so do those that have turned by more than 90°."""
         turned_M = (self.mean_MD * atoms_MD).sum(dim=1) <= 0
         age_M = torch.where(fresh_M | turned_M, 0, self.age_M) + 1
-        weight_M1 = ((_ETA + 1) / (age_M + _ETA)).to(atoms_MD.dtype)[:, None]
+        weight_M1 = ((_ETA + 1) / (age_M + _ETA).to(atoms_MD.dtype))[:, None]
         return Average(torch.lerp(self.mean_MD, atoms_MD, weight_M1), age_M)
 
     @property

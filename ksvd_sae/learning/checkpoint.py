@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.averaging import Average
+from ksvd_sae.learning.drift import Drift
 from ksvd_sae.learning.training import BatchLog, TrainingState
 from ksvd_sae.store import atomic_path
 
@@ -60,6 +61,8 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: Fingerprint) 
     if state.average is not None:
         tensors["average"] = state.average.mean_MD.contiguous().cpu()
         tensors["average_age"] = state.average.age_M.cpu()
+    if state.drift is not None and state.drift.mean_D is not None:
+        tensors["drift_mean"] = state.drift.mean_D.contiguous().cpu()
     facts = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -69,6 +72,8 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: Fingerprint) 
         "batches_done": state.batches_done,
         "pass_probe": state.pass_probe,
         "samples_seen": state.samples_seen,
+        "passed_over": state.passed_over,
+        "drift": None if state.drift is None else [state.drift.n_samples, state.drift.within, state.drift.n_within],
         "log": [asdict(line) for line in state.log],
     }
     with atomic_path(path) as temporary:
@@ -80,7 +85,7 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
 
     Args:
         fingerprint: of the run that wants to go on.
-        started: a fresh state of that run: its device and its weighting are taken.
+        started: a fresh state of that run: its device, its weighting and its options are taken.
     Raises: ManifestError if the file is no checkpoint, or one of other arguments or other samples.
     """
     where = f"resuming from {path}"
@@ -120,6 +125,12 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
     average = None
     if "average" in tensors:
         average = Average(tensors["average"].to(device), tensors["average_age"].to(device))
+    # Checkpoints of before they were followed have neither.
+    drift = None
+    if facts.get("drift") is not None:
+        n_samples, within, n_within = facts["drift"]
+        mean_D = tensors["drift_mean"].to(device) if "drift_mean" in tensors else None
+        drift = Drift(n_samples, mean_D, within, n_within)
     return TrainingState(
         generator=torch.Generator().set_state(tensors["generator"]),
         centre_D=tensors["centre"].to(device),
@@ -132,6 +143,9 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
         batches_done=facts["batches_done"],
         pass_probe=facts["pass_probe"],
         log=[BatchLog(**line) for line in facts["log"]],
+        options=started.options,
+        passed_over=facts.get("passed_over", 0),
+        drift=drift,
     )
 
 

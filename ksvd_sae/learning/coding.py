@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.arguments import flag, number, shown, whole
+from ksvd_sae.errors import InputTypeError, ShapeError
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.matryoshka import check_groups, matryoshka_encode
 from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
@@ -24,6 +25,8 @@ class Coding:
         coder: 'mp', 'mp_refit', 'omp', 'ormp', 'projection', or 'matryoshka' (group by group).
         rtol, max_steps, nonnegative, tau, tau_absolute: see ``matching_pursuit``.
         groups: sizes of the groups of a Matryoshka dictionary; the coder 'matryoshka' needs them, others ignore them.
+    Numbers may be numpy's, groups any sequence; Python's own types are kept.
+    Raises: InputTypeError (a ShapeError) for what is no number.
     """
 
     k: int
@@ -34,6 +37,19 @@ class Coding:
     groups: tuple[int, ...] | None = None
     tau: float = 0.0
     tau_absolute: float = 0.0
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("k", whole(self.k, "k", "Coding"))
+        if self.max_steps is not None:
+            put("max_steps", whole(self.max_steps, "max_steps", "Coding"))
+        for name in ("rtol", "tau", "tau_absolute"):
+            put(name, number(getattr(self, name), name, "Coding"))
+        put("nonnegative", flag(self.nonnegative, "nonnegative", "Coding"))
+        if self.groups is not None:
+            put("groups", _sizes(self.groups))
 
     def check(self, n_atoms: int, d_in: int, where: str) -> None:
         """Raise ShapeError unless this can code in d_in dimensions with n_atoms atoms."""
@@ -82,7 +98,19 @@ class Coding:
             rtol=fields["rtol"],
             max_steps=fields["max_steps"],
             nonnegative=fields.get("nonnegative", False),
-            groups=tuple(groups) if groups else None,
+            groups=None if groups is None or not len(groups) else tuple(groups),
             tau=fields.get("tau", 0.0),
             tau_absolute=fields.get("tau_absolute", 0.0),
         )
+
+
+def _sizes(groups: Any) -> tuple[int, ...]:
+    try:
+        sizes = () if isinstance(groups, str) else tuple(groups)
+    except TypeError:
+        sizes = ()
+    if not sizes:
+        raise InputTypeError(
+            "Coding: groups must be the sizes of the groups", got=shown(groups), limit="whole numbers above 0"
+        )
+    return tuple(whole(size, f"groups[{index}]", "Coding") for index, size in enumerate(sizes))

@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksvd_sae.device import resolve_device
-from ksvd_sae.errors import NotFittedError, ShapeError
+from ksvd_sae.arguments import flag, path, shown, whole
+from ksvd_sae.device import resolve_device, without_autocast
+from ksvd_sae.errors import ConstantSamplesError, InputTypeError, NotFittedError, ShapeError
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.checkpoint import Fingerprint, check_probe, digest, load_checkpoint, probe, save_checkpoint
+from ksvd_sae.learning.checks import check_code
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.drift import Drift
 from ksvd_sae.learning.redraw import first_atoms
 from ksvd_sae.learning.sources import (
+    MappedSource,
     Samples,
     SampleSource,
     StreamSource,
     TensorSource,
+    as_batch,
     as_source,
-    as_tensor,
     kept_on_device,
     prefetched,
+    reshaped,
     same_device,
 )
-from ksvd_sae.learning.training import BatchLog, LearnerOptions, TrainingState, checked_batch, learn_batch
+from ksvd_sae.learning.training import (
+    BatchLog,
+    LearnerOptions,
+    TrainingState,
+    checked_batch,
+    learn_batch,
+    learned_with,
+)
 from ksvd_sae.learning.weighting import Weighting
 
 __all__ = ["BatchLog", "DictionaryLearner", "LearnerOptions"]
 
 logger = logging.getLogger(__name__)
+_WHERE = "DB-KSVD"
 
 
 class DictionaryLearner:
@@ -51,7 +63,7 @@ class DictionaryLearner:
 
     Args:
         options: the dictionary, and how it is learned.
-        device: 'cpu', 'cuda' or 'auto'.
+        device: 'cpu', 'cuda', 'cuda:1' and so on, a torch.device, or 'auto'.
         keep_on_device: move all samples to the device first; None does on CUDA if they take at most half of its free
             memory (see ``kept_on_device``).
         log_path: JSONL file with a line a batch (see BatchLog); starts empty with each ``fit`` that does not resume.
@@ -61,7 +73,8 @@ class DictionaryLearner:
 
     Attributes: as the arguments; ``state``, where training stands, None before the first batch was accepted.
         After fitting: ``atoms_MD`` (unit rows of the weighted space), ``centre_D``, ``samples_seen``, ``log`` (list of
-        BatchLog; its FVUs are of the weighted space, and of the atoms before they are averaged).
+        BatchLog; its FVUs are of the weighted space, and of the atoms before they are averaged),
+        ``batches_passed_over`` (whose samples were all the same, or one: nothing to learn from).
 
     >>> learner = DictionaryLearner(LearnerOptions(512, Coding(k=8))).fit(x_ND)         # doctest: +SKIP
     >>> x_hat_ND = learner.decode(learner.encode(x_ND))                                 # doctest: +SKIP
@@ -71,16 +84,25 @@ class DictionaryLearner:
         self,
         options: LearnerOptions,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         keep_on_device: bool | None = None,
         log_path: Path | str | None = None,
         checkpoint_path: Path | str | None = None,
         checkpoint_every: int | None = None,
         on_batch: Callable[[BatchLog], None] | None = None,
     ):
-        self.options, self.device, self.keep_on_device = options, device, keep_on_device
-        self.log_path, self.on_batch = log_path, on_batch
-        self.checkpoint_path, self.checkpoint_every = checkpoint_path, checkpoint_every
+        if not isinstance(options, LearnerOptions):
+            cure = "LearnerOptions(n_atoms, Coding(k)); DoubleBatchKSVD takes them one by one"
+            raise InputTypeError(f"{_WHERE}: options must be LearnerOptions", got=shown(options), cure=cure)
+        if on_batch is not None and not callable(on_batch):
+            raise InputTypeError(f"{_WHERE}: on_batch must be a function of a BatchLog", got=shown(on_batch))
+        self.options, self.device, self.on_batch = options, device, on_batch
+        self.keep_on_device = None if keep_on_device is None else flag(keep_on_device, "keep_on_device", _WHERE)
+        self.log_path = None if log_path is None else path(log_path, "log_path", _WHERE)
+        self.checkpoint_path = None if checkpoint_path is None else path(checkpoint_path, "checkpoint_path", _WHERE)
+        self.checkpoint_every = (
+            None if checkpoint_every is None else whole(checkpoint_every, "checkpoint_every", _WHERE)
+        )
         self.state: TrainingState | None = None
 
     @property
@@ -116,22 +138,29 @@ class DictionaryLearner:
         return self.state.samples_seen if self.state is not None else 0
 
     @property
+    def batches_passed_over(self) -> int:
+        return self.state.passed_over if self.state is not None else 0
+
+    @property
     def _fitted(self) -> tuple[TrainingState, Tensor]:
         if self.state is None or self.state.atoms_MD is None:
             raise NotFittedError("DB-KSVD: not fitted yet", cure="call fit or partial_fit first")
         return self.state, self.state.atoms_MD
 
+    @without_autocast()
     def fit(self, samples: Samples, *, resume: bool = False) -> "DictionaryLearner":
         """Learn from samples, starting afresh unless told to resume.
 
         Args:
             samples: a (N, D) tensor or array, a SampleSource (activation shards), an iterable of (B, D) batches, or a
                 function that returns one for each pass. A stream's batches are taken as they come, whatever
-                ``batch_samples``, and its centre is that of its first batch.
+                ``batch_samples``, and its centre is that of its first batch (see ``partial_fit``).
             resume: go on from ``checkpoint_path`` if there is a checkpoint; else start.
+        A batch whose samples are all the same, or one, tells nothing: it is passed over, counted and logged.
+
         Raises: ShapeError (options or samples that do not fit, fewer samples than atoms, an iterator for several
-            passes), ConfigError (a device that is not there), ActivationError (NaN, infinite or constant samples),
-            ManifestError (a checkpoint of another run).
+            passes), ConfigError (a device that is not there), ActivationError (NaN or infinite samples, none that
+            differ in any batch, a stream that drifts), ManifestError (a checkpoint of another run).
         """
         self._check()
         if resume and self.checkpoint_path is None:
@@ -139,32 +168,73 @@ class DictionaryLearner:
         _Fit(self, as_source(samples)).run(resume)
         return self
 
+    @without_autocast()
     def partial_fit(self, samples: Any) -> "DictionaryLearner":
         """One update from one batch, a tensor or array. The first batch sets the centre and the initial atoms.
 
+        The centre stays that of the first batch: atoms are learned about it, and codes would change their meaning with
+        it. So the mean of all samples so far must not go further from it than samples lie apart (drift.py).
+        A batch whose samples are all the same, or one, tells nothing: it is passed over, counted and logged, unless no
+        batch came before it.
         A refused batch changes nothing, so a caller may leave it out and go on.
+
+        Raises: as ``fit``; ShapeError if an option that training follows from, or the device, is not what it was.
         """
         self._check()
-        batch_BD = samples if isinstance(samples, Tensor) else as_tensor(samples)
+        batch_BD = as_batch(samples, f"{_WHERE}.partial_fit")
         if not batch_BD.numel():
-            raise ShapeError("DB-KSVD: the batch is empty", got=str(tuple(batch_BD.shape)))
-        state = self._learn(batch_BD, 0)
+            raise ShapeError(f"{_WHERE}: the batch is empty", got=str(tuple(batch_BD.shape)))
+        if self.state is not None:
+            self._check_unchanged(self.state)
+            if self.state.drift is None and self.options.centre:
+                # Learned about the mean of all samples: of those, each counts once.
+                self.state.drift = Drift(self.state.samples_seen // max(1, self.state.pass_index))
+        try:
+            state = self._learn(batch_BD, 0)
+        except ConstantSamplesError:
+            if self.state is None or self.state.atoms_MD is None:
+                raise
+            self.state.passed_over += 1
+            logger.warning("DB-KSVD: a batch of %d samples, all the same, is passed over", len(batch_BD))
+            return self
         if self.on_batch is not None:
             self.on_batch(state.log[-1])
         return self
 
-    def encode(self, x_BD: Tensor) -> Code:
-        """Code raw samples with the coder of ``coding``."""
+    @without_autocast()
+    def encode(self, x_BD: Any) -> Code:
+        """Code raw samples, a tensor or array, with the coder of ``coding``."""
         atoms_MD = self.atoms_MD
-        return self.coding.encode(self._mapped(x_BD, self._fitted[0]), atoms_MD)
+        return self.coding.encode(self._mapped(as_batch(x_BD, f"{_WHERE}.encode"), self._fitted[0]), atoms_MD)
 
+    @without_autocast()
     def decode(self, code: Code) -> Tensor:
         """Rebuild raw samples, (B, D)."""
-        state, _ = self._fitted
+        state, atoms_MD = self._fitted
+        check_code(code, len(atoms_MD), f"{_WHERE}.decode")
         rebuilt_BD = code.reconstruct(self.atoms_MD)
         if state.weighting is not None:
             rebuilt_BD = state.weighting.undo(rebuilt_BD)
         return rebuilt_BD + state.centre_D
+
+    def _check_unchanged(self, state: TrainingState) -> None:
+        """Raise ShapeError unless training can go on as it began."""
+        device, changed = resolve_device(self.device), []
+        if not same_device(device, state.centre_D.device):
+            changed.append(f"device: {state.centre_D.device}, now {device}")
+        if state.options is not None and state.options is not self.options:
+            before, now = learned_with(state.options), learned_with(self.options)
+            # Of the size of its batches the caller sees to himself.
+            for name in before.keys() - {"batch_samples"}:
+                if not _same(before[name], now[name]):
+                    changed.append(f"{name}: {_brief(before[name])}, now {_brief(now[name])}")
+        if changed:
+            raise ShapeError(
+                f"{_WHERE}.partial_fit: arguments are not what they were when training began",
+                got="; ".join(sorted(changed)),
+                cause="set_params, or other options, between two calls",
+                cure="the arguments as they were; or fit, or a new learner, to begin again",
+            )
 
     def _check(self) -> None:
         self.options.check()
@@ -180,16 +250,20 @@ class DictionaryLearner:
             centre_D=centre_D.float().to(device) * float(self.options.centre),
             weighting=None if weighting is None else weighting.to(device),
             atoms_MD=atoms_MD,
+            options=self.options,
         )
 
     def _learn(self, raw_BD: Tensor, pass_index: int) -> TrainingState:
         """One update from one batch of raw samples, with its line of the log."""
         started, options = time.perf_counter(), self.options
         state = self.state or self._started(TensorSource(raw_BD).centre_D)
+        if self.state is None and options.centre:
+            state.drift = Drift()
         x_BD = self._mapped(raw_BD, state)
         options.check(x_BD.shape[1])
         batch = checked_batch(x_BD)
         x_BD = batch.x_BD
+        drift = None if state.drift is None else state.drift.with_next(x_BD, batch.variance, batch.exponent)
         if state.atoms_MD is None:
             state.atoms_MD = first_atoms(options.n_atoms, options.init, x_BD, state.generator)
         if state.idle_M is None:
@@ -199,6 +273,7 @@ class DictionaryLearner:
         if options.average:
             state.average = (state.average or Average.of(state.atoms_MD)).with_next(step.atoms_MD, step.fresh_M)
         state.samples_seen += len(x_BD)
+        state.drift = drift
         line = BatchLog(
             pass_index=pass_index,
             batch=len(state.log),
@@ -228,11 +303,22 @@ class DictionaryLearner:
                 got=str(tuple(raw_BD.shape)),
                 limit=f"(B, {len(state.centre_D)})",
                 cause="activations of another model or hook",
+                cure=reshaped(tuple(raw_BD.shape)) if raw_BD.ndim != 2 else None,
             )
         if not raw_BD.is_floating_point():
             raise ShapeError("DB-KSVD: samples are not floating point", got=str(raw_BD.dtype))
         x_BD = raw_BD.detach().to(state.centre_D.device).float() - state.centre_D
         return x_BD if state.weighting is None else state.weighting.apply(x_BD)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Weighting) and isinstance(other, Weighting):
+        return one is other or (one.matrix.shape == other.matrix.shape and torch.equal(one.matrix, other.matrix))
+    return bool(one == other) if type(one) is type(other) else False
+
+
+def _brief(value: Any) -> str:
+    return f"a Weighting of {tuple(value.matrix.shape)}" if isinstance(value, Weighting) else repr(value)
 
 
 class _Fit:
@@ -281,7 +367,7 @@ class _Fit:
         # A stream's centre comes with its first batch.
         learner.state = None if isinstance(self.source, StreamSource) else learner._started(self.source.centre_D)
         if path is not None and resume and path.exists():
-            started = learner.state or learner._started(torch.zeros(1))
+            started = learner.state or learner._started(torch.zeros(1, device="cpu"))
             learner.state = load_checkpoint(path, self._fingerprint, started)
         elif path is not None:
             path.unlink(missing_ok=True)
@@ -292,11 +378,8 @@ class _Fit:
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
-        """What the bits follow from: not the coder, which is for afterwards; and more passes may be asked for later."""
-        arguments = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
-        arguments |= self.options.coding.as_json()
-        for name in ("coding", "coder", "passes"):
-            del arguments[name]
+        """What the bits follow from, as JSON."""
+        arguments = learned_with(self.options)
         weighting = self.options.weighting
         arguments["weighting"] = None if weighting is None else digest(weighting.matrix)
         if isinstance(self.source, StreamSource):
@@ -307,27 +390,50 @@ class _Fit:
             "d_in": source.d_in,
             "centre": digest(source.centre_D),
             # A source without an order of its own is shuffled otherwise once it is kept on the device.
-            "shuffled_here": isinstance(source, TensorSource) and source.shuffled_here,
+            "shuffled_here": isinstance(source, TensorSource | MappedSource) and source.shuffled_here,
         }
         return {"arguments": arguments, "samples": samples}
 
     def _learn_pass(self, pass_index: int) -> None:
         learner = self.learner
         done = 0 if learner.state is None else learner.state.batches_done
+        already, passed_over, samples, first = learner.batches_passed_over, 0, 0, ""
         with closing(self._batches(pass_index)) as batches:
             for number, batch_BD in enumerate(batches):
-                if number == 0 and learner.state is not None and done:
-                    check_probe(learner.state, batch_BD)
+                if number == 0:
+                    first = probe(batch_BD)
+                    if learner.state is not None and done:
+                        check_probe(learner.state, batch_BD)
                 if number < done:
                     continue
-                state = learner._learn(batch_BD, pass_index)
-                state.batches_done = number + 1
-                state.pass_probe = probe(batch_BD) if number == 0 else state.pass_probe
+                learned = True
+                try:
+                    learner._learn(batch_BD, pass_index)
+                except ConstantSamplesError:
+                    learned, passed_over, samples = False, passed_over + 1, samples + len(batch_BD)
+                # A stream has none before its first batch that tells something.
+                state = learner.state
+                if state is not None:
+                    state.batches_done, state.pass_probe, state.passed_over = number + 1, first, already + passed_over
+                if state is None or not learned:
+                    continue
                 if learner.checkpoint_every is not None and len(state.log) % learner.checkpoint_every == 0:
                     self._save()
                 if learner.on_batch is not None:
                     learner.on_batch(state.log[-1])
-        state = learner._fitted[0]
+        if passed_over:
+            logger.warning(
+                "DB-KSVD: in pass %d, %d batches with %d samples, in each of them all the same, are passed over",
+                *(pass_index, passed_over, samples),
+            )
+        if learner.state is None or learner.state.atoms_MD is None:
+            raise ConstantSamplesError(
+                "DB-KSVD: all samples of each batch are the same: there is no variance to explain",
+                got=f"{passed_over} batches, {samples} samples",
+                cause="a hook that gives constants, padding tokens, or batches of a single sample",
+                cure="check the hook name and the text; give more samples, or larger batches",
+            )
+        state = learner.state
         state.pass_index, state.batches_done, state.pass_probe = pass_index + 1, 0, ""
         if learner.checkpoint_every is None:
             self._save()

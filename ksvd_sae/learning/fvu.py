@@ -7,7 +7,7 @@ into batches changes nothing. Sums are in float64; the variance is Σx² − (Σ
 import torch
 from torch import Tensor
 
-from ksvd_sae.errors import ActivationError, ShapeError
+from ksvd_sae.errors import ConstantSamplesError, ShapeError
 
 # Rows taken to float64 at a time where all samples are there at once: they stay in a CPU's cache, and keep a GPU busy.
 _ROWS = {"cpu": 1024, "cuda": 16_384}
@@ -34,13 +34,16 @@ class Variance:
         """Of the samples so far.
 
         Args: where: the operation, for the error.
-        Raises: ActivationError if there is none: no samples, or all of them the same.
+        Raises: ConstantSamplesError if there is none: no samples, or all of them the same.
         """
-        sum_D, squares_D = torch.as_tensor(self._sum_D), torch.as_tensor(self._squares_D)
+        sum_D, squares_D = (
+            sums if isinstance(sums, Tensor) else torch.zeros(1, dtype=torch.float64, device="cpu")
+            for sums in (self._sum_D, self._squares_D)
+        )
         variance = float((squares_D - sum_D.square() / max(1, self.n_samples)).sum())
         # Not (… ≤ …): NaN must fail too.
         if not variance > _NO_VARIANCE * float(squares_D.sum()):
-            raise ActivationError(
+            raise ConstantSamplesError(
                 f"{where}: all samples given are the same: there is no variance to explain",
                 got=f"{self.n_samples} samples",
                 cause="a hook that gives constants, padding tokens, or a single sample",
@@ -73,6 +76,11 @@ class FVU:
         self._error = self._error + (x_BD - rebuilt_BD.to(x_BD.device).double()).square().sum()
         self._variance.add(x_BD)
 
+    def add_rows(self, x_ND: Tensor, rebuilt_ND: Tensor) -> None:
+        """Count many samples, some at a time."""
+        for x_BD, rebuilt_BD in zip(torch.split(x_ND, _rows(x_ND)), torch.split(rebuilt_ND, _rows(x_ND)), strict=True):
+            self.add(x_BD, rebuilt_BD)
+
     def value(self, where: str) -> float:
         """Of the samples so far; arguments and errors as ``Variance.total``."""
         return float(self._error) / self._variance.total(where)
@@ -89,8 +97,7 @@ def variance(x_ND: Tensor, where: str) -> float:
 def fvu(x_ND: Tensor, rebuilt_ND: Tensor, where: str) -> float:
     """The FVU of samples that are all there; arguments and errors as ``Variance.total``."""
     stream = FVU()
-    for x_BD, rebuilt_BD in zip(torch.split(x_ND, _rows(x_ND)), torch.split(rebuilt_ND, _rows(x_ND)), strict=True):
-        stream.add(x_BD, rebuilt_BD)
+    stream.add_rows(x_ND, rebuilt_ND)
     return stream.value(where)
 
 

@@ -24,7 +24,7 @@ def principal_components(batches: Iterable[Tensor], k: int, centre_D: Tensor) ->
     d_in = len(centre_D)
     if not 1 <= k <= d_in:
         raise ShapeError("principal_components: k must be between 1 and d_in", got=f"k = {k}", limit=f"1 to {d_in}")
-    scatter_DD = torch.zeros(d_in, d_in, dtype=torch.float64)
+    scatter_DD = torch.zeros(d_in, d_in, dtype=torch.float64, device="cpu")
     n = 0
     for batch_BD in batches:
         if batch_BD.ndim != 2 or batch_BD.shape[1] != d_in:

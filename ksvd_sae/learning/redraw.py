@@ -12,7 +12,7 @@ rightly rare ("What the options of DB-KSVD are worth" in the docs, section Atoms
 """
 
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ _PAIR_ROWS = 1024
 _SKETCH, _SKETCHED_COSINE = 64, 0.98
 # A residual below this share of its sample's norm is rounding: no direction to start an atom from.
 _CODED = 1e-5
+# Whatever torch's defaults are set to.
+_HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 def near_duplicates(atoms_MD: Tensor, energy_M: Tensor, cosine: float, *, signed: bool = True) -> Tensor:
@@ -45,7 +47,7 @@ def near_duplicates(atoms_MD: Tensor, energy_M: Tensor, cosine: float, *, signed
         ``_SKETCH`` dimensions, and no more if no pair is close there.
     """
     if not backends.on_gpu(atoms_MD.device) and cosine >= _SKETCHED_COSINE and not _may_be_close(atoms_MD, cosine):
-        return torch.zeros(len(atoms_MD), dtype=torch.bool)
+        return torch.zeros(len(atoms_MD), dtype=torch.bool, device="cpu")
     order_M = torch.argsort(energy_M, descending=True, stable=True)
     sorted_MD = atoms_MD[order_M]
     weaker_M = torch.zeros(len(atoms_MD), dtype=torch.bool, device=atoms_MD.device)
@@ -75,7 +77,7 @@ def _may_be_close(atoms_MD: Tensor, cosine: float) -> bool:
 
 @lru_cache
 def _directions(d_in: int) -> Tensor:
-    return torch.randn(d_in, _SKETCH, generator=torch.Generator().manual_seed(0))
+    return torch.randn(d_in, _SKETCH, generator=torch.Generator().manual_seed(0), **_HOST)
 
 
 def redrawn(
@@ -125,7 +127,7 @@ def drawn_samples(weights_B: Tensor, n: int, generator: torch.Generator) -> Tens
     too, but waits for the device). On a GPU the times are drawn there, from a seed that the generator gives.
     """
     if backends.on_gpu(weights_B.device):
-        seed = int(torch.randint(2**62, (), generator=generator).numpy())
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu").numpy())
         generator = torch.Generator(weights_B.device).manual_seed(seed)
     times_B = torch.empty_like(weights_B).exponential_(generator=generator)
     return (weights_B / times_B).topk(n).indices
@@ -151,9 +153,9 @@ def first_atoms(n_atoms: int, init: str, x_BD: Tensor, generator: torch.Generato
 def random_samples(n: int, x_BD: Tensor, generator: torch.Generator) -> Tensor:
     """Up to n distinct nonzero samples, normalised."""
     nonzero = (torch.linalg.vector_norm(x_BD, dim=1) > 0).nonzero().flatten()
-    picks = torch.randperm(len(nonzero), generator=generator)[:n]
+    picks = torch.randperm(len(nonzero), generator=generator, device="cpu")[:n]
     return normalize(x_BD[nonzero[picks.to(nonzero.device)]], dim=1)
 
 
 def uniform_atoms(n: int, d_in: int, generator: torch.Generator) -> Tensor:
-    return normalize(torch.rand(n, d_in, generator=generator) - 0.5, dim=1)
+    return normalize(torch.rand(n, d_in, generator=generator, **_HOST) - 0.5, dim=1)

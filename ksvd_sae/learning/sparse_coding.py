@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ksvd_sae.arguments import number, whole
+from ksvd_sae.device import without_autocast
 from ksvd_sae.errors import DictionaryError, ShapeError
 from ksvd_sae.learning.backends import Backend, Method, chunks, coder_backend, on_gpu
 from ksvd_sae.learning.checks import checked_gram, checked_pair
@@ -83,8 +85,10 @@ def _at_any_scale(coder: Callable[..., Code]) -> Callable[..., Code]:
     """
 
     @wraps(coder)
+    @without_autocast()
     def wrapper(x_BD: Tensor, *args: Any, **kwargs: Any) -> Code:
-        largest = float(x_BD.abs().max()) if x_BD.numel() and x_BD.is_floating_point() else 1.0
+        is_number = isinstance(x_BD, Tensor) and x_BD.numel() and x_BD.is_floating_point()
+        largest = float(x_BD.abs().max()) if is_number else 1.0
         if not (0 < largest < 1e-12 or 1e12 < largest < float("inf")):
             return coder(x_BD, *args, **kwargs)
         # In two steps: the factor itself may lie outside float32.
@@ -142,6 +146,8 @@ def matching_pursuit(
     Raises: ShapeError, DictionaryError, ActivationError (NaN or infinity in x).
     Numerics: float32 accumulation; ties go to the lowest index. Cost: O(B·M·(D + steps)) time.
     """
+    k = whole(k, "k", "matching_pursuit")
+    max_steps = None if max_steps is None else whole(max_steps, "max_steps", "matching_pursuit")
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, "matching_pursuit")
     check_precision(precision, x_BD)
     _check_limits(rtol, tau, tau_absolute, memory_bytes, "matching_pursuit")
@@ -214,7 +220,7 @@ def pursued(
 def _check_limits(rtol: float, tau: float, tau_absolute: float | Tensor, memory_bytes: int | None, where: str) -> None:
     # rtol is squared further on: a negative one would stop every sample at once.
     for name, value in (("rtol", rtol), ("tau", tau), ("tau_absolute", tau_absolute)):
-        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+        if not isinstance(value, Tensor) and not 0 <= number(value, name, where) < math.inf:
             raise ShapeError(f"{where}: {name} must be a number of 0 or more", got=value, cure="0 codes with k atoms")
     if memory_bytes is not None and memory_bytes < 1:
         raise ShapeError(f"{where}: memory_bytes must be at least 1", got=memory_bytes, cure="None takes the default")
@@ -306,6 +312,7 @@ def orthogonal_matching_pursuit(
     Cost: O(B·M·(D + k²)) time; chunk·M floats (numba, and k·M a thread), chunk·M·(k + 2) (torch).
     """
     where_ = "orthogonal_matching_pursuit"
+    k = whole(k, "k", where_)
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, where_)
     check_precision(precision, x_BD)
     _check_limits(rtol, tau, tau_absolute, memory_bytes, where_)
@@ -333,6 +340,7 @@ def orthogonal_matching_pursuit(
     return code
 
 
+@without_autocast()
 @torch.no_grad()
 def project(x_BD: Tensor, atoms_MD: Tensor) -> Code:
     """Least squares on orthonormal atoms: all M coefficients are the products (PCA's code).

@@ -6,18 +6,20 @@ Training always codes by plain matching pursuit, with groups group by group, wha
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.arguments import flag, number, shown, whole
+from ksvd_sae.errors import InputTypeError, ShapeError
 from ksvd_sae.learning import backends
 from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sums, update_atoms_sweep
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.checks import check_samples
 from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.drift import Drift
 from ksvd_sae.learning.fvu import variance
 from ksvd_sae.learning.incoherence import pushed_apart
 from ksvd_sae.learning.kernels import batch_triton
@@ -31,6 +33,9 @@ Update = Literal["sums", "sweep", "exact"]
 Init = Literal["data", "random"]
 # Batches where no size is asked for.
 _BATCH_PER_ATOM, _FEWEST_IN_A_BATCH = 4, 1024
+_MAY_BE_NONE = ("train_k", "batch_samples", "duplicate_cosine", "coherence")
+# What torch's generators take.
+_LEAST_SEED, _LARGEST_SEED = -(2**63), 2**64 - 1
 # A variance below this share of the energy, from sums in float32, is taken again in float64.
 _DOUBTFUL = 1e-4
 
@@ -66,6 +71,8 @@ class LearnerOptions:
         precision: of the products in training's coding: 'float32' or 'bfloat16'; see products.py.
         seed: same seed, same data, same thread count: the same bits on CPU. On CUDA nothing here adds up in the order
             of atomics, so the same GPU, driver and torch should give the same bits too.
+    Numbers may be numpy's; Python's own types are kept.
+    Raises: InputTypeError (a ShapeError) for what is no number, no Coding or no Weighting.
     """
 
     n_atoms: int
@@ -84,6 +91,23 @@ class LearnerOptions:
     weighting: Weighting | None = None
     precision: Precision = "float32"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        where = "DB-KSVD"
+        if not isinstance(self.coding, Coding):
+            raise InputTypeError(f"{where}: coding must be a Coding", got=shown(self.coding), cure="Coding(k=8)")
+        if not isinstance(self.weighting, Weighting | None):
+            limit = "a Weighting (ksvd_sae.learning.weighting) or None"
+            raise InputTypeError(f"{where}: weighting must be a Weighting", got=shown(self.weighting), limit=limit)
+        for names, taken in (
+            (("n_atoms", "train_k", "passes", "batch_samples", "atom_batch", "seed"), whole),
+            (("duplicate_cosine", "coherence"), number),
+            (("average", "centre"), flag),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None or name not in _MAY_BE_NONE:
+                    object.__setattr__(self, name, taken(value, name, where))
 
     @property
     def largest_batch(self) -> int:
@@ -112,6 +136,8 @@ class LearnerOptions:
         self.coding.check(self.n_atoms, max(k, d_in or 0), where)
         if min(self.passes, self.atom_batch) < 1 or (self.batch_samples is not None and self.batch_samples < 1):
             raise ShapeError(f"{where}: passes, batch_samples and atom_batch must be at least 1")
+        if not _LEAST_SEED <= self.seed <= _LARGEST_SEED - self.passes:
+            raise ShapeError(f"{where}: the seed is out of range", got=self.seed, limit="-2**63 to 2**64 - 1 - passes")
         if self.train_k is not None and not 1 <= self.train_k <= k:
             raise ShapeError(f"{where}: train_k must be between 1 and k", got=f"train_k = {self.train_k}, k = {k}")
         if self.duplicate_cosine is not None and not 0 < self.duplicate_cosine <= 1:
@@ -125,6 +151,15 @@ class LearnerOptions:
             raise ShapeError(
                 f"{where}: the weighting is of another width", got=f"d_in = {self.weighting.d_in}", limit=d_in
             )
+
+
+def learned_with(options: LearnerOptions) -> dict[str, Any]:
+    """What the bits of a training follow from, by name: not the coder, which is for afterwards; and more passes may be
+    asked for later."""
+    arguments = {field.name: getattr(options, field.name) for field in fields(options)} | options.coding.as_json()
+    for name in ("coding", "coder", "passes"):
+        del arguments[name]
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -167,6 +202,9 @@ class TrainingState:
         average: over the batches so far, if it is asked for.
         pass_index, batches_done: the pass, and how many of its batches are learned.
         pass_probe: digest of the rows that the pass began with, '' before it began.
+        options: what it was trained with, None where that is not known.
+        passed_over: batches that told nothing, as all of their samples were the same.
+        drift: where the centre was taken before the samples, how far these have gone from it.
     """
 
     generator: torch.Generator
@@ -180,49 +218,57 @@ class TrainingState:
     batches_done: int = 0
     pass_probe: str = ""
     log: list[BatchLog] = field(default_factory=list)
+    options: LearnerOptions | None = None
+    passed_over: int = 0
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples that training may work on: finite, not all the same, of a scale whose squares are numbers.
 
-    energy_B: ‖x‖², (B,), where it came with the look at them. variance: Σ‖x − x̄‖².
+    energy_B: ‖x‖², (B,), where it came with the look at them. variance: Σ‖x − x̄‖². exponent: x_BD is 2^−exponent times
+    the samples as they came.
     """
 
     x_BD: Tensor
     energy_B: Tensor | None
     variance: float
+    exponent: int = 0
 
 
 def checked_batch(x_BD: Tensor) -> Batch:
     """The samples after a look at them: on a GPU one pass over them and one wait.
 
     Samples whose squares would vanish or overflow are multiplied by a power of two: exact, and atoms know no scale.
-    Raises: ActivationError (NaN or infinity, no variance).
+    Raises: ActivationError (NaN or infinity), ConstantSamplesError (no variance).
     """
     where = "DB-KSVD"
     if not backends.on_gpu(x_BD.device) or batch_triton.why_not(x_BD.device, x_BD.dtype) is not None:
         check_samples(x_BD, where)
-        x_BD = _at_fair_scale(x_BD, float(x_BD.abs().max()) if x_BD.numel() else 1.0)
-        return Batch(x_BD, None, variance(x_BD, where))
+        exponent = _unfair_exponent(float(x_BD.abs().max()) if x_BD.numel() else 1.0)
+        x_BD = _scaled(x_BD, exponent)
+        return Batch(x_BD, None, variance(x_BD, where), exponent)
     energy_B, numbers = batch_triton.statistics(x_BD)
     largest, batch_variance, energy = numbers.tolist()
     if not math.isfinite(energy):
         check_samples(x_BD, where)
-    scaled_BD = _at_fair_scale(x_BD, largest)
-    if scaled_BD is not x_BD:
-        return checked_batch(scaled_BD)
+    exponent = _unfair_exponent(largest)
+    if exponent:
+        return replace(checked_batch(_scaled(x_BD, exponent)), exponent=exponent)
     if not batch_variance > _DOUBTFUL * energy:
         batch_variance = variance(x_BD, where)
     return Batch(x_BD, energy_B, batch_variance)
 
 
-def _at_fair_scale(x_BD: Tensor, largest: float) -> Tensor:
-    if not (0 < largest < 1e-6 or 1e6 < largest < float("inf")):
-        return x_BD
+def _unfair_exponent(largest: float) -> int:
+    """The power of two that the samples are to be divided by, 0 where their squares are numbers as they are."""
+    return 0 if not (0 < largest < 1e-6 or 1e6 < largest < float("inf")) else math.frexp(largest)[1]
+
+
+def _scaled(x_BD: Tensor, exponent: int) -> Tensor:
     # In two steps: the factor itself may lie outside float32.
-    exponent = math.frexp(largest)[1]
-    return x_BD * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)
+    return x_BD * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2) if exponent else x_BD
 
 
 @dataclass(frozen=True)
@@ -263,7 +309,7 @@ def learn_batch(
         new_MD[rows], fresh_M[rows] = redrawn(update.atoms_MD, useless_M, *chosen)
         new_idle_M[rows] = torch.where(fresh_M[rows], 0, stage_idle_M)
         errors.append(update.errors)
-        l0 = update.usage_M.sum() / max(1, len(stage.code))
+        l0 = update.usage_M.sum().float() / max(1, len(stage.code))
         counts_3 += torch.stack([l0, unused_M.sum(), duplicate_M.sum()])
     if options.coherence is not None:
         new_MD = pushed_apart(new_MD, options.coherence, signed=not options.coding.nonnegative)

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -291,3 +291,40 @@ class TestRefused:
     def test_arguments_that_do_not_fit(self, tmp_path: Path, options: dict[str, Any]) -> None:
         with pytest.raises(ShapeError, match="checkpoint_every"):
             learner_in(tmp_path, **options).fit(X_ND)
+
+
+class TestStreams:
+    """What a stream's training knows beside its atoms goes on, too."""
+
+    BATCHES = (X_ND[:1], *X_ND.split(150), X_ND[:1])
+
+    @pytest.mark.parametrize("n_batches", [1, 3, 4, 6])
+    def test_batches_that_told_nothing_are_counted_once(self, tmp_path: Path, n_batches: int) -> None:
+        whole = learner_in(tmp_path / "whole", passes=2).fit(lambda: iter(self.BATCHES))
+        stopped = learner_in(tmp_path, passes=2, on_batch=stop_after(n_batches))
+        with pytest.raises(StopError):
+            stopped.fit(lambda: iter(self.BATCHES))
+        resumed = learner_in(tmp_path, passes=2).fit(lambda: iter(self.BATCHES), resume=True)
+        assert torch.equal(resumed.atoms_MD, whole.atoms_MD)
+        assert resumed.batches_passed_over == whole.batches_passed_over == 4
+        assert resumed.state is not None
+        assert whole.state is not None
+        assert resumed.state.drift is not None
+        assert whole.state.drift is not None
+        assert resumed.state.drift.n_samples == whole.state.drift.n_samples == 1200
+        assert torch.equal(torch.as_tensor(resumed.state.drift.mean_D), torch.as_tensor(whole.state.drift.mean_D))
+
+    def test_a_drift_is_seen_after_resuming(self, tmp_path: Path) -> None:
+        batches = [*X_ND.split(150), X_ND + 20]
+        with pytest.raises(StopError):
+            learner_in(tmp_path, passes=1, on_batch=stop_after(3)).fit(lambda: iter(batches))
+        with pytest.raises(ActivationError, match="drifted"):
+            learner_in(tmp_path, passes=1).fit(lambda: iter(batches), resume=True)
+
+    def test_partial_fit_after_resuming_wants_the_same_arguments(self, tmp_path: Path) -> None:
+        with pytest.raises(StopError):
+            learner_in(tmp_path, on_batch=stop_after(3)).fit(X_ND)
+        ksvd = learner_in(tmp_path).fit(X_ND, resume=True)
+        ksvd.options = replace(ksvd.options, n_atoms=30)
+        with pytest.raises(ShapeError, match="n_atoms: 20, now 30"):
+            ksvd.partial_fit(X_ND)

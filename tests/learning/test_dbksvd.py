@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ from torch.nn.functional import normalize
 
 from ksvd_sae.bench.problems import Shape
 from ksvd_sae.bench.problems import planted as synthetic
-from ksvd_sae.errors import ActivationError, ConfigError, NotFittedError, ShapeError
+from ksvd_sae.errors import ActivationError, ConfigError, ConstantSamplesError, NotFittedError, ShapeError
 from ksvd_sae.learning import reference
-from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner
+from ksvd_sae.learning.coding import Coding
+from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
 from ksvd_sae.learning.sparse_coding import Code, Coder, matching_pursuit
 from ksvd_sae.learning.weighting import weighting_by_fisher, weighting_by_std
 from tests import tolerances
@@ -104,7 +105,7 @@ class TestPlanted:
 class TestAgainstReference:
     def test_error_of_every_sweep(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole loop with the exact update, from the same atoms, visiting them in the reference's order."""
-        monkeypatch.setattr(torch, "randperm", lambda n, generator=None: torch.arange(n))
+        monkeypatch.setattr(torch, "randperm", lambda n, generator=None, device="cpu": torch.arange(n))
         problem = planted(200, 8, 12, 2, noise=0.1, seed=1)
         # Not from the data: a sample that is an atom leaves rounding as its residual, and picks by that.
         start_MD = normalize(normal(12, 8, 1), dim=1)
@@ -427,6 +428,200 @@ class TestAverage:
         averaged, last = (learner(64, 4, average=average, **options).fit(train_ND) for average in (True, False))
         errors = [float((ksvd.decode(ksvd.encode(heldout_ND)) - heldout_ND).norm()) for ksvd in (averaged, last)]
         assert errors[0] ** 2 < 0.97 * errors[1] ** 2
+
+
+class TestBatchesThatTellNothing:
+    """One row, or the same row again and again: there is nothing to learn from, and nothing wrong with the others."""
+
+    X_ND = planted(601, 12, 20, 3, noise=0.1).x_BD + 0.5
+    PADDING = X_ND[:1].repeat(100, 1)
+
+    @pytest.mark.parametrize(
+        ("batches", "told"),
+        [
+            (X_ND.split(100), X_ND[:600].split(100)),
+            ([X_ND[:300], PADDING, X_ND[300:600]], [X_ND[:300], X_ND[300:600]]),
+            ([PADDING, X_ND[:1], X_ND[:300], X_ND[300:600]], [X_ND[:300], X_ND[300:600]]),
+            ([X_ND[:300], torch.zeros(50, 12), X_ND[:300], X_ND[:0]], [X_ND[:300], X_ND[:300]]),
+        ],
+        ids=["a short last batch", "padding", "padding and a row first", "zeros"],
+    )
+    @pytest.mark.parametrize("passes", [1, 2])
+    def test_in_a_stream(
+        self, batches: list[Tensor], told: list[Tensor], passes: int, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ksvd = learner(20, 3, passes=passes).fit(lambda: iter(batches))
+        wanted = learner(20, 3, passes=passes).fit(lambda: iter(told))
+        assert torch.equal(ksvd.atoms_MD, wanted.atoms_MD)
+        assert torch.equal(ksvd.centre_D, wanted.centre_D)
+        assert (ksvd.samples_seen, len(ksvd.log)) == (wanted.samples_seen, len(wanted.log))
+        n_skipped = sum(len(batch_BD) > 0 for batch_BD in batches) - len(told)
+        assert (ksvd.batches_passed_over, wanted.batches_passed_over) == (passes * n_skipped, 0)
+        lines = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
+        assert len(lines) == passes
+        assert f"in pass {passes - 1}, {n_skipped} batches with" in lines[-1]
+
+    def test_in_samples_that_are_all_there(self) -> None:
+        """In the first pass, which is in their order."""
+        x_ND = torch.cat([self.X_ND[:100], self.PADDING, self.X_ND[100:200]])
+        ksvd = learner(20, 3, batch_samples=100).fit(x_ND)
+        assert (ksvd.batches_passed_over, ksvd.samples_seen) == (1, 200)
+
+    @pytest.mark.parametrize("bad", [PADDING, X_ND[:1], torch.zeros(5, 12)], ids=["padding", "a row", "zeros"])
+    def test_partial_fit(self, bad: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+        seen: list[BatchLog] = []
+        ksvd = learner(20, 3, on_batch=seen.append).partial_fit(self.X_ND[:300])
+        assert ksvd.partial_fit(bad) is ksvd
+        assert (ksvd.batches_passed_over, len(ksvd.log), len(seen)) == (1, 1, 1)
+        assert "all the same, is passed over" in caplog.text
+        ksvd.partial_fit(self.X_ND[300:])
+        wanted = learner(20, 3).partial_fit(self.X_ND[:300]).partial_fit(self.X_ND[300:])
+        assert torch.equal(ksvd.atoms_MD, wanted.atoms_MD)
+
+    def test_partial_fit_with_nothing_before_it(self) -> None:
+        ksvd = learner(20, 3)
+        with pytest.raises(ConstantSamplesError, match=r"(?s)all samples.*the same.*1 samples.*cause.*cure"):
+            ksvd.partial_fit(self.X_ND[:1])
+        assert ksvd.state is None
+        assert ksvd.batches_passed_over == 0
+
+    def test_two_rows_that_differ_are_learned_from(self) -> None:
+        ksvd = learner(20, 3).fit([self.X_ND[:300], self.X_ND[300:302]])
+        assert (ksvd.samples_seen, ksvd.batches_passed_over) == (302, 0)
+
+    def test_a_fit_that_saw_nothing_else(self) -> None:
+        with pytest.raises(ConstantSamplesError, match=r"(?s)all samples of each batch.*3 batches, 201 samples.*cure"):
+            learner(20, 3).fit([self.PADDING, self.X_ND[:1], self.PADDING])
+        with pytest.raises(ConstantSamplesError, match=r"(?s)5 batches, 5 samples.*batches of a single sample"):
+            learner(20, 3).fit(iter(self.X_ND[:5].split(1)))
+
+    def test_what_is_wrong_is_still_said(self) -> None:
+        with pytest.raises(ActivationError, match="hold NaN"):
+            learner(20, 3).fit([self.X_ND[:300], torch.full((1, 12), float("nan"))])
+        with pytest.raises(ShapeError, match=r"(?s)do not fit.*\(1, 11\)"):
+            learner(20, 3).fit([self.X_ND[:300], self.X_ND[:1, :11]])
+
+
+class TestArgumentsChanged:
+    """Between two calls of partial_fit: some would be ignored, some change what is learned midway."""
+
+    X_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"n_atoms": 30}, "n_atoms: 20, now 30"),
+            ({"coding": Coding(4)}, "k: 3, now 4"),
+            ({"coding": Coding(3, nonnegative=True)}, "nonnegative: False, now True"),
+            ({"seed": 5}, "seed: 0, now 5"),
+            ({"centre": False}, "centre: True, now False"),
+            ({"weighting": weighting_by_std(torch.ones(12))}, r"weighting: None, now a Weighting of \(12,\)"),
+            ({"update": "sums", "n_atoms": 21}, "n_atoms: 20, now 21; update: 'sweep', now 'sums'"),
+        ],
+        ids=lambda value: str(list(value)) if isinstance(value, dict) else "",
+    )
+    @pytest.mark.parametrize("began_with", ["fit", "partial_fit"])
+    def test_refused(self, options: dict[str, Any], words: str, began_with: str) -> None:
+        ksvd = getattr(learner(20, 3), began_with)(self.X_ND)
+        atoms_MD, before = ksvd.atoms_MD.clone(), ksvd.options
+        ksvd.options = replace(before, **options)
+        with pytest.raises(ShapeError, match=rf"(?s)not what they were.*{words}.*cause.*cure"):
+            ksvd.partial_fit(self.X_ND)
+        ksvd.options = before
+        assert torch.equal(ksvd.atoms_MD, atoms_MD)
+        ksvd.partial_fit(self.X_ND)
+
+    def test_what_may_change(self) -> None:
+        """What is for afterwards, or for fit; and other objects that say the same."""
+        weighting = weighting_by_std(self.X_ND.var(dim=0))
+        ksvd = learner(20, 3, weighting=weighting).partial_fit(self.X_ND)
+        same = weighting_by_std(self.X_ND.var(dim=0))
+        options = {"coding": Coding(3, "omp"), "passes": 7, "batch_samples": 50, "weighting": same}
+        ksvd.options = replace(ksvd.options, **options)  # type: ignore[arg-type]
+        assert len(ksvd.partial_fit(self.X_ND).log) == 2
+
+    def test_fit_begins_again(self) -> None:
+        ksvd = learner(20, 3).partial_fit(self.X_ND)
+        ksvd.options = replace(ksvd.options, n_atoms=30)
+        assert ksvd.fit(self.X_ND).atoms_MD.shape == (30, 12)
+
+
+class TestArguments:
+    X_ND = planted(300, 12, 20, 3, noise=0.1).x_BD
+
+    def test_of_numpy_are_as_good(self, tmp_path: Path) -> None:
+        """And come out as Python's own: a checkpoint's fingerprint is JSON."""
+        options: dict[str, Any] = {
+            "passes": np.int32(2),
+            "batch_samples": 100.0,
+            "seed": np.uint64(7),
+            "rtol": np.float32(0.25),
+            "duplicate_cosine": np.float64(0.75),
+            "average": np.bool_(False),
+            "groups": np.array([8, 12]),
+            "train_k": np.array(2),
+            "log_path": str(tmp_path / "log.jsonl"),
+            "checkpoint_path": str(tmp_path / "checkpoint"),
+            "checkpoint_every": 1.0,
+            "device": torch.device("cpu"),
+        }
+        ksvd = learner(np.int64(20), np.int64(3), **options)  # type: ignore[arg-type]
+        plain = learner(20, 3, passes=2, batch_samples=100, seed=7, rtol=0.25, duplicate_cosine=0.75, average=False,
+                        groups=(8, 12), train_k=2)  # fmt: skip
+        assert ksvd.options == plain.options
+        assert json.dumps(ksvd.coding.as_json()) == json.dumps(plain.coding.as_json())
+        assert torch.equal(ksvd.fit(self.X_ND, resume=True).atoms_MD, plain.fit(self.X_ND).atoms_MD)
+        assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 6
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"n_atoms": "20"}, "n_atoms must be a whole number"),
+            ({"k": 2.5}, "k must be a whole number"),
+            ({"k": True}, "k must be a whole number"),
+            ({"seed": None}, "seed must be a whole number"),
+            ({"seed": 2**64}, "seed is out of range"),
+            ({"passes": "2"}, "passes must be a whole number"),
+            ({"rtol": "0.1"}, "rtol must be a number"),
+            ({"tau": float("nan")}, "tau must be a finite number"),
+            ({"average": "yes"}, "average must be True or False"),
+            ({"centre": 2}, "centre must be True or False"),
+            ({"weighting": "std"}, "weighting must be a Weighting"),
+            ({"coherence": [0.5]}, "coherence must be a number"),
+            ({"log_path": 3}, "log_path must be a path"),
+            ({"checkpoint_path": b"here"}, "checkpoint_path must be a path"),
+            ({"checkpoint_every": "often"}, "checkpoint_every must be a whole number"),
+            ({"keep_on_device": "cuda"}, "keep_on_device must be True or False"),
+            ({"on_batch": "print"}, "on_batch must be a function"),
+        ],
+        ids=str,
+    )
+    def test_refused_before_any_work(self, options: dict[str, Any], words: str) -> None:
+        options = {"n_atoms": 20, "k": 3, **options}
+        with pytest.raises(ShapeError, match=rf"(?s){words}.*got"):
+            learner(options.pop("n_atoms"), options.pop("k"), **options).fit(self.X_ND)
+
+    def test_that_are_no_options(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)options must be LearnerOptions.*got: 20.*cure"):
+            DictionaryLearner(20)  # type: ignore[arg-type]
+        with pytest.raises(ShapeError, match=r"(?s)coding must be a Coding.*got: 3.*cure"):
+            LearnerOptions(20, 3)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("device", ["mps", 0, "gpu", None, torch.device("meta")], ids=repr)
+    def test_devices(self, device: Any) -> None:
+        with pytest.raises(ConfigError):
+            learner(20, 3, device=device).fit(self.X_ND)
+
+    def test_codes(self) -> None:
+        ksvd = learner(20, 3).fit(self.X_ND)
+        code = ksvd.encode(self.X_ND.numpy())
+        assert torch.equal(code.values_BK, ksvd.encode(self.X_ND).values_BK)
+        with pytest.raises(ShapeError, match=r"(?s)decode: not a Code.*Tensor \(300, 20\).*dense.*cure"):
+            ksvd.decode(code.to_dense(20))  # type: ignore[arg-type]
+        with pytest.raises(ShapeError, match=r"(?s)decode: the code names atoms.*0 to 20.*0 to 19.*another dictionary"):
+            ksvd.decode(Code(torch.ones(1, 2), torch.tensor([[0, 20]], dtype=torch.int32)))
+        with pytest.raises(ShapeError, match=r"(?s)values and support.*\(1, 2\), \(1, 3\)"):
+            ksvd.decode(Code(torch.ones(1, 2), torch.zeros(1, 3, dtype=torch.int32)))
 
 
 def spoilt(value: float) -> Tensor:

@@ -74,7 +74,7 @@ class TestGroups:
             ([], 10, 2, "whole numbers above 0"),
             ([10, 0], 10, 2, "whole numbers above 0"),
             ([12, -2], 10, 2, "whole numbers above 0"),
-            ([5.0, 5.0], 10, 2, "whole numbers above 0"),
+            ([5.5, 4.5], 10, 2, "whole number"),
             ([2, 8], 10, 6, r"(?s)cannot spend.*k = 6 in 2 groups: 3 each.*limit: 2, for a group of 2 atoms"),
             ([10, 10], 20, 15, r"(?s)cannot spend.*8 each.*limit: 7, for a group of 10 atoms in 7 dimensions"),
         ],

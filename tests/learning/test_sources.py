@@ -3,18 +3,23 @@
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix, dok_matrix
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from ksvd_sae.errors import ActivationError, ShapeError
+from ksvd_sae.errors import ActivationError, InputTypeError, ShapeError
 from ksvd_sae.learning import sources
 from ksvd_sae.learning.dbksvd import DictionaryLearner
 from ksvd_sae.learning.sources import (
+    MappedSource,
     SampleSource,
     StreamSource,
     TensorSource,
@@ -59,6 +64,12 @@ class Shards:
         return torch.cat([start + torch.randperm(300, generator=draw) for start in (300, 0)])
 
 
+def nested_tensor() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        return torch.nested.nested_tensor([X_ND[:3], X_ND[3:]])
+
+
 class TestKinds:
     @pytest.mark.parametrize(
         ("samples", "kind"),
@@ -91,12 +102,46 @@ class TestKinds:
             ([["a", "b"]], "not numbers"),
             (np.array([[1j]]), "Complex data not supported"),
             ([[{}, 1.0]], "must be a string or a real number"),  # numpy's words
+            ([[1.0, 2.0], [3.0]], r"(?s)not an array.*inhomogeneous"),
+            (np.array([[True, False]]), "not numbers"),
+            (np.array([["2020-01-01"]], dtype="datetime64[D]"), "not numbers"),
+            (np.ma.masked_greater(np.ones((3, 2)), 0.5), r"(?s)with a mask.*6 masked.*cure"),
         ],
-        ids=["text", "complex", "object"],
+        ids=["text", "complex", "object", "ragged", "booleans", "dates", "masked"],
     )
     def test_not_numbers(self, samples: Any, words: str) -> None:
-        with pytest.raises((ShapeError, TypeError), match=words):
+        with pytest.raises(InputTypeError, match=words):
             as_source(samples)
+
+    @pytest.mark.parametrize(
+        ("samples", "words"),
+        [
+            (X_ND.to_sparse(), r"(?s)sparse samples.*sparse_coo.*cure: samples\.to_dense"),
+            (X_ND.to_sparse(1), r"(?s)sparse samples.*cure"),
+            (nested_tensor(), r"(?s)nested samples.*cure: torch\.cat"),
+            (X_ND.to("meta"), r"(?s)meta samples.*cure"),
+            (X_ND.to(torch.complex64), r"(?s)complex samples.*cure"),
+            (X_ND.to(torch.float8_e4m3fn), r"(?s)float8_e4m3fn samples.*cure: samples\.float"),
+            (csr_matrix(X_ND.numpy()), r"(?s)sparse samples.*cure: samples\.toarray"),
+            (dok_matrix(X_ND.numpy()), r"(?s)sparse samples.*cure: samples\.toarray"),
+            ("shards", r"(?s)not samples.*'shards'.*a path.*cure: read it first"),
+            (TensorDataset(X_ND), r"(?s)not samples.*TensorDataset.*cure: a DataLoader"),
+        ],
+        ids=["coo", "rows of coo", "nested", "meta", "complex", "float8", "scipy", "scipy's dict", "path", "data set"],
+    )
+    @pytest.mark.parametrize("way", ["fit", "partial_fit", "encode", "stream"])
+    def test_of_other_kinds(self, samples: Any, words: str, way: str) -> None:
+        if way == "stream" and not isinstance(samples, Tensor | csr_matrix | dok_matrix):
+            return
+        ksvd = small().fit(X_ND) if way == "encode" else small()
+        with pytest.raises(InputTypeError, match=words):
+            ksvd.fit([X_ND, samples]) if way == "stream" else getattr(ksvd, way)(samples)
+
+    @pytest.mark.parametrize("way", ["fit", "partial_fit", "encode", "stream"])
+    def test_positions_are_flattened_by_the_caller(self, way: str) -> None:
+        ksvd, x_BLD = small().fit(X_ND), X_ND.reshape(6, 100, 12)
+        with pytest.raises(ShapeError, match=r"(?s)\(6, 100, 12\).*cure: x\.reshape\(-1, 12\)"):
+            small().fit(iter([x_BLD])) if way == "stream" else getattr(ksvd, way)(x_BLD)
 
     def test_a_missing_number_is_nan(self) -> None:
         with pytest.raises(ActivationError, match="hold NaN"):
@@ -176,6 +221,119 @@ class TestStreams:
     def test_first_batch_smaller_than_the_dictionary(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)first batch.*19 samples, n_atoms = 20"):
             small().fit(iter([X_ND[:19], X_ND]))
+
+
+LOADED: dict[str, Any] = {
+    "a loader of tensors": DataLoader(TensorDataset(X_ND), 200),
+    "its batches in a list": list(DataLoader(TensorDataset(X_ND), 200)),
+    "tuples of one": [(x_BD,) for x_BD in X_ND.split(200)],
+    "dicts of one": [{"x": x_BD} for x_BD in X_ND.split(200)],
+    "dicts of rows, as data sets give them": [{"x": x_BD.tolist()} for x_BD in X_ND.double().split(200)],
+    "arrays in dicts": lambda: ({"activations": x_BD.numpy()} for x_BD in X_ND.split(200)),
+    "lists of rows": lambda: (x_BD.tolist() for x_BD in X_ND.double().split(200)),
+}
+
+
+class TestContainers:
+    @pytest.mark.parametrize("kind", LOADED)
+    def test_hold_the_samples_and_nothing_else(self, kind: str) -> None:
+        wanted = small(passes=2).fit(list(X_ND.split(200)))
+        assert torch.equal(small(passes=2).fit(LOADED[kind]).atoms_MD, wanted.atoms_MD)
+
+    @pytest.mark.parametrize("kind", LOADED)
+    def test_batch_by_batch(self, kind: str) -> None:
+        ksvd, batches = small(), LOADED[kind]
+        for batch in batches() if callable(batches) else batches:
+            ksvd.partial_fit(batch)
+        assert torch.equal(ksvd.atoms_MD, small().fit(list(X_ND.split(200))).atoms_MD)
+
+    def test_a_dict_of_all_samples(self) -> None:
+        assert torch.equal(small().fit({"x": X_ND}).atoms_MD, small().fit(X_ND).atoms_MD)
+
+    @pytest.mark.parametrize(
+        ("batch", "words"),
+        [
+            ((X_ND, torch.arange(600)), r"(?s)a tuple of 2 parts.*Tensor \(600, 12\), Tensor \(600,\).*labels.*cure"),
+            ([torch.arange(600), X_ND], r"(?s)a list of 2 parts.*cure"),
+            ({"x": X_ND, "y": torch.arange(600)}, r"(?s)dict.*'x': Tensor \(600, 12\), 'y'.*more than.*cure"),
+            ({"x": X_ND[0].tolist()}, r"(?s)dict.*a single row.*cure"),
+            ({"text": "words", "label": 3}, r"(?s)dict.*'text': 'words'.*a single row.*cure"),
+            ({}, r"(?s)dict.*no keys"),
+        ],
+        ids=["labels", "labels first", "dict with labels", "row", "row of text", "empty"],
+    )
+    @pytest.mark.parametrize("way", ["stream", "partial_fit"])
+    def test_that_hold_more_are_refused_by_name(self, batch: Any, words: str, way: str) -> None:
+        where = "batch 1 of the stream" if way == "stream" else "partial_fit"
+        with pytest.raises(InputTypeError, match=words) as caught:
+            small().fit([X_ND, batch]) if way == "stream" else small().partial_fit(batch)
+        assert where in str(caught.value)
+
+    def test_single_samples(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)batch 0 of the stream.*got: torch.float32 \(12,\).*single samples"):
+            small().fit(iter(X_ND))
+
+    def test_a_function_without_batches(self) -> None:
+        with pytest.raises(InputTypeError, match=r"(?s)the function gave no batches.*got: None"):
+            small().fit(lambda: None)  # type: ignore[arg-type, return-value]
+
+
+class TestMapped:
+    @pytest.fixture
+    def mapped(self, tmp_path: Path, request: pytest.FixtureRequest) -> Any:
+        array = np.asarray(X_ND.numpy(), **getattr(request, "param", {}))
+        np.save(tmp_path / "x.npy", array)
+        return np.load(tmp_path / "x.npy", mmap_mode="r")
+
+    @pytest.mark.parametrize(
+        "mapped", [{}, {"order": "F"}, {"dtype": ">f4"}, {"dtype": "f8"}, {"dtype": "f2"}], ids=str, indirect=True
+    )
+    @pytest.mark.parametrize("keep", [None, True])
+    def test_same_bits_as_in_memory(self, mapped: Any, keep: bool | None) -> None:
+        in_memory = np.array(mapped)
+        assert isinstance(as_source(mapped), MappedSource)
+        one, other = (small(passes=3, keep_on_device=keep).fit(samples) for samples in (mapped, in_memory))
+        assert torch.equal(one.atoms_MD, other.atoms_MD)
+        assert torch.equal(one.centre_D, other.centre_D)
+        assert torch.equal(one.encode(mapped).values_BK, other.encode(in_memory).values_BK)
+
+    @pytest.mark.parametrize("mapped", [{"dtype": "i4"}], indirect=True)
+    def test_whole_numbers(self, mapped: Any) -> None:
+        assert torch.equal(
+            small(init="random").fit(mapped).atoms_MD, small(init="random").fit(np.array(mapped)).atoms_MD
+        )
+
+    def test_is_never_in_memory_as_a_whole(self, mapped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows: list[int] = []
+        from_array = sources._from_array
+
+        def count(samples: Any, where: str = "") -> Tensor:
+            rows.append(len(samples))
+            return from_array(samples, where)
+
+        monkeypatch.setattr(sources, "_from_array", count)
+        monkeypatch.setattr(sources, "_CHUNK_ROWS", 100)
+        small(passes=2).fit(mapped[::1])
+        assert max(rows) == 150, "a batch"
+
+    def test_parts_of_one(self, mapped: Any) -> None:
+        assert torch.equal(small().fit(mapped[100:]).atoms_MD, small().fit(X_ND[100:]).atoms_MD)
+        assert isinstance(as_source(mapped[::2, 1:]), MappedSource)
+        assert isinstance(as_source(mapped + 1), TensorSource)
+
+    def test_what_is_wrong_with_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sources, "_CHUNK_ROWS", 100)
+        spoilt_ND = X_ND.clone()
+        spoilt_ND[400, 2] = float("nan")
+        for array, words in (
+            (spoilt_ND.numpy(), r"(?s)NaN.*row 400"),
+            (X_ND[0].numpy(), r"(?s)\(N, D\).*Reshape your data"),
+            (X_ND.reshape(6, 100, 12).numpy(), r"(?s)\(6, 100, 12\).*cure"),
+            (X_ND.to(torch.complex64).numpy(), "Complex data"),
+        ):
+            np.save(tmp_path / "x.npy", array)
+            with pytest.raises((ActivationError, ShapeError), match=words):
+                as_source(np.load(tmp_path / "x.npy", mmap_mode="r"))
 
 
 class TestKeptOnDevice:

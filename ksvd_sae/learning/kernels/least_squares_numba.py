@@ -156,6 +156,6 @@ def refit(gram_MM: Tensor, nonnegative: bool, values_CK: Tensor, support_CK: Ten
         coefficients mean little.
     """
     use_torch_threads()
-    pivots_C = torch.ones(len(values_CK), dtype=torch.float64)
+    pivots_C = torch.ones(len(values_CK), dtype=torch.float64, device="cpu")
     _refit(gram_MM.numpy(), nonnegative, values_CK.numpy(), support_CK.numpy(), left_CK.numpy(), pivots_C.numpy())
     return pivots_C
