@@ -44,15 +44,16 @@ def whole(value: Any, name: str, where: str) -> int:
     raise InputTypeError(f"{where}: {name} must be a whole number", got=shown(value), cure=f"{name}=int(...)")
 
 
-def number(value: Any, name: str, where: str) -> float:
-    """A finite number.
+def number(value: Any, name: str, where: str, *, finite: bool = True) -> float:
+    """A number.
 
+    Args: finite: False where the caller has limits of its own to name.
     Raises: InputTypeError (a boolean, text), ShapeError (NaN or infinity).
     """
     plain = _of_one(value)
     if isinstance(plain, bool | np.bool_) or not isinstance(plain, Real):
         raise InputTypeError(f"{where}: {name} must be a number", got=shown(value), cure=f"{name}=float(...)")
-    if not math.isfinite(plain):
+    if finite and not math.isfinite(plain):
         raise ShapeError(
             f"{where}: {name} must be a finite number", got=shown(value), cure="leave it out for the default"
         )

@@ -4,7 +4,7 @@ import ctypes
 import gc
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -65,7 +65,11 @@ def named_device(device: str | torch.device) -> torch.device:
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Here products have the precision that they say, whatever ``torch.autocast`` is around; a decorator, too."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            # To disable it where it is not on may warn that there is no such device.
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

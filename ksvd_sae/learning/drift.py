@@ -2,9 +2,10 @@
 
 Batch by batch there is no mean of all samples to take off: the first batch's stands for it, and stays, as the atoms are
 learned about it and codes would change their meaning with it. If the samples then move, every sample has the way that
-they went in its code, and atoms turn into that direction: after 20 standard deviations the FVU is above 1, where
-learning from all samples at once leaves 0.06. So the mean of what has come is followed, and training stops where it has
-gone further than the samples lie apart.
+they went in its code, and atoms turn into that direction. Of planted samples that moved by 1, 2, 5 and 20 times what
+they lie apart the FVU is 0.38, 0.50, 0.77 and 3.9 (without a drift 0.27), where learning from all samples at once
+leaves 0.28 to 0.34 (one-off). So the mean of what has come is followed, and training stops where it has gone further
+than the samples lie apart.
 """
 
 from dataclasses import dataclass

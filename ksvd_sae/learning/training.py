@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -101,7 +102,7 @@ class LearnerOptions:
             raise InputTypeError(f"{where}: weighting must be a Weighting", got=shown(self.weighting), limit=limit)
         for names, taken in (
             (("n_atoms", "train_k", "passes", "batch_samples", "atom_batch", "seed"), whole),
-            (("duplicate_cosine", "coherence"), number),
+            (("duplicate_cosine", "coherence"), partial(number, finite=False)),
             (("average", "centre"), flag),
         ):
             for name in names:
