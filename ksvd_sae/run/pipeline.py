@@ -158,15 +158,17 @@ class Run:
         """One training, done or reused."""
         method, source = replica.method, source_training(self.config, replica.method)
         folder, key = self._training(method, source)
+        if is_finished(folder, TRAIN_STAGE, key):
+            logger.info("train %s: reusing %s", replica.label, folder)
+            return self._opened(replica)
         taken_from = None
-        if source is not None and method.source is not None and not is_finished(folder, TRAIN_STAGE, key):
+        if source is not None and method.source is not None:
             other = self.train_one(method.source, source)
             taken_from = Source(other.method, other.folder, other.manifest["samples_seen"])
+        setting = self.setting(method)
         with sole_writer(folder, f"train {replica.label}"):
             if is_finished(folder, TRAIN_STAGE, key):
-                logger.info("train %s: reusing %s", replica.label, folder)
                 return self._opened(replica)
-            setting = self.setting(method)
             method.clear_unfinished(folder)
             started = time.perf_counter()
             facts = method.train(setting, folder, taken_from).manifest(time.perf_counter() - started)
