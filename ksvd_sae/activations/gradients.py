@@ -30,7 +30,7 @@ from ksvd_sae.activations.splicing import Unembedding, before_unembedding
 from ksvd_sae.activations.text import contexts
 from ksvd_sae.errors import ActivationError, HookError, ManifestError, ShapeError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
-from ksvd_sae.store import MANIFEST, atomic_path, content_hash, file_sha256, read_manifest, write_manifest
+from ksvd_sae.store import MANIFEST, atomic_path, content_hash, file_sha256, read_manifest, sole_writer, write_manifest
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
@@ -236,8 +236,22 @@ def run_gradients(
     if (folder / MANIFEST).exists():
         logger.info("gradients: reusing %s", folder)
         return open_gradients(shards.folder, key)
+    with sole_writer(shards.folder, "gradients"):
+        # Another process may have finished them meanwhile.
+        if not (folder / MANIFEST).exists():
+            _collect(config, shards, key, reader(), training_texts)
+    return open_gradients(shards.folder, key)
+
+
+def _collect(
+    config: GradientConfig,
+    shards: ActivationShards,
+    key: dict[str, Any],
+    loaded: ActivationReader,
+    training_texts: Callable[[], Iterator[Document]],
+) -> None:
+    folder, limit = gradients_folder(shards.folder, key), shards.manifest["statistics"]["outlier_limit"]
     started = time.perf_counter()
-    loaded, limit = reader(), shards.manifest["statistics"]["outlier_limit"]
     with progress("gradients", config.gradient_tokens, "tokens") as advance:
         moments = collect_gradient_moments(
             loaded,
@@ -259,7 +273,6 @@ def run_gradients(
         sha256=file_sha256(folder / GRADIENTS_FILE),
         seconds=round(time.perf_counter() - started, 1),
     )
-    return moments
 
 
 def open_gradients(harvest: Path, key: dict[str, Any]) -> GradientMoments:

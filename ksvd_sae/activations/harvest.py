@@ -46,6 +46,7 @@ from ksvd_sae.store import (
     file_sha256,
     is_finished,
     require_disk_space,
+    sole_writer,
     write_json,
 )
 
@@ -143,6 +144,14 @@ def _run_activations(harvest: Harvest, folder: Path, reader: Callable[[], Activa
     if is_finished(folder, STAGE, harvest.key):
         logger.info("harvest: reusing %s", folder)
         return ActivationShards.open(folder, key=harvest.key)
+    with sole_writer(folder, "harvest"):
+        # Another process may have finished it meanwhile.
+        if not is_finished(folder, STAGE, harvest.key):
+            _make(harvest, folder, reader)
+    return ActivationShards.open(folder, key=harvest.key)
+
+
+def _make(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader]) -> None:
     _claim(folder, harvest.key)
     started = time.perf_counter()
     collected = {part: _read_parts(folder, part) for part in PARTS}
@@ -150,7 +159,6 @@ def _run_activations(harvest: Harvest, folder: Path, reader: Callable[[], Activa
     if any(_n_tokens(collected[part]) < wanted[part] for part in PARTS):
         _collect(harvest, folder, reader(), collected, wanted)
     _finish(harvest, folder, collected, started)
-    return ActivationShards.open(folder, key=harvest.key)
 
 
 def _claim(folder: Path, key: dict[str, Any]) -> None:

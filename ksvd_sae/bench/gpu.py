@@ -28,6 +28,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -377,7 +378,7 @@ class Bench:
             self.rated(name, shape, call, floor_s, dtype=precision, suite="stage", n_bytes=n_bytes, flops=flops)
 
     def launches(self, shape: Shape) -> None:
-        """Every sensible launch of the pursuit; the best of each Gram type is used from here on."""
+        """Every sensible launch of the pursuit; the best for each Gram type go to launches.json beside the rows."""
         reason = pursuit_triton.why_not(self.device, shape.m, shape.k)
         if reason is not None:
             print(f"launches: none tried, as {reason}", flush=True)
@@ -444,7 +445,7 @@ class Bench:
             file.write(f"{shape} {precision}\nwaits: {waits}\n{events.table(sort_by=key, row_limit=30)}\n")
         print(f"profile: {path}, waits {waits}", flush=True)
 
-    def counters(self, minutes: float) -> None:
+    def counters(self, left_s: float) -> None:
         """Hardware counters of one launch of each kernel."""
         ncu = shutil.which("ncu")
         if ncu is None or not self.clock.cuda:
@@ -452,11 +453,14 @@ class Bench:
             return
         kernels = "regex:pursue_sample|leave_row|sum_rows"
         command = [ncu, "--kernel-name", kernels, "--launch-count", "3", "--set", "full"]
-        command += [sys.executable, "-m", "ksvd_sae.bench", "gpu", "--only", "once"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes)
+        with tempfile.TemporaryDirectory() as folder:
+            # Under the profiler a batch takes as long as it takes: no row of ours.
+            once = ["gpu", "--only", "once", "--output", str(Path(folder) / "gpu.jsonl")]
+            command += [sys.executable, "-m", "ksvd_sae.bench", *once]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, left_s))
         self.output.with_name("gpu-counters.txt").write_text(done.stdout + done.stderr)
 
-    def tests(self, minutes: float) -> list[str]:
+    def tests(self, left_s: float) -> list[str]:
         """``pytest -m gpu`` of a checkout."""
         folder = Path(__file__).resolve().parents[2]
         if shutil.which("pytest") is None or not (folder / "tests").exists() or not self.clock.cuda:
@@ -464,7 +468,7 @@ class Bench:
             return []
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
         command += ["tests/learning/test_pursuit_triton.py", "tests/bench/test_gpu.py"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60 * minutes)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=max(1.0, left_s))
         self.output.with_name("gpu-tests.txt").write_text(done.stdout + done.stderr)
         return [] if done.returncode == 0 else [f"pytest -m gpu: {done.stdout.strip().splitlines()[-1:]}"]
 
@@ -477,8 +481,11 @@ def _rows(shape: Shape) -> int:
 Step = tuple[str, float, Callable[[], list[str] | None]]
 
 
-def steps(bench: Bench, minutes: float) -> Iterator[Step]:
-    """What to do in order of what it is worth: its name, the seconds that it may take on an H200, and itself."""
+def steps(bench: Bench, left_s: Callable[[], float]) -> Iterator[Step]:
+    """What to do in order of what it is worth: its name, the seconds that it may take on an H200, and itself.
+
+    Args: left_s: seconds until the deadline.
+    """
     narrow, wide = bench.shapes
     yield "check", 20, lambda: check(bench.device)
     for precision in ("bfloat16", "float32"):
@@ -496,14 +503,14 @@ def steps(bench: Bench, minutes: float) -> Iterator[Step]:
     yield "launches", 60, partial(bench.launches, narrow)
     yield "wide launches", 60, partial(bench.launches, wide)
     yield "wide stages", 30, partial(bench.stages, wide, "bfloat16")
-    yield "tests", 90, lambda: bench.tests(minutes)
+    yield "tests", 90, lambda: bench.tests(left_s())
     yield "stages, float32", 20, partial(bench.stages, narrow, "float32")
     for config in ("mp_refit", "omp", "ormp"):
         yield f"{config}, float32", 20, partial(bench.coding, narrow, "float32", config)
     yield "update", 20, partial(bench.update, narrow)
     yield "wide check at size", 40, lambda: check_at_size(wide, bench.device)
     yield "wide float32", 30, partial(bench.batch, wide, "float32")
-    yield "counters", 90, lambda: bench.counters(minutes)
+    yield "counters", 90, lambda: bench.counters(left_s())
     # What a profiler is given: not in a run of all steps.
     yield "once", float("inf"), partial(bench.batch, narrow, "bfloat16")
 
@@ -517,7 +524,7 @@ def main(device_name: str, *, small: bool, output: Path, minutes: float, only: s
     bench = Bench(device, SMALL if small else PAPER, _SMALL_BATCHES if small else _BATCHES, output)
     ends = monotonic() + 60 * minutes
     problems: list[str] = []
-    for name, seconds, step in steps(bench, minutes):
+    for name, seconds, step in steps(bench, lambda: ends - monotonic()):
         if only is not None and name != only:
             continue
         left = ends - monotonic()

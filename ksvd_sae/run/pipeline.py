@@ -92,8 +92,7 @@ class Run:
         for method in self.config.dictionaries.values():
             if not self._is_trained(method):
                 method.check_elsewhere(model.name, model.hook)
-        with sole_writer(self.harvest_folder, "harvest"):
-            return run_harvest(self.config.harvested, self.harvest_folder, self._reader)
+        return run_harvest(self.config.harvested, self.harvest_folder, self._reader)
 
     def _reader(self) -> ActivationReader:
         model = load_model(self.config.model, self.device)
@@ -225,19 +224,23 @@ class Run:
         Returns: the stage's manifest.
         Raises: EvaluationError if a score is missing (finished ones are kept), ManifestError if a stage before is.
         """
-        with sole_writer(self._evaluation_folder, f"evaluate {self.config.name}"):
-            return self._evaluate(show, train)
+        if not is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
+            if not train:
+                self.trained()
+            with sole_writer(self._evaluation_folder, f"evaluate {self.config.name}"):
+                # Another process may have finished it meanwhile.
+                if not is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
+                    return self._evaluate(show)
+        if train:
+            self.train()
+        logger.info("evaluate: reusing %s", self._evaluation_folder)
+        return self.evaluated()
 
-    def _evaluate(self, show: Callable[[Scores], None] | None, train: bool) -> dict[str, Any]:
-        if is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
-            if train:
-                self.train()
-            logger.info("evaluate: reusing %s", self._evaluation_folder)
-            return self.evaluated()
+    def _evaluate(self, show: Callable[[Scores], None] | None) -> dict[str, Any]:
         from ksvd_sae.evals.panel import result_files
 
         started, scores = time.perf_counter(), Scores()
-        for scores in self._scored(train=train):
+        for scores in self._scored():
             if show is not None:
                 show(scores)
         # In the config's order, whichever ended first.
@@ -262,13 +265,11 @@ class Run:
         split = self.shards("heldout").manifest["parts"]["heldout"].get("split")
         return {} if split is None else {"split": split}
 
-    def _scored(self, *, train: bool) -> Iterator[Scores]:
+    def _scored(self) -> Iterator[Scores]:
         """What there is, whenever a dictionary has been scored by the evals that are had at once, or the panel by
         another."""
         from ksvd_sae.evals.panel import run_evals, tidy_rows
 
-        if not train:
-            self.trained()
         evaluation, setting, output = self.config.evaluation, self.eval_setting, self.evaluations
         scores, facts, panel = Scores(), dict[str, dict[str, Any]](), list[Panelist]()
         failures: dict[str, KsvdSaeError] = {}

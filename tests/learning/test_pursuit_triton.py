@@ -69,6 +69,41 @@ class TestWhyNot:
         assert module.why_not(torch.device("cuda"), 100, 5) == "triton is not installed"
 
 
+class TestLaunches:
+    """What bench/gpu.py found best on a device is taken there, and only there."""
+
+    @pytest.fixture(autouse=True)
+    def some_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        best = {"Some GPU": {"4096 float16": {"num_warps": 4, "maxnreg": 96}}}
+        monkeypatch.setattr(pursuit_triton, "_launches", lambda: best)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+
+    def test_where_it_was_tried(self) -> None:
+        cuda = torch.device("cuda")
+        taken = pursuit_triton.launch(4000, 20, device=cuda, gram_dtype=torch.float16)
+        assert (taken["num_warps"], taken["maxnreg"], taken["BLOCK_M"]) == (4, 96, 4096)
+
+    @pytest.mark.parametrize(
+        ("n_atoms", "device", "dtype"),
+        [(4096, "cuda", torch.float32), (2048, "cuda", torch.float16), (4096, "cpu", torch.float16)],
+    )
+    def test_elsewhere(self, n_atoms: int, device: str, dtype: torch.dtype) -> None:
+        taken = pursuit_triton.launch(n_atoms, 20, device=torch.device(device), gram_dtype=dtype)
+        assert "maxnreg" not in taken
+        assert taken["num_warps"] == taken["BLOCK_M"] // 512
+
+    def test_what_is_tried_wins(self) -> None:
+        with pursuit_triton.launched_as({"num_warps": 2}):
+            taken = pursuit_triton.launch(4096, 20, device=torch.device("cuda"), gram_dtype=torch.float16)
+        assert taken["num_warps"] == 2
+        assert "maxnreg" not in taken
+        assert pursuit_triton.launch(4096, 20)["num_warps"] == 8
+
+    def test_the_file_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        assert isinstance(pursuit_triton._launches(), dict)
+
+
 @dataclass
 class Compiled:
     """What the compiler made of a kernel."""

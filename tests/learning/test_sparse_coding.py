@@ -15,7 +15,7 @@ from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
 
 from ksvd_sae.errors import ActivationError, DictionaryError, KsvdSaeError, ShapeError
-from ksvd_sae.learning import backends, reference
+from ksvd_sae.learning import backends, least_squares, reference, sparse_coding
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.sparse_coding import (
     CODERS,
@@ -657,3 +657,37 @@ class TestBadInput:
     def test_refit_of_another_batch(self) -> None:
         with pytest.raises(ShapeError, match="refit"):
             refit_code(X, matching_pursuit(X[:2], ATOMS, 2), ATOMS)
+
+
+class TestRefitFromLeft:
+    """What a refit on CUDA solves, from the products that the pursuit left; here on the CPU."""
+
+    @pytest.mark.parametrize("nonnegative", [False, True])
+    @pytest.mark.parametrize("gram_bytes", [1 << 30, 8 * 16 * 7], ids=["at once", "seven at a time"])
+    def test_is_the_refit_from_the_samples(
+        self, nonnegative: bool, gram_bytes: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(least_squares, "_GRAM_BYTES", gram_bytes)
+        problem = generic(50, 20, 33, 4, seed=5)
+        gram_MM = problem.atoms_MD @ problem.atoms_MD.T
+        options: dict[str, Any] = {"gram_MM": gram_MM, "nonnegative": nonnegative}
+        code, left_BK = sparse_coding.pursued(problem.x_BD, problem.atoms_MD, 4, **options)
+        # A slot that is not used.
+        code.values_BK[3, -1] = 0
+        left_BK[3] = (problem.x_BD[3] - code.reconstruct(problem.atoms_MD)[3]) @ problem.atoms_MD[
+            code.support_BK[3].long()
+        ].T
+        wanted = least_squares.refit_code(
+            problem.x_BD, code, problem.atoms_MD, gram_MM, nonnegative=nonnegative
+        ).values_BK
+        pivots_B = least_squares.refit_from_left(gram_MM, code, left_BK, nonnegative)
+        assert (code.values_BK - wanted).abs().max() <= tolerances.COEFFICIENT[torch.float64]
+        assert code.values_BK[3, -1] == 0
+        assert (pivots_B > least_squares.DEPENDENT).all()
+
+    def test_supports_that_nearly_depend_are_told(self) -> None:
+        atoms_MD = torch.eye(4, dtype=torch.float64)[:3].clone()
+        atoms_MD[1] = torch.tensor([1, 1e-3, 0, 0], dtype=torch.float64) / (1 + 1e-6) ** 0.5
+        code = Code(torch.ones(1, 2, dtype=torch.float64), torch.tensor([[0, 1]], dtype=torch.int32))
+        left_BK = torch.zeros(1, 2, dtype=torch.float64)
+        assert least_squares.refit_from_left(atoms_MD @ atoms_MD.T, code, left_BK, False)[0] < least_squares.DEPENDENT

@@ -692,3 +692,16 @@ def test_a_run_without_any_eval_says_so(place: Path) -> None:
     run.evaluate(train=True)
     with pytest.raises(EvaluationError, match=r"(?s)none has a score.*turn on an eval"):
         compare(run)
+
+
+def test_what_is_finished_wants_no_lock(place: Path) -> None:
+    """A cache that cannot be written any more is still read."""
+    run = run_in(place, only("pca"))
+    run.train()
+    run.evaluate()
+    shutil.rmtree(place / "cache" / "locks")
+    (place / "cache" / "locks").write_text("no folder can be made here")
+    again = run_in(place, only("pca"))
+    assert again.harvest().n_samples > 0
+    assert len(again.train()) == 1
+    again.evaluate(train=True)

@@ -26,7 +26,7 @@ from ksvd_sae.evals.stability import agreement, unit_rows
 from ksvd_sae.evals.truth.worlds import World
 from ksvd_sae.learning.fvu import FVU
 from ksvd_sae.learning.noise import SizeHistogram
-from ksvd_sae.store import content_hash, is_finished
+from ksvd_sae.store import content_hash, is_finished, sole_writer
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
@@ -86,7 +86,9 @@ class _Place:
         train = (x_BD for x_BD, _ in self.world.samples(config.train_samples, _TRAIN))
         heldout = (x_BD for x_BD, _ in self.world.samples(config.test_samples, _TEST))
         if not is_finished(folder, STAGE, key):
-            write_harvest(folder, key, train, heldout)
+            with sole_writer(folder, f"samples of world {config.world!r}"):
+                if not is_finished(folder, STAGE, key):
+                    write_harvest(folder, key, train, heldout)
         self.shards = ActivationShards.open(folder, key=key)
 
 

@@ -16,7 +16,7 @@ float32, 2 in float16):
 
 Gram rows come from the L2 cache where M²·b fits into it (4,096 atoms: 64 MiB in float32, 32 MiB in float16,
 against 50 MiB on an H100), else from memory. In float16 a product is off by up to 2⁻¹² of the coefficients
-subtracted from it: picks are then float32's for 96 % of samples on real activations, for 72 % in bfloat16.
+subtracted from it: picks are then float32's for 96 % of samples on real activations, for 72 % in bfloat16 (one-off).
 """
 
 from __future__ import annotations
