@@ -132,25 +132,33 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
     folder ``locks``: it ends with its process, however that ends.
 
     Args: what: is done, for the message.
+    Raises: ManifestError if no lock can be taken there.
     """
     # Here: learning/ and bench/ run without it.
     from filelock import FileLock, Timeout
 
     path = folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
+    lock, owner = FileLock(path), path.with_suffix(".owner")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        owner = path.with_suffix(".owner")
-        who = owner.read_text() if owner.exists() else "another process"
-        logger.info("%s: %s is at it; waiting for its result", what, who)
-        lock.acquire()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = owner.read_text() if owner.exists() else "another process"
+            logger.info("%s: %s is at it; waiting for its result", what, who)
+            lock.acquire()
+        owner.write_text(f"process {os.getpid()} on {platform.node()}")
+    except (OSError, NotImplementedError) as error:
+        lock.release()
+        raise ManifestError(
+            f"{what}: no lock can be taken in {path.parent}: {error}",
+            cause="a cache that cannot be written, a full disk, or a file system without locks",
+            cure="set KSVD_SAE_CACHE to a folder on a local disk",
+        ) from error
     try:
-        path.with_suffix(".owner").write_text(f"process {os.getpid()} on {platform.node()}")
         yield
     finally:
-        path.with_suffix(".owner").unlink(missing_ok=True)
+        owner.unlink(missing_ok=True)
         lock.release()
 
 

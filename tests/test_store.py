@@ -249,3 +249,25 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, caplog: pytest.Log
     with sole_writer(folder.with_name("another"), "train y"), sole_writer(folder, "train x"):
         pass
     assert caplog.text.count("waiting") == 1
+
+
+def test_where_no_lock_can_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "locks").write_text("a file in the place of the folder")
+    refused = pytest.raises(ManifestError, match=r"(?s)train x: no lock can be taken in .*locks.*KSVD_SAE_CACHE")
+    with refused, sole_writer(tmp_path / "dictionaries" / "one", "train x"):
+        raise AssertionError("it went on")
+
+    def unsupported(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", unsupported)
+    refused = pytest.raises(ManifestError, match=r"(?s)support flock.*file system without locks")
+    with refused, sole_writer(tmp_path / "else" / "dictionaries" / "one", "train x"):
+        raise AssertionError("it went on")
+
+
+def test_what_fails_under_the_lock_is_not_renamed(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="of the work itself"), sole_writer(tmp_path / "a" / "b", "train x"):
+        raise OSError("of the work itself")
+    with sole_writer(tmp_path / "a" / "b", "train x"):
+        pass

@@ -241,10 +241,14 @@ class Bench:
         seconds, peak_mib = self.clock.timed(work)
         self.record(suite, shape, config, seconds, peak_mib=peak_mib, **fields)
 
+    def _learner(self, shape: Shape, precision: Precision) -> DictionaryLearner:
+        """One whose ``partial_fit`` does what ``fit`` does with a batch: it need not follow how the mean moves."""
+        options = LearnerOptions(shape.m, Coding(shape.k), precision=precision, centre=False)
+        return DictionaryLearner(options, device=str(self.device))
+
     def batch(self, shape: Shape, precision: Precision) -> None:
         x_BD, _ = self.problem(shape)
-        options = LearnerOptions(shape.m, Coding(shape.k), precision=precision)
-        learner = DictionaryLearner(options, device=str(self.device))
+        learner = self._learner(shape, precision)
         learner.partial_fit(x_BD)
         work = partial(learner.partial_fit, x_BD)
         facts = {"floor_s": gpu_model.predicted_s(shape, precision), "error": learner.log[-1].fvu}
@@ -427,8 +431,7 @@ class Bench:
     def profile(self, shape: Shape, precision: Precision) -> None:
         """Where the time of a batch goes, kernel by kernel, and how often the host waits."""
         x_BD, _ = self.problem(shape)
-        options = LearnerOptions(shape.m, Coding(shape.k), precision=precision)
-        learner = DictionaryLearner(options, device=str(self.device))
+        learner = self._learner(shape, precision)
         for _ in range(_WARMUPS):
             learner.partial_fit(x_BD)
         activities = [torch.profiler.ProfilerActivity.CPU]
