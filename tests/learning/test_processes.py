@@ -107,3 +107,4 @@ def test_no_place_for_compiled_code() -> None:
     """A package folder that cannot be written, and a home that is not there: numba finds no place at all."""
     done = run(NO_PLACE, HOME="/nonexistent")
     assert done.stdout.strip() == "same", done.stdout + done.stderr
+    assert done.stderr.count("set NUMBA_CACHE_DIR") == 1

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from numba import njit
@@ -25,6 +26,10 @@ def compiled(**options: Any) -> Callable[[Any], Any]:
         try:
             kernel = njit(cache=True, **_PLAIN, **options)(function)
         except RuntimeError as error:  # "cannot cache function …: no locator available"
+            _say_once(
+                "kernels are compiled anew in every process, which takes about a minute: numba finds no place to keep "
+                "them; set NUMBA_CACHE_DIR to a folder of your own"
+            )
             logger.debug("%s", error)
             kernel = njit(**_PLAIN, **options)(function)
         return _ForkSafe(function, kernel, options) if options.get("parallel") else kernel
@@ -45,9 +50,15 @@ class _ForkSafe:
             _threads_used = True
             return self._kernel(*arguments)
         if self._serial is None:
+            _say_once("a process forked after kernels ran on threads: here they are compiled again, for one thread")
             # Not cached: numba would take the threaded machine code of the same function for it.
             self._serial = njit(**_PLAIN, **{**self._options, "parallel": False})(self._function)
         return self._serial(*arguments)
+
+
+@lru_cache
+def _say_once(what: str) -> None:
+    logger.warning("%s", what)
 
 
 def forked() -> bool:
