@@ -49,8 +49,8 @@ FIXED_POINT = {torch.float32: 1e-5, torch.float64: 1e-12}
 SAMPLE_ORDER = {torch.float32: 1e-3, torch.float64: 1e-9}
 # Of what an update takes off the error, lost where codes and residual are rounded to bfloat16 (1e-4 measured).
 ROUNDED_SUMS = 1e-3
-# Held-out error after 10 sweeps of either update from the same random atoms: 0.2 to 3.9 % apart on three data sets.
-SUMS_AGAINST_EXACT = 0.08
+# Held-out error after 10 batches by either update from the same random atoms: 0.2 to 3.9 % apart on three data sets.
+SWEEP_AGAINST_EXACT = 0.08
 # The naive parallel update multiplies the error of these cases at least by this (100 to 8e5 measured).
 BLOW_UP = 50.0
 

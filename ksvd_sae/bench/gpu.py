@@ -46,7 +46,7 @@ from ksvd_sae.bench import gpu_model
 from ksvd_sae.bench.problems import Shape, planted
 from ksvd_sae.bench.rows import OURS, Who, append, row
 from ksvd_sae.device import resolve_device
-from ksvd_sae.learning.atom_update import residual_of, sweep, sweep_sums, update_atoms_sums, update_atoms_sweep
+from ksvd_sae.learning.atom_update import residual_of, sweep, sweep_sums, update_atoms_sweep
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.coding import Coding
@@ -59,7 +59,6 @@ from ksvd_sae.learning.sparse_coding import Choice, Code, matching_pursuit, orth
 from ksvd_sae.learning.training import checked_batch
 
 _WARMUPS, _REPEATS = 2, 7
-_UPDATES = {"sweep": update_atoms_sweep, "sums": update_atoms_sums}
 
 PAPER = (Shape("gemma-2-2b-4k", 65_536, 2304, 4096, 20), Shape("gemma-2-2b-16k", 65_536, 2304, 16_384, 80))
 SMALL = (Shape("small", 512, 48, 96, 5), Shape("small-wide", 512, 12, 96, 5))
@@ -139,16 +138,13 @@ def _differences(x_BD: Tensor, atoms_MD: Tensor, k: int, device: torch.device, t
             problems.append(f"{name}: {same:.1%} of samples agree, errors {errors[0]:.5g} and {errors[1]:.5g}")
     code = matching_pursuit(wide_BD, wide_MD, k, backend="torch")
     moved = Code(code.values_BK.float().to(device), code.support_BK.to(device))
-    for name, update in _UPDATES.items():
-        # On CUDA a sweep's sums are of rounded codes: its step is a hundredth off, where float32's is exact.
-        limit = 2e-2 if name == "sweep" and device.type == "cuda" else 1e-3
-        wanted_MD = update(wide_BD, code, wide_MD).atoms_MD
-        got_MD = update(here_BD, moved, here_MD).atoms_MD.to(truth).double()
-        gap_M = (got_MD - wanted_MD).norm(dim=1)
-        # Nothing is taken off the error but what rounding keeps: atoms of next to no energy may go astray.
-        typical = float(gap_M.quantile(0.95))
-        if typical > limit:
-            problems.append(f"update by {name}: atoms differ by {typical:.2g}")
+    wanted_MD = update_atoms_sweep(wide_BD, code, wide_MD).atoms_MD
+    gap_M = (update_atoms_sweep(here_BD, moved, here_MD).atoms_MD.to(truth).double() - wanted_MD).norm(dim=1)
+    # Nothing is taken off the error but what rounding keeps: atoms of next to no energy may go astray.
+    typical = float(gap_M.quantile(0.95))
+    # On CUDA a sweep's sums are of rounded codes: its step is a hundredth off, where float32's is exact.
+    if typical > (2e-2 if device.type == "cuda" else 1e-3):
+        problems.append(f"update by a sweep: atoms differ by {typical:.2g}")
     return problems
 
 
@@ -272,9 +268,9 @@ class Bench:
         x_BD, atoms_MD = self.problem(shape)
         code = matching_pursuit(x_BD, atoms_MD, shape.k)
         floor_s = gpu_model.predicted_s(shape, "float32", "leave", "usage", "sums", "solve")
-        for name, by in _UPDATES.items():
-            error = by(x_BD, code, atoms_MD).error_after / variance(x_BD, "bench gpu")
-            self.time("update", shape, name, partial(by, x_BD, code, atoms_MD), floor_s=floor_s, error=error)
+        error = update_atoms_sweep(x_BD, code, atoms_MD).error_after / variance(x_BD, "bench gpu")
+        by = partial(update_atoms_sweep, x_BD, code, atoms_MD)
+        self.time("update", shape, "sweep", by, floor_s=floor_s, error=error)
 
     def train(self, shape: Shape, precision: Precision) -> None:
         """A whole training on data that lie on the device: n is all samples, median_s the one training's time."""

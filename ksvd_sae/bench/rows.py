@@ -4,7 +4,7 @@ Fields of every row (what does not apply is null; NaN is no JSON):
 
 =================  ================================================================================================
 suite, case        which benchmark, on which problem
-impl, config       whose code, and which of its methods ('mp', 'omp', 'sums', 'aksvd', …)
+impl, config       whose code, and which of its methods ('mp', 'omp', 'sweep', 'aksvd', …)
 backend, dtype     what it computes with, and in what
 device, cpu        'cpu' or the GPU's name; the processor's name
 threads            most threads that it was allowed

@@ -1,21 +1,15 @@
 """The dictionary half of K-SVD: new atoms from a coded batch.
 
 Notation: x (B, D) samples, code (B, K) with coefficients X as a sparse (B, M) matrix, E = x − X·atoms
-the residual, Ω_j the samples that use atom j, x_j their coefficients, n_j = ‖x_j‖².
+the residual, Ω_j the samples that use atom j, x_j their coefficients.
 
-Three ways, all of which leave the error of the batch no higher than it was:
+Two ways, both of which leave the error of the batch no higher than it was:
 
 ``exact`` (Aharon, Elad & Bruckstein 2006; batches of atoms as in DB-KSVD, arXiv 2505.18441)
     for each atom the rank-1 SVD of E_Ω + x_jᵀ d_j gives the new atom and its new coefficients. The
     atoms of one atom batch are updated in parallel from the same residual. Parallel updates of atoms
     that occur together can overshoot, by any amount; a batch of atoms that raised the error is taken
     back and done one atom at a time, which cannot.
-
-``sums`` (all atoms at once, coefficients kept)
-    d_j ← normalise(d_j + t·Δ_j) with Δ_j = (Xᵀ E)_j / n_j, the least-squares step of each atom alone,
-    and one exact line search t over all of them. With t = 1 this is one power step of each atom's SVD
-    started at the atom. All that it needs of the samples are sums over them (``UpdateSums``, then the
-    curvature of the line search), so several processes can each sum over their part.
 
 ``sweep`` (one atom after the other, coefficients kept)
     d_j ← d_j + Δ_j, where Δ_j is the least-squares step of atom j after those before it have moved: block coordinate
@@ -24,8 +18,7 @@ Three ways, all of which leave the error of the batch no higher than it was:
     several processes can each sum over their part. An atom that few samples use fits their noise; so it counts as
     ``held`` samples as it was: H_j = A_jj (1 + held / |Ω_j|). The error falls by Σ_j (2H_j − A_jj) ‖Δ_j‖².
 
-A sweep of ``sums`` takes a ninth of the time of the coding before it, and what is learned by it errs as little as by
-``exact`` ("What the options of DB-KSVD are worth" in the docs, sections One option changed and Time of an update).
+What is learned by sweeps errs as little as by ``exact`` or less ("What the options of DB-KSVD are worth" in the docs).
 """
 
 from collections.abc import Callable
@@ -99,104 +92,13 @@ def residual_of(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class UpdateSums:
-    """All that the update needs to know of the samples, but for the curvature: each a sum over samples.
-
-    So the sums of two parts of a batch add up to the sums of the batch, wherever the parts lie.
-
-    Attributes:
-        gradient_MD: XᵀE.
-        energy_M: Σ of squared coefficients (float64).
-        usage_M: samples that use the atom (int64).
-        error: Σ‖E‖².
-    """
-
-    gradient_MD: Tensor
-    energy_M: Tensor
-    usage_M: Tensor
-    error: float
-
-    def __add__(self, other: "UpdateSums") -> "UpdateSums":
-        return UpdateSums(
-            self.gradient_MD + other.gradient_MD,
-            self.energy_M + other.energy_M,
-            self.usage_M + other.usage_M,
-            self.error + other.error,
-        )
-
-    def steps(self) -> Tensor:
-        """Δ (M, D), the least-squares step of each atom alone; 0 for unused atoms."""
-        used_M1 = (self.energy_M > 0)[:, None]
-        tiny = torch.finfo(self.gradient_MD.dtype).tiny
-        energy_M1 = self.energy_M.to(self.gradient_MD.dtype).clamp(min=tiny)[:, None]
-        return torch.where(used_M1, self.gradient_MD / energy_M1, 0)
-
-
-def update_sums(code: Code, residual_BD: Tensor, n_atoms: int) -> UpdateSums:
-    """The sums of one batch, or of a part of one, from its residual under the atoms that coded it."""
-    by_atom = _group_by_atom(code, n_atoms)
-    return UpdateSums(
-        gradient_MD=by_atom.weighted_sums(residual_BD),
-        energy_M=by_atom.energies(),
-        usage_M=by_atom.usage_M,
-        error=float(_energy(residual_BD)),
-    )
-
-
-def step_curvature(code: Code, step_MD: Tensor) -> float:
-    """‖X·Δ‖², what the line search must know of a step: a second sum over samples, after the steps are known."""
-    return float(_energy(code.reconstruct(step_MD)))
-
-
-@dataclass(frozen=True)
 class MovedAtoms:
-    """atoms_MD: after the line search, unit rows.  scale_M: what their coefficients are multiplied by.
-    error: Σ‖residual‖² then."""
+    """atoms_MD: after the sweep, unit rows.  scale_M: what their coefficients are multiplied by.
+    error: Σ‖residual‖² then, float64."""
 
     atoms_MD: Tensor
     scale_M: Tensor
-    error: float | Tensor
-
-
-def move_atoms(atoms_MD: Tensor, sums: UpdateSums, step_MD: Tensor, curvature: float) -> MovedAtoms:
-    """New atoms from the sums alone: the same wherever the sums are the same."""
-    # Exact line search: error(t) = error − 2t·⟨gradient, step⟩ + t²·curvature.
-    gradient_M = torch.linalg.vector_norm(sums.gradient_MD, dim=1).double()
-    slope = float((gradient_M * torch.linalg.vector_norm(step_MD, dim=1).double()).sum())
-    t = slope / curvature if curvature > 0 else 0.0
-    raw_MD = atoms_MD + t * step_MD
-    norms_M = torch.linalg.vector_norm(raw_MD, dim=1)
-    # An atom whose step leads to zero is best not used: it keeps its direction and loses its coefficients.
-    used_M = sums.energy_M > 0
-    moved_M = used_M & (norms_M > 1e-6)
-    new_MD = torch.where(moved_M[:, None], raw_MD / norms_M.clamp(min=1e-6)[:, None], atoms_MD)
-    scale_M = torch.where(moved_M, norms_M, (~used_M).to(norms_M.dtype))
-    return MovedAtoms(new_MD, scale_M, sums.error - 2 * t * slope + t * t * curvature)
-
-
-@torch.no_grad()
-def update_atoms_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor) -> AtomUpdate:
-    """Move all atoms at once along their least-squares steps; see the module's docstring.
-
-    Args:
-        x_BD: the batch, centred.
-        code: its code under ``atoms_MD``.
-        atoms_MD: unit rows.
-    Returns: AtomUpdate; error_after ≤ error_before up to float32 rounding.
-    Cost: 3·B·K·D multiply-adds, each gathering rows of D floats; 2·B·D + M·D floats.
-    """
-    residual_BD = residual_of(x_BD, code, atoms_MD)
-    sums = update_sums(code, residual_BD, len(atoms_MD))
-    step_MD = sums.steps()
-    moved = move_atoms(atoms_MD, sums, step_MD, step_curvature(code, step_MD))
-    return AtomUpdate(
-        atoms_MD=moved.atoms_MD,
-        code=Code(code.values_BK * moved.scale_M[code.support_BK.long()], code.support_BK),
-        usage_M=sums.usage_M,
-        energy_M=sums.energy_M,
-        residual_BD=residual_BD,
-        errors=torch.tensor([sums.error, moved.error], dtype=torch.float64, device=x_BD.device),
-    )
+    error: Tensor
 
 
 @dataclass(frozen=True)
@@ -228,8 +130,13 @@ class SweepSums:
 def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: float = HELD) -> AtomUpdate:
     """Move the atoms one after the other, each to where the error is least; see the module's docstring.
 
-    Args: held: samples that an atom counts for as it was; 0 lets it follow the batch alone. Others, Returns: as
-        ``update_atoms_sums``; on CUDA the residual is given in bfloat16, and the errors but for its rounding.
+    Args:
+        x_BD: the batch, centred.
+        code: its code under ``atoms_MD``.
+        atoms_MD: unit rows.
+        held: samples that an atom counts for as it was; 0 lets it follow the batch alone.
+    Returns: AtomUpdate; error_after ≤ error_before up to rounding. On CUDA the residual is given in bfloat16, and the
+        errors but for its rounding.
     Cost: 2·B·K·D multiply-adds that gather rows of D floats, B·K² that gather single ones, and M²·D/2 of a triangular
         solve; B·D + M·D floats, and at most 2²⁶ of A at a time. On CUDA B·K·D that gather and B·M·(D + M/2), with
         M > 4·D B·M·2·D, of matrix products in bfloat16, for which the codes are written out: 2·B·M bytes.
@@ -242,7 +149,7 @@ def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: floa
         usage_M=sums.usage_M,
         energy_M=sums.energy_M,
         residual_BD=residual_BD,
-        errors=torch.stack([sums.error, torch.as_tensor(moved.error, device=sums.error.device)]),
+        errors=torch.stack([sums.error, moved.error]),
     )
 
 
@@ -328,7 +235,7 @@ def _multiplied_sums(x_BD: Tensor, code: Code, atoms_MD: Tensor, dtype: torch.dt
 
 
 def sweep(atoms_MD: Tensor, sums: SweepSums, held: float = HELD) -> MovedAtoms:
-    """New atoms from the sums alone: the same wherever the sums are the same. ``error`` is a float64 tensor."""
+    """New atoms from the sums alone: the same wherever the sums are the same."""
     energy_M = sums.energy_M
     stiffness_M = energy_M * (1 + held / sums.usage_M.clamp(min=1).float())
     step_MD = _solved(atoms_MD, sums, stiffness_M)

@@ -96,7 +96,7 @@ def test_exact_updates_agree(folder: Path) -> None:
     found = rows(folder, "update")
     ours, theirs = one(found, OURS, "exact, 1 at a time"), one(found, "dictlearn", "ksvd")
     assert theirs["fvu"] == pytest.approx(ours["fvu"], rel=PEER_UPDATE_FVU)
-    for row in (ours, theirs, one(found, OURS, "sums")):
+    for row in (ours, theirs, one(found, OURS, "sweep")):
         assert row["fvu"] < row["fvu_before"]
 
 

@@ -14,14 +14,10 @@ from torch.nn.functional import normalize
 from ksvd_sae.learning import atom_update, reference
 from ksvd_sae.learning.atom_update import (
     AtomUpdate,
-    move_atoms,
-    step_curvature,
     sweep,
     sweep_sums,
     update_atoms_exact,
-    update_atoms_sums,
     update_atoms_sweep,
-    update_sums,
 )
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.sparse_coding import matching_pursuit
@@ -48,7 +44,6 @@ def exact(atom_batch: int) -> Update:
 
 
 UPDATES: dict[str, Update] = {
-    "sums": update_atoms_sums,
     "sweep": update_atoms_sweep,
     "sweep, nothing held": partial(update_atoms_sweep, held=0),
     "exact, one atom": exact(1),
@@ -111,11 +106,10 @@ class TestAgainstReference:
         )
         assert np.abs(got.atoms_MD.numpy() - atoms).max() <= tolerances.EXACT_UPDATE_FLOAT64
 
-    def test_one_step_of_sums_on_one_atom_is_a_power_step(self) -> None:
-        """With a single atom the line search takes the whole least-squares step."""
+    def test_a_sweep_of_one_atom_is_a_power_step(self) -> None:
         problem = generic(50, 7, 1, 1, seed=4)
         x, old = problem.x_BD.numpy(), problem.atoms_MD.numpy()
-        got = update_atoms_sums(problem.x_BD, coded(problem), problem.atoms_MD)
+        got = update_atoms_sweep(problem.x_BD, coded(problem), problem.atoms_MD, held=0)
         power_step = (x @ old[0]) @ x
         gap = got.atoms_MD[0].numpy() - power_step / np.linalg.norm(power_step)
         assert np.abs(gap).max() <= tolerances.FIXED_POINT[torch.float64]
@@ -341,12 +335,11 @@ class TestPromises:
         """Samples that cancel: the least-squares step of the atom leads to the zero vector, error 4 to error 2."""
         atoms_MD = torch.eye(3, dtype=dtype)[:1]
         code = Code(torch.tensor([[1.0], [1.0]], dtype=dtype), torch.zeros(2, 1, dtype=torch.int32))
-        for update in (update_atoms_sums, partial(update_atoms_sweep, held=0)):
-            got = update(torch.tensor([[0.0, 1, 0], [0, -1, 0]], dtype=dtype), code, atoms_MD)
-            assert torch.equal(got.atoms_MD, atoms_MD)
-            assert not got.code.values_BK.any()
-            assert got.error_before == pytest.approx(4, rel=tolerances.UPDATE_ERROR[dtype])
-            assert got.error_after == pytest.approx(2, rel=tolerances.UPDATE_ERROR[dtype])
+        got = update_atoms_sweep(torch.tensor([[0.0, 1, 0], [0, -1, 0]], dtype=dtype), code, atoms_MD, held=0)
+        assert torch.equal(got.atoms_MD, atoms_MD)
+        assert not got.code.values_BK.any()
+        assert got.error_before == pytest.approx(4, rel=tolerances.UPDATE_ERROR[dtype])
+        assert got.error_after == pytest.approx(2, rel=tolerances.UPDATE_ERROR[dtype])
 
     @each_update
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -397,27 +390,6 @@ class TestFixedPointAndOrder:
 
 
 class TestSums:
-    @given(problem=problems(), dtype=dtypes, cut=st.floats(0, 1))
-    def test_of_parts_add_up_to_those_of_the_batch(self, problem: Problem, dtype: torch.dtype, cut: float) -> None:
-        """And lead to the same atoms: what several processes need, each with its part of the samples."""
-        problem = problem.to(dtype)
-        code, n_atoms = coded(problem), len(problem.atoms_MD)
-        whole = update_atoms_sums(problem.x_BD, code, problem.atoms_MD)
-        middle = round(cut * len(code))
-        parts = [Code(code.values_BK[rows], code.support_BK[rows]) for rows in (slice(middle), slice(middle, None))]
-        residuals = whole.residual_BD[:middle], whole.residual_BD[middle:]
-        one, other = (update_sums(*pair, n_atoms) for pair in zip(parts, residuals, strict=True))
-        sums = one + other
-        assert torch.equal(sums.usage_M, whole.usage_M)
-        step_MD = sums.steps()
-        curvature = sum(step_curvature(part, step_MD) for part in parts)
-        moved = move_atoms(problem.atoms_MD, sums, step_MD, curvature)
-        assert abs(moved.error - whole.error_after) <= tolerances.UPDATE_ERROR[dtype] * energy(problem.x_BD)
-        product_gap = parts_of(whole.code, whole.atoms_MD, n_atoms) - parts_of(
-            Code(code.values_BK * moved.scale_M[code.support_BK.long()], code.support_BK), moved.atoms_MD, n_atoms
-        )
-        assert product_gap.abs().max() <= tolerances.SAMPLE_ORDER[dtype] * (1 + energy(problem.x_BD) ** 0.5)
-
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_in_pieces(self, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
         """An atom that all samples use, one that some use, one that none uses; in pieces of 3, of 256 and in one."""
@@ -429,50 +401,45 @@ class TestSums:
         dense_BM = code.to_dense(4).double()
         for piece in (3, 256, 10_000):
             monkeypatch.setattr(atom_update, "_PIECE", piece)
-            sums = update_sums(code, rows_BD, 4)
+            _, sums = sweep_sums(rows_BD, code, torch.zeros(4, 5, dtype=dtype))
+            gradient_MD, _ = sums.block(0, 4, torch.zeros(4, 5, dtype=dtype))
             assert sums.usage_M.tolist() == [666, 0, 1000, 0]
-            gap_MD = sums.gradient_MD.double() - dense_BM.T @ rows_BD.double()
+            gap_MD = gradient_MD.double() - dense_BM.T @ rows_BD.double()
             assert gap_MD.abs().max() <= tolerances.UPDATE_ERROR[dtype] * 1000
             gap_M = sums.energy_M - dense_BM.square().sum(dim=0)
             assert gap_M.abs().max() <= tolerances.UPDATE_ERROR[torch.float64] * 1000
 
     def test_no_samples(self) -> None:
         code = Code(torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int32))
-        sums = update_sums(code, torch.zeros(0, 5), 4)
-        assert sums.usage_M.tolist() == [0] * 4
-        assert not sums.steps().any()
+        got = update_atoms_sweep(torch.zeros(0, 5), code, unit_atoms(4, 5))
+        assert got.usage_M.tolist() == [0] * 4
+        assert torch.equal(got.atoms_MD, unit_atoms(4, 5))
 
 
-def parts_of(code: Code, atoms_MD: Tensor, n_atoms: int) -> Tensor:
-    """The samples that a code rebuilds, float64."""
-    return code.to_dense(n_atoms).double() @ atoms_MD.double()
-
-
-class TestSumsAgainstExact:
+class TestSweepAgainstExact:
     def test_one_atom_at_a_time_they_agree(self) -> None:
-        """Steps of sums on one atom alone, coefficients refitted between them, converge to its SVD."""
+        """Sweeps of one atom alone, coefficients refitted between them, converge to its SVD."""
         problem = generic(80, 6, 1, 1, seed=4)
         code, atoms_MD = coded(problem), problem.atoms_MD
         wanted = update_atoms_exact(problem.x_BD, code, atoms_MD)
         for _ in range(200):
-            atoms_MD = update_atoms_sums(problem.x_BD, code, atoms_MD).atoms_MD
+            atoms_MD = update_atoms_sweep(problem.x_BD, code, atoms_MD, held=0).atoms_MD
             code = Code(problem.x_BD @ atoms_MD.T, code.support_BK)
         cosine = float((atoms_MD * wanted.atoms_MD).sum())
         assert abs(cosine) >= 1 - tolerances.EXACT_UPDATE_FLOAT64
 
     def test_trained_they_reach_the_same_error(self) -> None:
-        """All atoms at once with a line search against one SVD after the other, on samples that neither trained on."""
+        """On samples that neither trained on."""
         problem = planted(3_000, 16, 32, 3, noise=0.1, seed=3)
         train_ND, heldout_ND = problem.x_BD[:2000], problem.x_BD[2000:]
         errors = {}
-        for name, step in (("sums", update_atoms_sums), ("sweep", update_atoms_sweep), ("exact", exact(1))):
+        for name, step in (("sweep", update_atoms_sweep), ("exact", exact(1))):
             atoms_MD = normalize(torch.randn(32, 16, generator=generator(5)), dim=1)
             for _ in range(10):
                 atoms_MD = step(train_ND, matching_pursuit(train_ND, atoms_MD, 3), atoms_MD).atoms_MD
             code = matching_pursuit(heldout_ND, atoms_MD, 3)
             errors[name] = error(heldout_ND, code, atoms_MD) / energy(heldout_ND)
-        assert errors["sums"] == pytest.approx(errors["exact"], rel=tolerances.SUMS_AGAINST_EXACT)
-        assert errors["sweep"] == pytest.approx(errors["exact"], rel=tolerances.SUMS_AGAINST_EXACT)
+        assert errors["sweep"] == pytest.approx(errors["exact"], rel=tolerances.SWEEP_AGAINST_EXACT)
 
 
 class TestNonnegative:
@@ -492,7 +459,7 @@ class TestNonnegative:
         assert (norms_M - 1).abs().max() <= tolerances.UNIT_NORM[dtype]
 
     @given(seed=st.integers(0, 2**31))
-    def test_sums_keep_them_too(self, seed: int) -> None:
+    def test_sweeps_keep_them_too(self, seed: int) -> None:
         problem = overshooting(12, 9, seed)
         code = matching_pursuit(problem.x_BD, problem.atoms_MD, problem.k, nonnegative=True)
-        assert update_atoms_sums(problem.x_BD, code, problem.atoms_MD).code.values_BK.min() >= 0
+        assert update_atoms_sweep(problem.x_BD, code, problem.atoms_MD).code.values_BK.min() >= 0
