@@ -49,7 +49,7 @@ def _tables(config: CurvesConfig, frame: pd.DataFrame) -> str:
         lines = []
         for (value, name), group in own.groupby(["value", "dictionary"], sort=False):
             scores = [_cell(group[metric], 3) for metric in metrics]
-            shown = f"{value:,}" if isinstance(value, int) else str(value)
+            shown = value if isinstance(value, str) else f"{value:,.10g}"
             lines.append(
                 [shown, str(name), str(len(group)), _cell(group["l0"], 1), *scores, _cell(group["dead_fraction"], 3)]
             )
