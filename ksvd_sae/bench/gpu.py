@@ -53,7 +53,7 @@ from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
 from ksvd_sae.learning.fvu import fvu, variance
 from ksvd_sae.learning.kernels import pursuit_triton
-from ksvd_sae.learning.products import Precision, products
+from ksvd_sae.learning.products import Precision, products, times
 from ksvd_sae.learning.redraw import near_duplicates, redrawn
 from ksvd_sae.learning.sparse_coding import Choice, Code, matching_pursuit, orthogonal_matching_pursuit, pursued
 from ksvd_sae.learning.training import checked_batch
@@ -318,7 +318,7 @@ class Bench:
         kinds: dict[str, tuple[Callable[[], Any], float]] = {
             "float32, plain": (lambda: a @ b.T, flops / gpu_model.FLOAT32_FLOP_PER_S),
             "float32, split": (partial(products, a, b), 3 * flops / gpu_model.BFLOAT16_FLOP_PER_S),
-            "bfloat16": (partial(products, a, b, "bfloat16"), flops / gpu_model.BFLOAT16_FLOP_PER_S),
+            "bfloat16": (partial(times(b, "bfloat16"), a), flops / gpu_model.BFLOAT16_FLOP_PER_S),
         }
         for name, (product, floor_s) in kinds.items():
             self.rated(f"product {name}", shape, product, floor_s, flops=flops)
@@ -356,7 +356,7 @@ class Bench:
         work: dict[str, Callable[[], Any]] = {
             "samples": lambda: x_BD[order_B] - centre_D,
             "statistics": lambda: checked_batch(x_BD),
-            "products": lambda: products(x_BD[: _rows(shape)], atoms_MD, precision),
+            "products": lambda: times(atoms_MD, precision)(x_BD[: _rows(shape)]),
             "gram": lambda: products(atoms_MD, atoms_MD),
             "products + pursuit": lambda: pursued(x_BD, atoms_MD, shape.k, **options),
             "leave": lambda: residual_of(x_BD, code, atoms_MD),

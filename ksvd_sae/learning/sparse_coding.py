@@ -24,7 +24,7 @@ from ksvd_sae.learning.backends import Backend, Method, chunks, coder_backend, o
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.least_squares import DEPENDENT, refit_code, refit_from_left
-from ksvd_sae.learning.products import Precision, check_precision, products
+from ksvd_sae.learning.products import Precision, check_precision, products, times
 
 Coder = Literal["mp", "mp_refit", "omp", "ormp", "projection"]
 Choice = Literal["product", "error"]
@@ -210,8 +210,9 @@ def pursued(
     code = Code.empty(x_BD, k)
     left_BK = torch.zeros_like(code.values_BK)
     pursue = _kernels(where).pursue
+    with_atoms = times(atoms_MD, precision)
     for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=3 if where == "torch" else 1):
-        products_CM = products(x_BD[rows], atoms_MD, precision)
+        products_CM = with_atoms(x_BD[rows])
         out = (code.values_BK[rows], code.support_BK[rows], left_BK[rows])
         pursue(products_CM, energy_B[rows], floor_B[rows], gram_MM, k, steps, rtol, nonnegative, *out)
     return code, left_BK
@@ -333,8 +334,9 @@ def orthogonal_matching_pursuit(
     where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k, method=method)
     gram_MM = gram_MM.half() if where == "triton" and precision == "bfloat16" else gram_MM
     pursue = _kernels(where).pursue_orthogonally
+    with_atoms = times(atoms_MD, precision)
     for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=k + 3 if where == "torch" else 1):
-        products_CM = products(x_BD[rows], atoms_MD, precision)
+        products_CM = with_atoms(x_BD[rows])
         out = (code.values_BK[rows], code.support_BK[rows])
         pursue(products_CM, energy_B[rows], floor_B[rows], gram_MM, k, rtol, nonnegative, by_error, *out)
     return code

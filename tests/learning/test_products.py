@@ -1,9 +1,9 @@
-"""Products by bfloat16 ones: what float32 is on CUDA, computed on the CPU as there."""
+"""Products by bfloat16 ones: what float32 is on CUDA, computed on the CPU as there, and precision bfloat16."""
 
 import pytest
 import torch
 
-from ksvd_sae.learning.products import multiplied, products, split_products
+from ksvd_sae.learning.products import multiplied, split_products, times
 from tests.strategies import generator
 
 
@@ -37,6 +37,25 @@ def test_factors_of_16_bits_are_exact() -> None:
         assert torch.allclose(got_NM.double(), exact_NM, rtol=0, atol=1e-5)
 
 
+def test_what_all_share_is_not_rounded() -> None:
+    """As in activations: most of each row lies along one direction, and what tells them apart is small."""
+    shared_D = torch.nn.functional.normalize(torch.randn(64, generator=generator(0)), dim=0)
+    rows_ND = 30 * torch.randn(50, 1, generator=generator(1)) * shared_D + torch.randn(50, 64, generator=generator(2))
+    others_MD = 8 * shared_D + torch.randn(70, 64, generator=generator(3))
+    wanted_NM = rows_ND.double() @ others_MD.double().T
+    plain = (rows_ND.bfloat16() @ others_MD.bfloat16().T - wanted_NM).abs().max()
+    assert (times(others_MD, "bfloat16")(rows_ND) - wanted_NM).abs().max() < plain / 5
+
+
+@pytest.mark.parametrize(
+    "others_MD", [torch.eye(6), -torch.eye(6)[:2], torch.zeros(3, 6), torch.cat([torch.eye(6), -torch.eye(6)])]
+)
+def test_others_that_share_no_direction(others_MD: torch.Tensor) -> None:
+    rows_ND = torch.randn(5, 6, generator=generator(0))
+    got_NM, wanted_NM = times(others_MD, "bfloat16")(rows_ND), rows_ND @ others_MD.T
+    assert (got_NM - wanted_NM).abs().max() <= 2**-7 * wanted_NM.abs().max()
+
+
 def test_no_global_setting_is_read_or_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading ``allow_tf32`` raises where a user has set ``fp32_precision``."""
 
@@ -47,5 +66,5 @@ def test_no_global_setting_is_read_or_changed(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(type(torch.backends.cuda.matmul), "__setattr__", refuse)
     rows_ND = torch.randn(5, 8)
     for precision in ("float32", "bfloat16"):
-        assert products(rows_ND, rows_ND, precision).shape == (5, 5)
+        assert times(rows_ND, precision)(rows_ND).shape == (5, 5)
     split_products(rows_ND, rows_ND)

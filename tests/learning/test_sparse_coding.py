@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import orthogonal_mp_gram
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ksvd_sae.errors import ActivationError, DictionaryError, KsvdSaeError, ShapeError
 from ksvd_sae.learning import backends, least_squares, reference, sparse_coding
@@ -33,6 +34,7 @@ from tests.strategies import (
     EDGE_CASES,
     Problem,
     dtypes,
+    generator,
     generic,
     problems,
     unit_atoms,
@@ -367,6 +369,19 @@ class TestPrecision:
         full = errors(problem, run("mp", problem))
         low = errors(problem, run("mp", problem, precision="bfloat16"))
         assert np.sqrt((low**2).mean()) <= (1 + tolerances.BFLOAT16) * np.sqrt((full**2).mean()) + tolerances.BFLOAT16
+
+    def test_small_picks_are_right_beside_a_direction_that_all_share(self) -> None:
+        """ORMP divides what is left by what is new in an atom: rounding of what all share would drown it."""
+        problem = generic(301, 64, 128, 8, seed=4).to(torch.float32)
+        shared_D = normalize(torch.randn(64, generator=generator(0)), dim=0)
+        atoms_MD = normalize(problem.atoms_MD + 2 * shared_D, dim=1)
+        x_BD = problem.x_BD + 100 * torch.randn(301, 1, generator=generator(1)) * shared_D
+        for coder in ("omp", "ormp"):
+            full, low = (
+                float((x_BD - encode(x_BD, atoms_MD, 8, coder=coder, precision=precision).reconstruct(atoms_MD)).norm())
+                for precision in ("float32", "bfloat16")
+            )
+            assert low <= 1.005 * full  # 1.011 and 1.019 where all is rounded
 
     def test_refit_is_from_the_samples_themselves(self) -> None:
         """Rounded products may choose other atoms, but the coefficients are least squares all the same."""
