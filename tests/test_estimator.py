@@ -445,7 +445,7 @@ class TestTheLearnerBeneath:
         assert len(resumed.log) == 6
 
 
-UPDATES = ("sweep", "exact")
+UPDATES = ("sweep", "two_sweeps", "exact")
 
 
 def in_order(ksvd: DoubleBatchKSVD, x_ND: Tensor) -> float:

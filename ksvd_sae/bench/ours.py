@@ -10,7 +10,12 @@ from torch import Tensor
 from ksvd_sae.bench.peers import Coder, Updater
 from ksvd_sae.bench.problems import Problem, Shape
 from ksvd_sae.bench.rows import OURS, Who
-from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sweep
+from ksvd_sae.learning.atom_update import (
+    AtomUpdate,
+    update_atoms_exact,
+    update_atoms_sweep,
+    update_atoms_two_sweeps,
+)
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.products import Precision
 from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
@@ -48,8 +53,8 @@ def coders(problem: Problem, device: torch.device) -> list[Coder]:
 
 
 def updaters(problem: Problem, device: torch.device) -> list[Updater]:
-    """The sweep, and the exact update with 1 and 128 atoms at a time."""
-    updates: dict[str, Callable[..., AtomUpdate]] = {"sweep": update_atoms_sweep}
+    """One sweep, two, and the exact update with 1 and 128 atoms at a time."""
+    updates: dict[str, Callable[..., AtomUpdate]] = {"sweep": update_atoms_sweep, "two sweeps": update_atoms_two_sweeps}
     updates |= {f"exact, {size} at a time": partial(update_atoms_exact, atom_batch=size) for size in _EXACT_BATCHES}
     return [_updater(config, update, device) for config, update in updates.items()]
 

@@ -16,7 +16,12 @@ from torch import Tensor
 from ksvd_sae.arguments import flag, number, shown, whole
 from ksvd_sae.errors import InputTypeError, ShapeError
 from ksvd_sae.learning import backends
-from ksvd_sae.learning.atom_update import AtomUpdate, update_atoms_exact, update_atoms_sweep
+from ksvd_sae.learning.atom_update import (
+    AtomUpdate,
+    update_atoms_exact,
+    update_atoms_sweep,
+    update_atoms_two_sweeps,
+)
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.checks import check_samples
 from ksvd_sae.learning.coding import Coding
@@ -30,7 +35,7 @@ from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, near_duplicat
 from ksvd_sae.learning.sparse_coding import pursued
 from ksvd_sae.learning.weighting import Weighting
 
-Update = Literal["sweep", "exact"]
+Update = Literal["sweep", "two_sweeps", "exact"]
 Init = Literal["data", "random"]
 # Batches where no size is asked for.
 _BATCH_PER_ATOM, _FEWEST_IN_A_BATCH = 4, 1024
@@ -56,8 +61,9 @@ class LearnerOptions:
         passes: times that ``fit`` goes over the samples.
         batch_samples: largest batch; ``fit`` makes batches of nearly equal size at most this. None is 4 × n_atoms, at
             least 1,024: the best of M, 2 M, 4 M and 8 M (the paper: 65,536).
-        update: 'sweep' (one atom after the other, coefficients kept) or 'exact' (SVD, ten times as slow for no lower an
-            error); see atom_update.py.
+        update: 'sweep' (one atom after the other, coefficients kept), 'two_sweeps' (coefficients fitted anew between
+            them: for few large batches, as the paper's) or 'exact' (SVD, ten times as slow for no lower an error); see
+            atom_update.py.
         atom_batch: atoms updated in parallel by 'exact'.
         init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper: 3 % more error).
         redraw: what takes the place of atoms that were unused for long or that nearly repeat another: 'residual'
@@ -351,6 +357,8 @@ def _coded(batch: Batch, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[
 def _updated(stage: Stage, atoms_MD: Tensor, options: LearnerOptions, generator: torch.Generator) -> AtomUpdate:
     if options.update == "sweep":
         return update_atoms_sweep(stage.target_BD, stage.code, atoms_MD)
+    if options.update == "two_sweeps":
+        return update_atoms_two_sweeps(stage.target_BD, stage.code, atoms_MD, nonnegative=options.coding.nonnegative)
     return update_atoms_exact(
         stage.target_BD,
         stage.code,

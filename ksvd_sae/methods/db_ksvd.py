@@ -47,7 +47,13 @@ def preset_options(preset: Preset, k: int) -> dict[str, JsonValue]:
     if preset == "behaviour":
         return {"weighting": "fisher_diag", "coder": "omp"}
     # But for its SVD of each atom, which `update: exact` is.
-    own: dict[str, JsonValue] = {"batch_samples": 65_536, "init": "random", "redraw": "random", "rtol": 0.05}
+    own: dict[str, JsonValue] = {
+        "update": "two_sweeps",
+        "batch_samples": 65_536,
+        "init": "random",
+        "redraw": "random",
+        "rtol": 0.05,
+    }
     return own | {"duplicate_cosine": None, "average": False, "centre": False}
 
 

@@ -18,6 +18,7 @@ from ksvd_sae.learning.atom_update import (
     sweep_sums,
     update_atoms_exact,
     update_atoms_sweep,
+    update_atoms_two_sweeps,
 )
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.sparse_coding import matching_pursuit
@@ -45,6 +46,7 @@ def exact(atom_batch: int) -> Update:
 
 UPDATES: dict[str, Update] = {
     "sweep": update_atoms_sweep,
+    "two sweeps": update_atoms_two_sweeps,
     "sweep, nothing held": partial(update_atoms_sweep, held=0),
     "exact, one atom": exact(1),
     "exact, 3 atoms": exact(3),
@@ -433,13 +435,14 @@ class TestSweepAgainstExact:
         problem = planted(3_000, 16, 32, 3, noise=0.1, seed=3)
         train_ND, heldout_ND = problem.x_BD[:2000], problem.x_BD[2000:]
         errors = {}
-        for name, step in (("sweep", update_atoms_sweep), ("exact", exact(1))):
+        for name, step in (("sweep", update_atoms_sweep), ("two", update_atoms_two_sweeps), ("exact", exact(1))):
             atoms_MD = normalize(torch.randn(32, 16, generator=generator(5)), dim=1)
             for _ in range(10):
                 atoms_MD = step(train_ND, matching_pursuit(train_ND, atoms_MD, 3), atoms_MD).atoms_MD
             code = matching_pursuit(heldout_ND, atoms_MD, 3)
             errors[name] = error(heldout_ND, code, atoms_MD) / energy(heldout_ND)
-        assert errors["sweep"] == pytest.approx(errors["exact"], rel=tolerances.SWEEP_AGAINST_EXACT)
+        for name in ("sweep", "two"):
+            assert errors[name] == pytest.approx(errors["exact"], rel=tolerances.SWEEP_AGAINST_EXACT)
 
 
 class TestNonnegative:
@@ -462,4 +465,5 @@ class TestNonnegative:
     def test_sweeps_keep_them_too(self, seed: int) -> None:
         problem = overshooting(12, 9, seed)
         code = matching_pursuit(problem.x_BD, problem.atoms_MD, problem.k, nonnegative=True)
-        assert update_atoms_sweep(problem.x_BD, code, problem.atoms_MD).code.values_BK.min() >= 0
+        for update in (update_atoms_sweep, partial(update_atoms_two_sweeps, nonnegative=True)):
+            assert update(problem.x_BD, code, problem.atoms_MD).code.values_BK.min() >= 0

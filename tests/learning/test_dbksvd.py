@@ -26,8 +26,8 @@ from tests import tolerances
 from tests.learners import learner
 from tests.strategies import generator, planted
 
-Update = Literal["sweep", "exact"]
-UPDATES: tuple[Update, ...] = ("sweep", "exact")
+Update = Literal["sweep", "two_sweeps", "exact"]
+UPDATES: tuple[Update, ...] = ("sweep", "two_sweeps", "exact")
 
 
 def started(ksvd: DictionaryLearner, atoms_MD: Tensor, centre_D: Tensor | None = None) -> DictionaryLearner:

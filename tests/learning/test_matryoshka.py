@@ -139,7 +139,7 @@ class TestCoder:
 
 
 class TestLearning:
-    @pytest.mark.parametrize("update", ["sweep", "exact"])
+    @pytest.mark.parametrize("update", ["sweep", "two_sweeps", "exact"])
     def test_one_group_is_the_plain_dictionary(self, update: str) -> None:
         x_ND = planted(400, 12, 20, 3, noise=0.1).x_BD
         options: dict[str, Any] = {"passes": 2, "batch_samples": 100, "update": update, "atom_batch": 4}

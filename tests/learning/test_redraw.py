@@ -153,7 +153,7 @@ class TestDrawn:
 
 class TestInTraining:
     @pytest.mark.parametrize("kind", ["residual", "data", "random"])
-    @pytest.mark.parametrize("update", ["sweep", "exact"])
+    @pytest.mark.parametrize("update", ["sweep", "two_sweeps", "exact"])
     def test_a_repeated_atom_is_replaced(self, update: str, kind: str) -> None:
         problem = planted(400, 12, 20, 3, noise=0.1)
         start_MD = problem.atoms_MD.clone()

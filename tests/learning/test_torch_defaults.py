@@ -17,6 +17,7 @@ from tests.strategies import planted, unit_atoms
 X_ND = planted(400, 12, 20, 3, noise=0.1).x_BD + 0.5
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
+    "two sweeps": {"update": "two_sweeps"},
     "exact": {"update": "exact", "atom_batch": 4},
     "random atoms": {"init": "random"},
     "groups": {"groups": (8, 12), "coder": "matryoshka"},
