@@ -18,13 +18,16 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from ksvd_sae import doctor
+from ksvd_sae import Coding, Dictionary, doctor, import_sae
 from ksvd_sae.cli import app
 from ksvd_sae.offline.gemma import MODEL_NAME
 from ksvd_sae.run.pipeline import Run
+from tests.tiny_saes import tiny_topk_sae
 
 COMMANDS = (
     "harvest",
@@ -36,6 +39,7 @@ COMMANDS = (
     "efficiency",
     "curves",
     "contrast",
+    "import",
     "unpack",
     "doctor",
     "bench",
@@ -110,7 +114,7 @@ def config(tmp_path: Path) -> str:
 
 
 def test_every_command_is_tested_here() -> None:
-    assert {getattr(command.callback, "__name__", None) for command in app.registered_commands} == set(COMMANDS)
+    assert set(get_command(app).commands) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -123,7 +127,7 @@ def test_help_shows_an_example(command: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [command for command in COMMANDS if command not in ("study", "curves", "contrast", "unpack", "doctor", "bench")],
+    ["harvest", "train", "evaluate", "compare", "run", "efficiency"],
 )
 def test_example_names_a_config_that_loads(command: str) -> None:
     """Here, in an empty folder: by its name."""
@@ -436,6 +440,28 @@ def test_doctor_finds_versions_that_do_not_fit(
     assert problem in shown
     assert mend in shown
     assert "working set" not in shown
+
+
+# ---------------------------------------------------------------- import
+
+
+def test_import_writes_a_dictionary(tmp_path: Path) -> None:
+    sae = tiny_topk_sae()
+    sae.save_model(tmp_path / "sae")
+    done = invoke("import", "sae", "--coder", "mp", "--k", "3", "--signed", "--to", "dictionary")
+    assert done.exit_code == 0, done.output
+    assert "24 atoms of 16 dimensions; 0 rows of norm 0 left out; 0 near duplicates" in plain(done.output)
+    loaded = Dictionary.load(tmp_path / "dictionary")
+    assert loaded.coding == Coding(3, "mp")
+    assert torch.equal(loaded.atoms_MD, import_sae(sae).atoms_MD)
+    assert invoke("import", "sae", "--to", "dictionary").exit_code == 0
+    assert Dictionary.load(tmp_path / "dictionary").coding == Coding(4, "omp", nonnegative=True)
+
+
+def test_import_of_nothing_is_a_message() -> None:
+    message = said("import", "nowhere", "--to", "dictionary")
+    assert "importing nowhere: no SAE there" in message
+    assert not Path("dictionary").exists()
 
 
 # ---------------------------------------------------------------- studies
