@@ -316,7 +316,9 @@ def bench(
     suite: Annotated[
         Suite, typer.Argument(help="what to measure (all: without evals); table prints what has been measured")
     ],
-    data: Annotated[str, typer.Option(help="activations (of CONFIG's finished harvest) or planted")] = "activations",
+    data: Annotated[
+        str, typer.Option(help="activations (of CONFIG's finished harvest), imported (its TopK SAE's atoms) or planted")
+    ] = "activations",
     config: Annotated[Path, typer.Option(metavar="CONFIG", help="by name, or a YAML")] = Path("demo"),
     samples: Annotated[int | None, typer.Option(help="n; the suite has a default, as for the next three")] = None,
     atoms: Annotated[int | None, typer.Option(help="m")] = None,
