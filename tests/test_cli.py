@@ -20,6 +20,7 @@ import numpy
 import pytest
 import torch
 import yaml
+from sae_lens import TopKSAE
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -27,6 +28,10 @@ from ksvd_sae import Coding, Dictionary, doctor, import_sae
 from ksvd_sae.cli import app
 from ksvd_sae.offline.gemma import MODEL_NAME
 from ksvd_sae.run.pipeline import Run
+from tests.command_line import REPOSITORY
+from tests.methods.test_importing import made
+from tests.methods.test_published_saes import trainer
+from tests.tiny_hub import dictionary_learning_files, new_sessions, offline_hub, write_repository
 from tests.tiny_saes import tiny_topk_sae
 
 COMMANDS = (
@@ -456,6 +461,36 @@ def test_import_writes_a_dictionary(tmp_path: Path) -> None:
     assert torch.equal(loaded.atoms_MD, import_sae(sae).atoms_MD)
     assert invoke("import", "sae", "--to", "dictionary").exit_code == 0
     assert Dictionary.load(tmp_path / "dictionary").coding == Coding(4, "omp", nonnegative=True)
+
+
+def test_the_lines_of_its_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    page = (REPOSITORY / "docs" / "import.md").read_text()
+    blocks = {kind: re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python")}
+    assert all(blocks.values())
+    sae = made(TopKSAE, d_in=32, d_sae=64, k=20)
+    sae.save_model(tmp_path / "saes" / "layer_9")
+    tensors = {
+        "encoder.weight": sae.W_enc.T,
+        "decoder.weight": sae.W_dec.T,
+        "encoder.bias": sae.b_enc,
+        "b_dec": sae.b_dec,
+    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    release = "saebench_gemma-2-2b_width-2pow12_date-0108"
+    folder = "MatryoshkaBatchTopK_gemma-2-2b__0108/resid_post_layer_12/trainer_1"
+    offline_hub(tmp_path / "hub", monkeypatch)
+    request.addfinalizer(new_sessions)
+    for repository, place in ((f"adamkarvonen/{release}", folder), ("someone/saes", "layer_12")):
+        write_repository(tmp_path / "hub", repository, dictionary_learning_files(place, tensors, trainer("topk")))
+    for line in blocks["sh"][1].splitlines():  # type: ignore[index]
+        done = invoke(*line.split()[1:])
+        assert done.exit_code == 0, done.output
+        assert Dictionary.load(line.split()[-1]).n_atoms == 64
+    names = {"x": torch.randn(50, 32)}
+    exec(compile(blocks["python"][1], "import.md", "exec"), names)  # type: ignore[index]
+    torch.testing.assert_close(names["sae"].decode(names["latents"]).detach(), names["x_hat"], rtol=1e-4, atol=1e-4)
 
 
 def test_import_of_nothing_is_a_message() -> None:

@@ -27,7 +27,7 @@ from ksvd_sae.learning.sparse_coding import refit_code
 from ksvd_sae.methods.published import PublishedSAEMethod
 from tests.methods.test_published_saes import KINDS, Malicious, trainer, weights
 from tests.strategies import generator
-from tests.tiny_hub import COMMIT, dictionary_learning_files, new_sessions, offline_hub, write_repository
+from tests.tiny_hub import COMMIT, dictionary_learning_files, write_repository
 from tests.tiny_saes import one_thread, tiny_db_ksvd_sae
 from tests.tolerances import RISE, SAE_CODE
 
@@ -66,15 +66,6 @@ REFUSED = {"temporal", "transcoder", "skip_transcoder", "jumprelu_transcoder", "
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The Hub's cache, offline."""
-    offline_hub(tmp_path / "hub", monkeypatch)
-    yield tmp_path / "hub"
-    monkeypatch.undo()
-    new_sessions()
 
 
 def made(kind: type[SAE[Any]], *, seed: int = 0, **options: Any) -> Any:

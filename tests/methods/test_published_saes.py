@@ -29,8 +29,6 @@ from tests.tiny_hub import (
     GATED,
     PRIVATE,
     dictionary_learning_files,
-    new_sessions,
-    offline_hub,
     served_hub,
     write_repository,
 )
@@ -54,15 +52,6 @@ KINDS = {
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The Hub's cache, offline."""
-    offline_hub(tmp_path / "hub", monkeypatch)
-    yield tmp_path / "hub"
-    monkeypatch.undo()
-    new_sessions()
 
 
 def weights(kind: str, norm: float = 1.0) -> dict[str, Tensor]:

@@ -73,6 +73,7 @@ def import_sae(
         nonnegative: None takes the signs that the SAE's latents have: none, but in AbsTopK SAEs.
     Raises: DictionaryError (no SAE, or none whose decoder is a dictionary), ConfigError (no such release), HubError,
         ShapeError (k, coder).
+    Cost: the weights in float32 and in float64; half of the Gram matrix, if any atoms may be near duplicates.
     """
     if not isinstance(source, SAE | str | Path):
         limit = "a SAELens SAE, a folder, or a release with sae_id"
