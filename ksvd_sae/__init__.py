@@ -27,6 +27,7 @@ _PUBLIC = {
     "orthogonal_matching_pursuit": "ksvd_sae.learning.sparse_coding",
     "Coding": "ksvd_sae.learning.coding",
     "Dictionary": "ksvd_sae.dictionary",
+    "import_sae": "ksvd_sae.methods.published.importing",
     "ActivationShards": "ksvd_sae.activations.shards",
     "RunConfig": "ksvd_sae.run.config",
     "load_config": "ksvd_sae.run.config",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from ksvd_sae.estimator import DoubleBatchKSVD
     from ksvd_sae.learning.coding import Coding
     from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
+    from ksvd_sae.methods.published.importing import import_sae
     from ksvd_sae.run.config import RunConfig, load_config
     from ksvd_sae.sae import DBKSVDSAE, DBKSVDSAEConfig, sae_from_dictionary
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from ksvd_sae.bench.settings import Settings
+    from ksvd_sae.learning.coding import AnyCoder
     from ksvd_sae.run.pipeline import Run, Scores
 
 app = typer.Typer(
@@ -231,6 +232,42 @@ def contrast(
         _out.print("\n".join(section_markdown(section)).rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 
+@app.command("import", epilog="Example: ksvd-sae import saes/layer_9 --coder omp --k 20 --to dictionaries/layer_9")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="a folder with a SAELens SAE, or with one of dictionary_learning; or a release of SAELens' directory, "
+            "or owner/name on the Hub",
+        ),
+    ],
+    to: Annotated[Path, typer.Option(help="folder that gets dictionary.json and atoms.safetensors", metavar="FOLDER")],
+    sae_id: Annotated[
+        str | None,
+        typer.Argument(
+            help="the SAE of that release, or its folder there; of dictionary_learning's, the path of its ae.pt",
+            metavar="[SAE_ID]",
+        ),
+    ] = None,
+    coder: Annotated[str, typer.Option(help="mp, mp_refit, omp or ormp")] = "omp",
+    k: Annotated[int | None, typer.Option("--k", help="most atoms a token; default: the SAE's own k")] = None,
+    nonnegative: Annotated[
+        bool | None,
+        typer.Option(
+            "--nonnegative/--signed", help="signs of the codes; default: as the SAE's latents", show_default=False
+        ),
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Make an SAE's decoder a dictionary that codes by pursuit. Files are read as tensors only; no pickle is run."""
+    _set_up_logging(verbose)
+    with _errors_as_messages(verbose):
+        from ksvd_sae.methods.published.importing import import_sae
+
+        import_sae(source, sae_id, k=k, coder=cast("AnyCoder", coder), nonnegative=nonnegative).save(to)
+        _out.print(f"dictionary: {to}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: ksvd-sae unpack results/demo")
 def unpack(
     run: Annotated[Path, typer.Argument(help="a run's folder under results/, or its raw.zip", metavar="RUN")],
@@ -279,7 +316,9 @@ def bench(
     suite: Annotated[
         Suite, typer.Argument(help="what to measure (all: without evals); table prints what has been measured")
     ],
-    data: Annotated[str, typer.Option(help="activations (of CONFIG's finished harvest) or planted")] = "activations",
+    data: Annotated[
+        str, typer.Option(help="activations (of CONFIG's finished harvest), imported (its TopK SAE's atoms) or planted")
+    ] = "activations",
     config: Annotated[Path, typer.Option(metavar="CONFIG", help="by name, or a YAML")] = Path("demo"),
     samples: Annotated[int | None, typer.Option(help="n; the suite has a default, as for the next three")] = None,
     atoms: Annotated[int | None, typer.Option(help="m")] = None,

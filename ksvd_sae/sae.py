@@ -19,6 +19,7 @@ SAELens finds classes by name in a registry that this module's import fills; ``i
 it. A process that has not imported it cannot know the name, so the name on disk says what to do.
 """
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from typing import Any, Literal
 import torch
 from sae_lens import register_sae_class
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
+from sae_lens.saes.temporal_sae import TemporalSAE
+from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -42,6 +45,13 @@ from ksvd_sae.learning.sources import same_device
 from ksvd_sae.store import write_json
 
 ARCHITECTURE = "db_ksvd"
+# Input normalisations that can be folded into an SAE's weights, and how; others scale each activation by itself.
+_FOLDED_BY = {
+    "expected_average_only_in": "sae.fold_activation_norm_scaling_factor(factor), with the factor of its training",
+    "covariance_whitening": "sae.fold_activation_whitening(...), with the map of its training",
+}
+# A latent so large that neither the centre nor rounding in bfloat16 counts beside what it adds.
+_LARGE = 4096.0
 # Without `import ksvd_sae` SAELens answers with KeyError('<this>').
 ARCHITECTURE_ON_DISK = "db_ksvd (run `import ksvd_sae` first, from the package ksvd-sae)"
 
@@ -330,6 +340,52 @@ def sae_from_dictionary(
         sae.W_enc.copy_(sae.W_dec.T)
         sae.b_dec.copy_(dictionary.centre_D)
     return sae
+
+
+@torch.no_grad()
+def decoder(sae: SAE[Any], what: str) -> tuple[Tensor, Tensor]:
+    """An SAE's decoder as a dictionary: it rebuilds its centre plus a multiple of W_dec's row for each latent.
+
+    Args: what: is done, for the message.
+    Returns: W_dec (d_sae, d_in), rows of any norm, and the centre (d_in,), float32; heads are flat.
+    Raises: DictionaryError for what rebuilds in another way (transcoders, temporal SAEs, normalised activations,
+        decoders of other packages that are not linear), or from weights that are not finite.
+    """
+    _check_rebuilds_its_input(sae, what)
+    # A copy that shares the weights: the caller's goes on reshaping.
+    flat = copy.copy(sae)
+    flat.turn_off_forward_pass_hook_z_reshaping()
+    rows_MD = sae.W_dec.detach()
+    probed = torch.linalg.vector_norm(rows_MD.float(), dim=1).topk(min(4, len(rows_MD))).indices
+    latents_BM = rows_MD.new_zeros(1 + len(probed), len(rows_MD))
+    latents_BM[torch.arange(len(probed)) + 1, probed] = _LARGE
+    rebuilt_BD = flat.decode(latents_BM).float()
+    added_BD, unit_BD = rebuilt_BD[1:] - rebuilt_BD[0], nn.functional.normalize(rows_MD[probed].float(), dim=1)
+    aside_BD = added_BD - (added_BD * unit_BD).sum(dim=1, keepdim=True) * unit_BD
+    if not bool(torch.isfinite(rebuilt_BD).all()):
+        raise DictionaryError(f"{what}: its decoder holds NaN or infinity", cause="a training that diverged")
+    if bool((aside_BD.norm(dim=1) > 0.01 * added_BD.norm(dim=1)).any()):
+        raise DictionaryError(
+            f"{what}: what a latent adds is no multiple of its row of W_dec",
+            got=f"architecture {sae.cfg.architecture()}",
+            cause="a decoder that is not linear, or has other weights",
+        )
+    return rows_MD, rebuilt_BD[0]
+
+
+def _check_rebuilds_its_input(sae: SAE[Any], what: str) -> None:
+    how, cure = sae.cfg.normalize_activations, None
+    got = f"architecture {sae.cfg.architecture()}"
+    if isinstance(sae, Transcoder):
+        cause = "a transcoder rebuilds other activations than it reads"
+    elif isinstance(sae, TemporalSAE):
+        cause = "a temporal SAE rebuilds an activation from those before it too"
+    elif how != "none":
+        got, cure = f"normalize_activations: {how}", _FOLDED_BY.get(how, "an SAE that was trained without")
+        cause = "its decoder is of activations that are normalised first"
+    else:
+        return
+    raise DictionaryError(f"{what}: its decoder is no dictionary of what it reads", got=got, cause=cause, cure=cure)
 
 
 def _check_tensor(value: Any, what: str) -> None:

@@ -18,13 +18,21 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 import yaml
+from sae_lens import TopKSAE
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from ksvd_sae import doctor
+from ksvd_sae import Coding, Dictionary, doctor, import_sae
 from ksvd_sae.cli import app
 from ksvd_sae.offline.gemma import MODEL_NAME
 from ksvd_sae.run.pipeline import Run
+from tests.command_line import REPOSITORY
+from tests.methods.test_importing import made
+from tests.methods.test_published_saes import trainer
+from tests.tiny_hub import dictionary_learning_files, new_sessions, offline_hub, write_repository
+from tests.tiny_saes import tiny_topk_sae
 
 COMMANDS = (
     "harvest",
@@ -36,6 +44,7 @@ COMMANDS = (
     "efficiency",
     "curves",
     "contrast",
+    "import",
     "unpack",
     "doctor",
     "bench",
@@ -110,7 +119,7 @@ def config(tmp_path: Path) -> str:
 
 
 def test_every_command_is_tested_here() -> None:
-    assert {getattr(command.callback, "__name__", None) for command in app.registered_commands} == set(COMMANDS)
+    assert set(get_command(app).commands) == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -123,7 +132,7 @@ def test_help_shows_an_example(command: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [command for command in COMMANDS if command not in ("study", "curves", "contrast", "unpack", "doctor", "bench")],
+    ["harvest", "train", "evaluate", "compare", "run", "efficiency"],
 )
 def test_example_names_a_config_that_loads(command: str) -> None:
     """Here, in an empty folder: by its name."""
@@ -436,6 +445,58 @@ def test_doctor_finds_versions_that_do_not_fit(
     assert problem in shown
     assert mend in shown
     assert "working set" not in shown
+
+
+# ---------------------------------------------------------------- import
+
+
+def test_import_writes_a_dictionary(tmp_path: Path) -> None:
+    sae = tiny_topk_sae()
+    sae.save_model(tmp_path / "sae")
+    done = invoke("import", "sae", "--coder", "mp", "--k", "3", "--signed", "--to", "dictionary")
+    assert done.exit_code == 0, done.output
+    assert "24 atoms of 16 dimensions; 0 rows of norm 0 left out; 0 near duplicates" in plain(done.output)
+    loaded = Dictionary.load(tmp_path / "dictionary")
+    assert loaded.coding == Coding(3, "mp")
+    assert torch.equal(loaded.atoms_MD, import_sae(sae).atoms_MD)
+    assert invoke("import", "sae", "--to", "dictionary").exit_code == 0
+    assert Dictionary.load(tmp_path / "dictionary").coding == Coding(4, "omp", nonnegative=True)
+
+
+def test_the_lines_of_its_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    page = (REPOSITORY / "docs" / "import.md").read_text()
+    blocks = {kind: re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("sh", "python")}
+    assert all(blocks.values())
+    sae = made(TopKSAE, d_in=32, d_sae=64, k=20)
+    sae.save_model(tmp_path / "saes" / "layer_9")
+    tensors = {
+        "encoder.weight": sae.W_enc.T,
+        "decoder.weight": sae.W_dec.T,
+        "encoder.bias": sae.b_enc,
+        "b_dec": sae.b_dec,
+    }
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    release = "saebench_gemma-2-2b_width-2pow12_date-0108"
+    folder = "MatryoshkaBatchTopK_gemma-2-2b__0108/resid_post_layer_12/trainer_1"
+    offline_hub(tmp_path / "hub", monkeypatch)
+    request.addfinalizer(new_sessions)
+    for repository, place in ((f"adamkarvonen/{release}", folder), ("someone/saes", "layer_12")):
+        write_repository(tmp_path / "hub", repository, dictionary_learning_files(place, tensors, trainer("topk")))
+    for line in blocks["sh"][1].splitlines():  # type: ignore[index]
+        done = invoke(*line.split()[1:])
+        assert done.exit_code == 0, done.output
+        assert Dictionary.load(line.split()[-1]).n_atoms == 64
+    names = {"x": torch.randn(50, 32)}
+    exec(compile(blocks["python"][1], "import.md", "exec"), names)  # type: ignore[index]
+    torch.testing.assert_close(names["sae"].decode(names["latents"]).detach(), names["x_hat"], rtol=1e-4, atol=1e-4)
+
+
+def test_import_of_nothing_is_a_message() -> None:
+    message = said("import", "nowhere", "--to", "dictionary")
+    assert "importing nowhere: no SAE there" in message
+    assert not Path("dictionary").exists()
 
 
 # ---------------------------------------------------------------- studies

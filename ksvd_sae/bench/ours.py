@@ -26,6 +26,9 @@ _CODERS: dict[str, Callable[..., Code]] = {
     "omp": orthogonal_matching_pursuit,
     "ormp": partial(orthogonal_matching_pursuit, choice="error"),
 }
+_NONNEGATIVE: dict[str, Callable[..., Code]] = {
+    f"{name}, non-negative": partial(_CODERS[name], nonnegative=True) for name in ("mp", "omp")
+}
 _EXACT_BATCHES = (1, 128)
 
 
@@ -35,8 +38,11 @@ def auto_backend(shape: Shape, device: torch.device) -> str:
 
 
 def coder(config: str, k: int, backend: str, device: torch.device, precision: Precision = "float32") -> Coder:
-    """One of 'mp', 'mp_refit', 'omp' and 'ormp' on one backend; ``precision`` is that of the products."""
-    function = _CODERS[config]
+    """One of 'mp', 'mp_refit', 'omp', 'ormp', 'mp, non-negative' and 'omp, non-negative' on one backend.
+
+    Args: precision: of the products.
+    """
+    function = {**_CODERS, **_NONNEGATIVE}[config]
 
     def prepare(x_ND: Tensor, atoms_MD: Tensor) -> Callable[[], Code]:
         return lambda: function(x_ND, atoms_MD, k, backend=backend, precision=precision)
@@ -46,9 +52,10 @@ def coder(config: str, k: int, backend: str, device: torch.device, precision: Pr
 
 
 def coders(problem: Problem, device: torch.device) -> list[Coder]:
-    """Every coder on the backend that 'auto' takes, and on torch; some also from rounded products."""
+    """Every coder on the backend that 'auto' takes, and, with signs, on torch; some also from rounded products."""
     auto, k = auto_backend(problem.shape, device), problem.shape.k
     exact = [coder(config, k, backend, device) for config in _CODERS for backend in dict.fromkeys((auto, "torch"))]
+    exact += [coder(config, k, auto, device) for config in _NONNEGATIVE]
     return [*exact, *(coder(config, k, auto, device, "bfloat16") for config in ("mp", "omp", "ormp"))]
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ksvd_sae.run.pipeline import Run
     from ksvd_sae.run.trained import TrainedDictionary
 
-PLANTED, ACTIVATIONS = "planted", "activations"
+PLANTED, ACTIVATIONS, IMPORTED = "planted", "activations", "imported"
 _NOISE = 0.05
 # Enough to learn a dictionary from, where the config's own does not fit the shape asked for.
 _LEARN_SAMPLES, _LEARN_BATCH = 32_768, 8192
@@ -47,7 +47,7 @@ class Problem:
     """Samples and the atoms to code them with.
 
     Attributes:
-        shape: sizes; its case is 'planted' or 'activations'.
+        shape: sizes; its case is 'planted', 'activations' or 'imported'.
         x_ND: centred samples, float32.
         heldout_ND: others of the same kind, centred alike.
         atoms_MD: unit rows.
@@ -94,13 +94,17 @@ def planted_problem(shape: Shape, n_heldout: int, seed: int) -> Problem:
     return Problem(shape, x_ND[: shape.n], x_ND[shape.n :], atoms_MD, centre_D, data, "the planted atoms")
 
 
-def activation_problem(config: Path, n: int, m: int, k: int, n_heldout: int, *, learn: bool) -> Problem:
+def activation_problem(
+    config: Path, n: int, m: int, k: int, n_heldout: int, *, learn: bool, imported: bool = False
+) -> Problem:
     """Activations of the finished harvest of ``config``, and its trained DB-KSVD dictionary.
 
     Args:
         learn: where the config has no trained dictionary of m atoms and k: learn one here (untimed). False where the
             benchmark needs none: the atoms are then normalised samples.
-    Raises: ManifestError if the harvest is not in the cache, ShapeError if it has too few samples.
+        imported: take the decoder of the config's trained TopK SAE instead, so that its own encoder and the pursuits
+            have the same atoms.
+    Raises: ManifestError if the harvest, or the SAE, is not in the cache, ShapeError if there are too few samples.
     """
     from ksvd_sae.run.config import load_config
     from ksvd_sae.run.pipeline import Run
@@ -115,11 +119,21 @@ def activation_problem(config: Path, n: int, m: int, k: int, n_heldout: int, *, 
                 limit=part.n_samples,
                 cure="ask for fewer with --samples, or harvest more tokens",
             )
+    x_ND, heldout_ND = next(shards.batches(n)), next(heldout.batches(max(1, n_heldout)))[:n_heldout]
     centre_D = shards.centre_D.float()
-    x_ND = next(shards.batches(n)) - centre_D
-    heldout_ND = next(heldout.batches(max(1, n_heldout)))[:n_heldout] - centre_D
     trained = _trained(run, m, k)
-    if "db_ksvd" in trained:
+    if imported:
+        from ksvd_sae.methods.published.importing import import_sae
+
+        if "topk_sae" not in trained:
+            raise ManifestError(
+                f"bench --data imported: no trained TopK SAE of {m} latents and k = {k} in {config}",
+                cause="it is not trained yet, or has other sizes",
+                cure=f"run `ksvd-sae train {config}`, or give --atoms and --k as the config has them",
+            )
+        of_sae = import_sae(trained["topk_sae"].folder)
+        atoms_MD, centre_D, dictionary = of_sae.atoms_MD, of_sae.centre_D, f"{config.stem}'s topk-sae"
+    elif "db_ksvd" in trained:
         from ksvd_sae.dictionary import Dictionary
 
         atoms_MD, dictionary = Dictionary.load(trained["db_ksvd"].folder).atoms_MD, f"{config.stem}'s db-ksvd"
@@ -129,12 +143,12 @@ def activation_problem(config: Path, n: int, m: int, k: int, n_heldout: int, *, 
         learner = DictionaryLearner(options, device="cpu").fit(next(shards.batches(n_learn)))
         atoms_MD, dictionary = learner.atoms_MD, f"db-ksvd, one pass over {n_learn:,} samples"
     else:
-        atoms_MD, dictionary = initial_atoms(x_ND, m, seed=0), "samples"
+        atoms_MD, dictionary = initial_atoms(x_ND - centre_D, m, seed=0), "samples"
     model = run.config.model
     return Problem(
-        Shape(ACTIVATIONS, n, shards.d_in, m, k),
-        x_ND,
-        heldout_ND,
+        Shape(IMPORTED if imported else ACTIVATIONS, n, shards.d_in, m, k),
+        x_ND - centre_D,
+        heldout_ND - centre_D,
         atoms_MD,
         centre_D,
         f"{model.name} {model.hook}, {run.config.text.dataset or run.config.text.source}",

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 
 from ksvd_sae.bench import peers
-from ksvd_sae.bench.problems import ACTIVATIONS, PLANTED, Problem, Shape, activation_problem, planted_problem
+from ksvd_sae.bench.problems import (
+    ACTIVATIONS,
+    IMPORTED,
+    PLANTED,
+    Problem,
+    Shape,
+    activation_problem,
+    planted_problem,
+)
 from ksvd_sae.errors import ConfigError
 
 
@@ -16,7 +24,7 @@ class Settings:
     """Options of a run; None leaves a suite its own default.
 
     Attributes:
-        data: 'activations' (of ``config``'s harvest) or 'planted'.
+        data: 'activations' (of ``config``'s harvest), 'imported' (the same, and its TopK SAE's atoms) or 'planted'.
         samples, atoms, k: n, m, k of the case.
         dim: d of planted samples; activations have their own.
         threads: most threads of every implementation.
@@ -42,8 +50,9 @@ class Settings:
     small: bool = False
 
     def __post_init__(self) -> None:
-        if self.data not in (ACTIVATIONS, PLANTED):
-            raise ConfigError("bench --data: no such data", got=self.data, limit=f"{ACTIVATIONS}, {PLANTED}")
+        known = (ACTIVATIONS, IMPORTED, PLANTED)
+        if self.data not in known:
+            raise ConfigError("bench --data: no such data", got=self.data, limit=", ".join(known))
         for name in ("samples", "atoms", "k", "dim", "threads", "repeats"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -64,7 +73,8 @@ class Settings:
                 got=self.dim,
                 cure="leave --dim out, or add --data planted",
             )
-        return activation_problem(self.config, shape.n, shape.m, shape.k, n_heldout, learn=learn)
+        imported = self.data == IMPORTED
+        return activation_problem(self.config, shape.n, shape.m, shape.k, n_heldout, learn=learn, imported=imported)
 
     def peers_of(self, suite: str) -> tuple[str, ...]:
         """The peers asked for that have this suite, checked to be installed."""

@@ -391,11 +391,13 @@ class KeptAsSAE(Method):
     def dictionary(self, setting: TrainingSetting, folder: Path) -> Dictionary:
         """The decoder's rows and bias, in the metric that it was trained in, coded by MP without negative
         coefficients."""
-        sae = load_sae(folder, torch.device("cpu"))
+        from ksvd_sae.sae import decoder
+
+        rows_MD, centre_D = decoder(load_sae(folder, torch.device("cpu")), f"taking the atoms of {folder}")
         weighting = setting.weighting(self.metric)
         return Dictionary(
-            unit_rows(sae.W_dec.detach(), weighting),
-            sae.b_dec.detach().float().clone(),
+            unit_rows(rows_MD, weighting),
+            centre_D,
             # Not every published SAE has a budget; whoever recodes it does.
             Coding(self.budget or 1, nonnegative=True),
             weighting,

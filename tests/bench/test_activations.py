@@ -6,14 +6,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from sae_lens import SAE
 
+from ksvd_sae import import_sae
 from ksvd_sae.bench.problems import activation_problem
 from ksvd_sae.bench.settings import Settings
 from ksvd_sae.bench.suites import run as run_suites
 from ksvd_sae.errors import ManifestError, ShapeError
+from ksvd_sae.learning.fvu import fvu
 from ksvd_sae.run.config import load_config
 from ksvd_sae.run.pipeline import Run
 from tests.tiny_shards import raw_activations, write_harvest
+from tests.tolerances import LOGGED_FVU
 
 D, M, K = 16, 24, 3
 CONFIG: dict[str, Any] = {
@@ -82,3 +86,23 @@ def test_trained_dictionaries_are_used_where_they_fit(harvested: Path, tmp_path:
     assert 0 < topk["fvu"] < 1
     assert {row["dictionary"] for row in rows} == {"tiny's db-ksvd"}
     assert {row["data"] for row in rows} == {"gpt2 blocks.8.hook_resid_post, owner/texts"}
+
+
+def test_the_atoms_of_the_sae_are_imported(harvested: Path, tmp_path: Path) -> None:
+    """Its own encoder and the pursuits have the same atoms."""
+    with pytest.raises(ManifestError, match=r"(?s)no trained TopK SAE of 24 latents and k = 3.*`ksvd-sae train"):
+        activation_problem(harvested, 400, M, K, 0, learn=True, imported=True)
+    trained = {one.name: one for one in Run(load_config(harvested)).train()}
+    problem = activation_problem(harvested, 400, M, K, 50, learn=True, imported=True)
+    dictionary = import_sae(trained["sae"].folder)
+    assert torch.equal(problem.atoms_MD, dictionary.atoms_MD)
+    run = Run(load_config(harvested))
+    torch.testing.assert_close(problem.x_ND + dictionary.centre_D, run.shards("train").tensor()[:400])
+    torch.testing.assert_close(problem.heldout_ND + dictionary.centre_D, run.shards("heldout").tensor()[:50])
+    settings = Settings("imported", config=harvested, samples=400, atoms=M, k=K, repeats=1, peers="sae-lens")
+    rows, failures = run_suites(("coding",), settings, tmp_path / "bench")
+    assert failures == []
+    assert {(row["case"], row["dictionary"]) for row in rows} == {("imported", "tiny's topk-sae")}
+    own = next(row for row in rows if row["config"] == "topk")
+    sae, x_ND = SAE.load_from_disk(trained["sae"].folder), run.shards("train").tensor()[:400]
+    assert own["fvu"] == pytest.approx(fvu(x_ND, sae(x_ND).detach(), "test"), rel=LOGGED_FVU)

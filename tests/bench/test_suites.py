@@ -84,10 +84,11 @@ def test_all_omp_implementations_reach_the_same_error(folder: Path) -> None:
         assert row["fvu"] == pytest.approx(same, rel=PEER_FVU), row["impl"]
 
 
-def test_signed_code_of_sae_lens_is_that_of_matching_pursuit(folder: Path) -> None:
+@pytest.mark.parametrize(("config", "backend"), [("mp", "torch"), ("mp, non-negative", None)])
+def test_code_of_sae_lens_is_that_of_matching_pursuit(folder: Path, config: str, backend: str | None) -> None:
     """With as many steps as atoms allowed it repeats picks that ours may add to: no better, and not far worse."""
     found = rows(folder, "coding")
-    ours, theirs = one(found, OURS, "mp", "torch")["fvu"], one(found, "sae-lens", "mp")["fvu"]
+    ours, theirs = one(found, OURS, config, backend)["fvu"], one(found, "sae-lens", config)["fvu"]
     assert ours <= theirs < 1.5 * ours
 
 

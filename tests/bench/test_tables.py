@@ -151,7 +151,8 @@ def test_command_measures_and_tabulates(tmp_path: Path) -> None:
     found = [json.loads(line) for line in (tmp_path / "bench" / "coding.jsonl").read_text().splitlines()]
     assert f"{len(found)} rows in" in done.stdout
     assert {row["impl"] for row in found} == {"ksvd_sae"}
-    assert {row["config"] for row in found} == {"mp", "mp_refit", "omp", "ormp"}
+    nonnegative = {"mp, non-negative", "omp, non-negative"}
+    assert {row["config"] for row in found} == {"mp", "mp_refit", "omp", "ormp", *nonnegative}
     done = invoke("table", "--write", *results)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "bench" / "README.md").read_text() in done.stdout

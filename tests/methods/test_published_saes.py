@@ -12,6 +12,7 @@ from huggingface_hub import constants
 from sae_bench.custom_saes.run_all_evals_dictionary_learning_saes import TRAINER_LOADERS
 from sae_lens import SAE
 from sae_lens.loading.pretrained_sae_loaders import dictionary_learning_sae_huggingface_loader_1
+from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import Tensor
@@ -28,8 +29,6 @@ from tests.tiny_hub import (
     GATED,
     PRIVATE,
     dictionary_learning_files,
-    new_sessions,
-    offline_hub,
     served_hub,
     write_repository,
 )
@@ -53,15 +52,6 @@ KINDS = {
 def _one_thread() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The Hub's cache, offline."""
-    offline_hub(tmp_path / "hub", monkeypatch)
-    yield tmp_path / "hub"
-    monkeypatch.undo()
-    new_sessions()
 
 
 def weights(kind: str, norm: float = 1.0) -> dict[str, Tensor]:
@@ -188,6 +178,30 @@ def test_what_is_kept_is_safe_and_says_where_it_came_from(cache: Path, tmp_path:
     json.dumps(facts)
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_later_versions_call_the_bias_b_dec(cache: Path, tmp_path: Path, kind: str) -> None:
+    take(publish(cache, kind), tmp_path / "before")
+    tensors = weights(kind)
+    tensors["b_dec"] = tensors.pop("bias")
+    write_repository(cache, REPOSITORY, dictionary_learning_files(FOLDER, tensors, trainer(kind)))
+    take(PublishedSAEMethod(repo_id=REPOSITORY, path=FOLDER, format="dictionary_learning"), tmp_path / "later")
+    before, later = (load_sae(tmp_path / name, torch.device("cpu")) for name in ("before", "later"))
+    assert torch.equal(later(inputs()), before(inputs()))
+
+
+def test_the_class_of_the_april_update(cache: Path, tmp_path: Path) -> None:
+    """AutoEncoderNew: the decoder has the bias, and the encoder does not subtract it."""
+    tensors = weights("relu")
+    tensors["decoder.bias"] = tensors.pop("bias")
+    files = dictionary_learning_files(FOLDER, tensors, trainer("relu", dict_class="AutoEncoderNew"))
+    write_repository(cache, REPOSITORY, files)
+    take(PublishedSAEMethod(repo_id=REPOSITORY, path=FOLDER, format="dictionary_learning"), tmp_path / "sae")
+    acts_BM = torch.relu(inputs() @ tensors["encoder.weight"].T + tensors["encoder.bias"])
+    expected_BD = acts_BM @ tensors["decoder.weight"].T + tensors["decoder.bias"]
+    rebuilt_BD = load_sae(tmp_path / "sae", torch.device("cpu"))(inputs()).detach()
+    torch.testing.assert_close(rebuilt_BD, expected_BD, rtol=10 * SAE_CODE, atol=10 * SAE_CODE)
+
+
 class Malicious:
     """Runs code where it is unpickled."""
 
@@ -256,7 +270,7 @@ def test_tensors_that_make_no_sae(cache: Path, tmp_path: Path, tensors: dict[str
     ("changes", "error", "message"),
     [
         ({"dict_class": "CrossCoder"}, DictionaryError, r"(?s)unknown class.*CrossCoder.*AutoEncoderTopK"),
-        ({"submodule_name": "mlp_out_layer_12"}, DictionaryError, r"(?s)no hook's name.*mlp_out_layer_12"),
+        ({"submodule_name": "mlp_out_layer_12"}, ConfigError, rf"(?s)got: .*mlp_out_layer_12.*limit: .*{HOOK}"),
         ({"layer": 5, "submodule_name": "resid_post_layer_5"}, ConfigError, rf"(?s)blocks\.5\.hook.*limit: .*{HOOK}"),
         ({"lm_name": "google/gemma-2-2b-it"}, ConfigError, r"(?s)gemma-2-2b-it.*limit: google/gemma-2-2b,"),
         ({"k": 7}, None, ""),
@@ -336,7 +350,18 @@ def test_saelens_own_format(cache: Path, tmp_path: Path) -> None:
     assert_does_the_same(load_sae(tmp_path / "sae", torch.device("cpu")), theirs)
     assert (facts["k"], facts["d_sae"], facts["samples_seen"], facts["signed"]) == (K, D_SAE, None, False)
     assert facts["architecture"] == "topk"
-    assert check_fetched(SAELENS, model_name=MODEL, hook_name=HOOK).files.commit == COMMIT
+    assert check_fetched(SAELENS, model_name=MODEL, hook_name=HOOK).origin["revision"] == COMMIT
+
+
+def test_the_form_that_it_is_trained_in(cache: Path, tmp_path: Path) -> None:
+    """Whose encoder looks at the other tokens of a batch."""
+    metadata = SAEMetadata(model_name=MODEL, hook_name=HOOK)
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, k=K, metadata=metadata))
+    sae.save_model(tmp_path / "made")
+    files = {f"layer_12/{path.name}": path.read_bytes() for path in (tmp_path / "made").iterdir()}
+    write_repository(cache, REPOSITORY, files)
+    with pytest.raises(DictionaryError, match=r"(?s)trained in.*got: batchtopk.*cure: .*save_inference_model"):
+        take(SAELENS, tmp_path / "sae")
 
 
 def test_samples_seen_from_saelens_metadata(cache: Path, tmp_path: Path) -> None:

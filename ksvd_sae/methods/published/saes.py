@@ -4,43 +4,49 @@ Two formats: SAELens' own (JSON and safetensors), and dictionary_learning's (con
 SAEs are in. ``ae.pt`` is read as tensors only: a pickle from outside could run anything.
 
 dictionary_learning's classes have equals in SAELens (the choice of sae_lens.loading, where it follows
-sae_bench.custom_saes): AutoEncoder is a standard SAE, AutoEncoderTopK a TopK SAE, BatchTopKSAE and
-MatryoshkaBatchTopKSAE at inference JumpReLU SAEs with one threshold, JumpReluAutoEncoder a JumpReLU SAE that does not
-subtract b_dec first, GatedAutoEncoder a gated SAE. Decoder rows are brought to unit norm, which SAEBench wants, without
-changing what the SAE does.
+sae_bench.custom_saes): AutoEncoder is a standard SAE, AutoEncoderNew one that does not subtract b_dec first,
+AutoEncoderTopK a TopK SAE, BatchTopKSAE and MatryoshkaBatchTopKSAE at inference JumpReLU SAEs with one threshold,
+JumpReluAutoEncoder a JumpReLU SAE that does not subtract b_dec first, GatedAutoEncoder a gated SAE. Decoder rows are
+brought to unit norm, which SAEBench wants, without changing what the SAE does.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from sae_lens.loading.pretrained_sae_loaders import get_conversion_loader_name, sae_lens_disk_loader
 from sae_lens.loading.pretrained_saes_directory import (
     get_config_overrides,
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
 )
+from sae_lens.registry import SAE_CLASS_REGISTRY
 from sae_lens.saes.gated_sae import GatedSAE, GatedSAEConfig
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.saes.sae import SAE, SAEMetadata
+from sae_lens.saes.sae import SAE, SAEMetadata, TrainingSAE
 from sae_lens.saes.standard_sae import StandardSAE, StandardSAEConfig
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ksvd_sae.errors import ConfigError, DictionaryError, ShapeError
 from ksvd_sae.methods.base import Facts
 from ksvd_sae.methods.published import WEIGHTS, PublishedSAEMethod
-from ksvd_sae.methods.published.hub_files import HubFiles, hub_files
+from ksvd_sae.methods.published.hub_files import hub_files
 from ksvd_sae.methods.sae.raw_units import weighted_topk
 
 # SAEBench calls rows normalised within this.
 _UNIT_NORM = 1e-5
-_SIGNED = ("db_ksvd", "abstopk")
-_CONVERSIONS = {"sae_lens": "saelens", "dictionary_learning_1": "dictionary_learning"}
+SIGNED = ("db_ksvd", "abstopk")
+# SAELens' names of the formats that are read here.
+CONVERSIONS = {"sae_lens": "saelens", "dictionary_learning_1": "dictionary_learning"}
 _LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "bias": "b_dec"}
+_NEW = {"encoder.weight": "W_enc", "decoder.weight": "W_dec", "encoder.bias": "b_enc", "decoder.bias": "b_dec"}
 _PLAIN = {name: name for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
 _GATED = {
     "encoder.weight": "W_enc",
@@ -68,6 +74,7 @@ class _Layout:
 
 _LAYOUTS = {
     "AutoEncoder": _Layout(StandardSAE, StandardSAEConfig, _LINEAR),
+    "AutoEncoderNew": _Layout(StandardSAE, StandardSAEConfig, _NEW, subtracts_b_dec=False),
     # Its threshold is an option that SAEBench leaves unused.
     "AutoEncoderTopK": _Layout(TopKSAE, TopKSAEConfig, _LINEAR, ("k", "threshold")),
     "BatchTopKSAE": _Layout(JumpReLUSAE, JumpReLUSAEConfig, {**_LINEAR, "threshold": "threshold"}, ("k",)),
@@ -83,20 +90,20 @@ _LAYOUTS = {
 
 @dataclass(frozen=True)
 class Source:
-    """An SAE on the Hub.
+    """The files of an SAE.
 
+    name: for messages. origin: where they come from, as manifests keep it.
     norm_factor: what activations are to be multiplied by first, where SAELens' directory says so.
     overrides: of its config, from there too.
     """
 
-    files: HubFiles
+    name: str
     format: str
-    norm_factor: float | None
-    overrides: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return f"{self.files.repo_id}/{self.files.path}"
+    config: Path
+    weights: Path
+    origin: Mapping[str, JsonValue]
+    norm_factor: float | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def fetch(config: PublishedSAEMethod, *, endpoint: str | None = None) -> Source:
@@ -104,15 +111,32 @@ def fetch(config: PublishedSAEMethod, *, endpoint: str | None = None) -> Source:
 
     Raises: ConfigError (unknown release or sae_id), HubError.
     """
-    norm_factor, overrides = None, {}
-    if config.release is None:
-        repo_id, folder, format_ = str(config.repo_id), config.folder, str(config.format)
-    else:
-        release, sae_id = config.release, str(config.sae_id)
-        repo_id, folder, format_ = _listed(release, sae_id)
-        norm_factor, overrides = get_norm_scaling_factor(release, sae_id), get_config_overrides(release, sae_id)
-    files = hub_files(repo_id, folder, WEIGHTS[format_], revision=config.revision, endpoint=endpoint)
-    return Source(files, format_, norm_factor, overrides)
+    if config.release is not None:
+        return fetch_listed(config.release, str(config.sae_id), config.revision, endpoint)
+    return fetch_from(str(config.repo_id), config.folder, str(config.format), config.revision, endpoint)
+
+
+def fetch_listed(release: str, sae_id: str, revision: str | None = None, endpoint: str | None = None) -> Source:
+    """As ``fetch``, an SAE of SAELens' directory."""
+    source = fetch_from(*_listed(release, sae_id), revision, endpoint)
+    factor, overrides = get_norm_scaling_factor(release, sae_id), get_config_overrides(release, sae_id)
+    return replace(source, norm_factor=factor, overrides=overrides)
+
+
+def fetch_from(
+    repo_id: str, folder: str, format_: str, revision: str | None = None, endpoint: str | None = None
+) -> Source:
+    """As ``fetch``, an SAE in a folder of a repository."""
+    files = hub_files(repo_id, folder, WEIGHTS[format_], revision=revision, endpoint=endpoint)
+    config, weights = (files.folder / name for name in WEIGHTS[format_])
+    origin: dict[str, JsonValue] = {
+        "format": format_,
+        "repo_id": files.repo_id,
+        "path": files.path,
+        "revision": files.commit,
+        "sha256": dict(files.sha256),
+    }
+    return Source(f"{repo_id}/{folder}", format_, config, weights, origin)
 
 
 def _listed(release: str, sae_id: str) -> tuple[str, str, str]:
@@ -129,14 +153,14 @@ def _listed(release: str, sae_id: str) -> tuple[str, str, str]:
             f"published SAE {release}: no such sae_id", got=sae_id, limit=", ".join(list(listed.saes_map)[:8]) + ", …"
         )
     conversion = get_conversion_loader_name(release)
-    if conversion not in _CONVERSIONS:
+    if conversion not in CONVERSIONS:
         raise ConfigError(
             f"published SAE {release}, {sae_id}: no loader for its format",
             got=conversion,
-            limit=", ".join(_CONVERSIONS),
+            limit=", ".join(CONVERSIONS),
             cure="convert it: SAE.from_pretrained(...).save_model(...), upload that, and name it by repo_id",
         )
-    return listed.repo_id, listed.saes_map[sae_id], _CONVERSIONS[conversion]
+    return listed.repo_id, listed.saes_map[sae_id], CONVERSIONS[conversion]
 
 
 @torch.no_grad()
@@ -148,10 +172,13 @@ def take_published(config: PublishedSAEMethod, folder: Path, *, model_name: str,
         files, or one that cannot be loaded).
     """
     source = fetch(config)
-    if source.format == "saelens":
-        sae, seen, k = _from_saelens(source)
-    else:
-        sae, seen, k = _from_dictionary_learning(source)
+    sae, seen, k = load(source)
+    if isinstance(sae, TrainingSAE):
+        raise DictionaryError(
+            f"published SAE {source.name}: it is in the form that it is trained in",
+            got=sae.cfg.architecture(),
+            cure="save it with save_inference_model, and publish that",
+        )
     check_place(source, sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name, model_name, hook_name)
     if sae.cfg.d_in != d_in:
         raise ShapeError(
@@ -164,21 +191,13 @@ def take_published(config: PublishedSAEMethod, folder: Path, *, model_name: str,
     sae = with_unit_rows(sae, source.name)
     sae.cfg.metadata.model_name = model_name
     sae.save_model(folder)
-    files = source.files
     return Facts(
         d_sae=sae.cfg.d_sae,
         k=config.k if k is None else k,
-        signed=sae.cfg.architecture() in _SIGNED and not getattr(sae.cfg, "nonnegative", False),
+        signed=sae.cfg.architecture() in SIGNED and not getattr(sae.cfg, "nonnegative", False),
         samples_seen=seen if config.samples_seen is None else config.samples_seen,
         timed=False,
-        more={
-            "architecture": sae.cfg.architecture(),
-            "format": source.format,
-            "repo_id": files.repo_id,
-            "path": files.path,
-            "revision": files.commit,
-            "sha256": dict(files.sha256),
-        },
+        more={"architecture": sae.cfg.architecture(), **source.origin},
     )
 
 
@@ -203,35 +222,45 @@ def check_place(source: Source, its_model: str | None, its_hook: str | None, mod
 def check_fetched(config: PublishedSAEMethod, *, model_name: str, hook_name: str) -> Source:
     """Fetch an SAE and check its model and hook by its config alone: before any work on a GPU."""
     source = fetch(config)
-    path = source.files.folder / WEIGHTS[source.format][0]
     if source.format == "dictionary_learning":
         upstream = _dictionary_learning_config(source)
         check_place(source, upstream["lm_name"], upstream["hook_name"], model_name, hook_name)
         return source
-    stored = _json(source, path)
+    stored = _json(source)
     named = {**stored, **(stored.get("metadata") or {}), **source.overrides}
     check_place(source, named.get("model_name"), named.get("hook_name"), model_name, hook_name)
     return source
+
+
+def load(source: Source) -> tuple[Any, int | None, int | None]:
+    """The SAE, in float32 on the CPU, samples seen and k.
+
+    Raises: DictionaryError (no SAE in the files, or one that cannot be loaded).
+    """
+    return _from_saelens(source) if source.format == "saelens" else _from_dictionary_learning(source)
 
 
 # ---------------------------------------------------------------- SAELens' format
 
 
 def _from_saelens(source: Source) -> tuple[Any, int | None, int | None]:
-    """The SAE, samples seen and k."""
+    stored = _json(source)
+    # Some are saved in the form that they are trained in, which SAELens lists apart.
+    known = "architecture" not in stored or stored["architecture"] in SAE_CLASS_REGISTRY
+    kind: type[SAE[Any]] = SAE if known else TrainingSAE
     try:
         loader = partial(_overridden_disk_loader, source.overrides)
-        sae = SAE.load_from_disk(source.files.folder, device="cpu", dtype="float32", converter=loader)
+        sae = kind.load_from_disk(source.config.parent, device="cpu", dtype="float32", converter=loader)
     # SAELens checks little of what it reads: KeyError for an unknown class, RuntimeError for a missing tensor.
     except Exception as error:
         raise DictionaryError(
-            f"loading published SAE {source.name}: SAELens cannot ({type(error).__name__}: {error})",
+            f"loading SAE {source.name}: SAELens cannot ({type(error).__name__}: {error})",
             cure="check that the folder holds an SAE that SAELens saved",
         ) from error
     if sae.cfg.normalize_activations == "expected_average_only_in":
         if source.norm_factor is None:
             raise DictionaryError(
-                f"loading published SAE {source.name}: it wants activations scaled by a factor that is not known",
+                f"loading SAE {source.name}: it wants activations scaled by a factor that is not known",
                 got="normalize_activations: expected_average_only_in",
                 cure="name it by release and sae_id, if SAELens' directory has its norm_scaling_factor",
             )
@@ -250,38 +279,37 @@ def _overridden_disk_loader(
 # ---------------------------------------------------------------- dictionary_learning's format
 
 
-def _json(source: Source, path: Path) -> dict[str, Any]:
+def _json(source: Source) -> dict[str, Any]:
+    path = source.config
     try:
         mapping = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DictionaryError(f"loading published SAE {source.name}: {path.name} is no JSON ({error})") from error
+        raise DictionaryError(f"loading SAE {source.name}: {path.name} is no JSON ({error})") from error
     if not isinstance(mapping, dict):
-        raise DictionaryError(f"loading published SAE {source.name}: {path.name} holds no mapping", got=type(mapping))
+        raise DictionaryError(f"loading SAE {source.name}: {path.name} holds no mapping", got=type(mapping))
     return mapping
 
 
 def _dictionary_learning_config(source: Source) -> dict[str, Any]:
-    """The trainer's part of config.json, with hook_name, samples_seen and context_size worked out."""
-    stored = _json(source, source.files.folder / "config.json")
+    """The trainer's part of config.json, with hook_name, samples_seen and context_size worked out.
+
+    Places in the model that are not residual streams have names of the trainer's own: no hook has them.
+    """
+    stored = _json(source)
     trainer, buffer = stored.get("trainer"), stored.get("buffer") or {}
     needed = ("dict_class", "lm_name", "layer")
     if not isinstance(trainer, dict) or not all(name in trainer for name in needed):
         raise DictionaryError(
-            f"loading published SAE {source.name}: config.json is none of dictionary_learning's",
+            f"loading SAE {source.name}: config.json is none of dictionary_learning's",
             got=sorted(trainer if isinstance(trainer, dict) else stored),
             limit=f"a trainer with {', '.join(needed)}",
         )
-    place = str(trainer.get("submodule_name") or f"resid_post_layer_{trainer['layer']}")
-    if place != f"resid_post_layer_{trainer['layer']}":
-        raise DictionaryError(
-            f"loading published SAE {source.name}: no hook's name is known for its place in the model",
-            got=place,
-            limit="resid_post_layer_<n>",
-        )
+    residual = f"resid_post_layer_{trainer['layer']}"
+    place = str(trainer.get("submodule_name") or residual)
     steps, batch = trainer.get("steps"), buffer.get("out_batch_size")
     return {
         **trainer,
-        "hook_name": f"blocks.{trainer['layer']}.hook_resid_post",
+        "hook_name": f"blocks.{trainer['layer']}.hook_resid_post" if place == residual else place,
         "samples_seen": steps * batch if isinstance(steps, int) and isinstance(batch, int) else None,
         "context_size": buffer.get("ctx_len"),
     }
@@ -290,7 +318,8 @@ def _dictionary_learning_config(source: Source) -> dict[str, Any]:
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """A checkpoint of tensors by name; anything else in it is refused, and none of it is run."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        safe = path.suffix == ".safetensors"
+        tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     # UnpicklingError for what is no tensor; RuntimeError, EOFError and others for what is no checkpoint.
     except Exception as error:
         raise DictionaryError(
@@ -304,13 +333,15 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
 
 
 def _from_dictionary_learning(source: Source) -> tuple[Any, int | None, int | None]:
-    """The SAE, samples seen and k."""
-    what = f"loading published SAE {source.name}"
+    what = f"loading SAE {source.name}"
     stored = _dictionary_learning_config(source)
     layout = _LAYOUTS.get(stored["dict_class"])
     if layout is None:
         raise DictionaryError(f"{what}: an unknown class", got=stored["dict_class"], limit=", ".join(_LAYOUTS))
-    given = read_tensors(source.files.folder / "ae.pt", what)
+    given = read_tensors(source.weights, what)
+    if "b_dec" in given and "bias" in set(layout.names) - set(given):
+        # Its name in TopK and BatchTopK SAEs of later versions.
+        given["bias"] = given.pop("b_dec")
     missing = sorted(set(layout.names) - set(given))
     unknown = sorted(set(given) - set(layout.names) - set(layout.left_out))
     if missing or unknown:
