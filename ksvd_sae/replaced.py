@@ -91,6 +91,15 @@ TABLE: dict[str, Replacement] = {
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_core_writes_minus_one_for_nan",),
     ),
+    # ------------------------------------------------------------ sparse probing, sae-probes, SCR, autointerp
+    "transformer_lens.hook_points.HookPoint.add_hook": Replacement(
+        used_by="sparse probing, sae-probes, SCR and autointerp",
+        instead="the same, for a function that sees the heads of an activation flattened",
+        why="At a hook with heads these give the SAE (contexts, tokens, heads, d_head), or fail before: core alone "
+        "flattens them, and at four hooks.",
+        seen_in=f"{_SAE_BENCH}, {_TRANSFORMER_LENS}",
+        noticed_by=(_HERE + "test_heads_are_not_flattened",),
+    ),
     # ------------------------------------------------------------ sparse probing, SCR
     "sae_bench.sae_bench_utils.dataset_info.chosen_classes_per_dataset": Replacement(
         used_by="sparse probing",

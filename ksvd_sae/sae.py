@@ -35,6 +35,7 @@ from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ksvd_sae.activations.language import has_heads
 from ksvd_sae.arguments import dtype_name, flag, json_value, shown, whole
 from ksvd_sae.arguments import path as as_path
 from ksvd_sae.device import named_device, without_autocast
@@ -183,25 +184,37 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
-        """Activations as ``encode`` works on them: in the SAE's dtype, heads flattened at hook_z, and centred."""
+        """Activations as ``encode`` works on them: in the SAE's dtype, heads flattened, and centred."""
         what = "DBKSVDSAE: activations do not fit the SAE"
         _check_tensor(sae_in, what)
         d_in, shape = self.cfg.d_in, tuple(sae_in.shape)
-        with_heads = self.hook_z_reshaping_mode
-        width = shape[-2:] if with_heads else shape[-1:]
-        if len(width) < 1 + with_heads or math.prod(width) != d_in:
-            limit = f"(..., heads, d_head) with heads·d_head = {d_in}" if with_heads else f"(..., {d_in})"
+        heads = len(shape) > 1 and math.prod(shape[-2:]) == d_in
+        if shape[-1:] != (d_in,) and not (heads and self.hook_z_reshaping_mode):
+            limit = f"(..., {d_in})"
+            if self.hook_z_reshaping_mode:
+                limit += f" or (..., heads, d_head) with heads·d_head = {d_in}"
             cause, cure = "activations of another model or hook", None
-            if with_heads and shape[-1:] == (d_in,):
-                cause, cure = "heads that are flattened already", "turn_off_forward_pass_hook_z_reshaping()"
-            elif not with_heads and math.prod(shape[-2:]) == d_in:
+            if heads:
                 cause, cure = "heads that are not flattened", "x.flatten(-2)"
             raise ShapeError(what, got=str(shape), limit=limit, cause=cause, cure=cure)
-        centred = super().process_sae_in(sae_in)
-        if with_heads:
-            # SAELens remembers the first alone.
-            self.d_head = shape[-1]
-        return centred
+        return super().process_sae_in(sae_in)
+
+    @override
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        """Heads are flattened, and come back in reconstructions; rows that come flat stay so.
+
+        SAELens' own refuses other hooks than hook_z, and flat rows; yet its evals and SAEBench's core flatten heads
+        before an SAE sees them, and HookedSAETransformer does not.
+        """
+        self.hook_z_reshaping_mode = True
+        self.reshape_fn_in, self.reshape_fn_out = self._without_heads, self._with_heads
+
+    def _without_heads(self, x: Tensor) -> Tensor:
+        self.d_head = x.shape[-1]
+        return x if self.d_head == self.cfg.d_in else x.flatten(-2)
+
+    def _with_heads(self, x: Tensor, d_head: int) -> Tensor:
+        return x if d_head == self.cfg.d_in else x.reshape(*x.shape[:-1], -1, d_head)
 
     @override
     @without_autocast()
@@ -319,8 +332,7 @@ def sae_from_dictionary(
         d_sae=2 * dictionary.n_atoms if split else dictionary.n_atoms,
         dtype=dtype_name(dtype, where),
         device=str(named_device(device)),
-        # hook_z has heads; the harvest flattens them, and so must HookedSAETransformer.
-        reshape_activations="hook_z" if hook_name.endswith("hook_z") else "none",
+        reshape_activations="hook_z" if has_heads(hook_name) else "none",
         **dictionary.coding.as_json(),
         weighting="none" if weighting is None else "diagonal" if weighting.is_diagonal else "full",
         split=split,

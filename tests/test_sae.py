@@ -36,6 +36,7 @@ from tests.tiny_saes import (
     HOOK,
     MODEL_NAME,
     WORDS,
+    grouped_queries,
     identity_sae,
     tiny_db_ksvd_sae,
     tiny_dictionary,
@@ -473,11 +474,21 @@ def test_cached_codes_are_the_codes(model: HookedSAETransformer, tokens_BL: Tens
     assert torch.equal(cache[f"{HOOK}.hook_sae_input"], clean[HOOK])
 
 
-def test_at_a_hook_with_heads(model: HookedSAETransformer, tokens_BL: Tensor) -> None:
+@pytest.mark.parametrize("hook", ["q", "k", "v", "z", "rot_q", "rot_k", "result"])
+def test_at_a_hook_with_heads(hook: str, tokens_BL: Tensor) -> None:
     """A harvest flattens heads into d_in; SAELens gives the SAE of such a hook the heads apart."""
-    sae = sae_from_dictionary(tiny_dictionary(), model_name=MODEL_NAME, hook_name="blocks.0.attn.hook_z")
-    spliced = model.run_with_saes(tokens_BL, saes=[sae])
-    assert spliced.shape == model(tokens_BL).shape
+    model, name = grouped_queries(HookedSAETransformer), f"blocks.1.attn.hook_{hook}"
+    model.cfg.use_attn_result = hook == "result"
+    _, cache = model.run_with_cache(tokens_BL, names_filter=name)
+    heads_BLHD = cache[name]
+    assert heads_BLHD.shape[2] == (2 if hook in ("k", "v", "rot_k") else 4)
+    width = heads_BLHD[0, 0].numel()
+    dictionary = Dictionary(unit_atoms(3 * width, width, 0, torch.float32), torch.ones(width), Coding(4))
+    sae = sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=name)
+    rebuilt = sae.decode(sae.encode(heads_BLHD.flatten(2))).reshape(heads_BLHD.shape)
+    wanted = model.run_with_hooks(tokens_BL, fwd_hooks=[(name, lambda x, hook: rebuilt)])
+    assert torch.allclose(model.run_with_saes(tokens_BL, saes=[sae]), wanted, atol=SPLICED_LOSS)
+    assert not torch.allclose(model(tokens_BL), wanted, atol=100 * SPLICED_LOSS)
 
 
 @pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")

@@ -83,7 +83,7 @@ def neox_model(seed: int = 0) -> Any:
     return GPTNeoXForCausalLM(config).eval()
 
 
-def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int = 0, model_class: Any = None) -> Any:
     """A HookedTransformer built as Gemma-2 is, of some 40,000 random weights: RMS norms before and after, soft caps of
     scores and logits, gated MLPs, rotary positions, grouped keys, every other layer local."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -116,7 +116,7 @@ def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int
         seed=seed,
         device="cpu",
     )
-    return HookedTransformer(config, tokenizer=tokenizer).eval()
+    return (model_class or HookedTransformer)(config, tokenizer=tokenizer).eval()
 
 
 def pythia_160m(home: Path) -> Path:

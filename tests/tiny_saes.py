@@ -20,6 +20,7 @@ from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.sparse_coding import Coder
 from ksvd_sae.sae import DBKSVDSAE, sae_from_dictionary
 from tests.strategies import generator, unit_atoms
+from tests.tiny_models import hooked_gemma_2
 
 MODEL_NAME = "tiny"
 HOOK = "blocks.0.hook_resid_post"
@@ -100,6 +101,19 @@ def tiny_model(model_class: type[HookedTransformer] = HookedTransformer) -> Hook
     return model.eval().requires_grad_(False)
 
 
+def heads_as_attention_output() -> HookedTransformer:
+    """The tiny model with the identity behind its first heads: hook_attn_out gives what hook_z does, flattened."""
+    model = tiny_model()
+    model.blocks[0].attn.W_O.copy_(torch.eye(D_MODEL).reshape(2, 8, D_MODEL))
+    return model
+
+
+def grouped_queries(model_class: type[HookedTransformer] = HookedTransformer) -> HookedTransformer:
+    """Gemma-2's kind of model: four heads of queries, two of keys and values, rotated."""
+    model: HookedTransformer = hooked_gemma_2(tiny_tokenizer(), model_class=model_class)
+    return model.requires_grad_(False)
+
+
 def tiny_dictionary(coder: AnyCoder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0, **options: Any) -> Dictionary:
     """Random unit atoms of the model's width (orthonormal ones for 'projection') and a centre that is not zero.
 
@@ -114,14 +128,19 @@ def tiny_dictionary(coder: AnyCoder = "mp", n_atoms: int = 24, k: int = 4, seed:
 
 
 def tiny_db_ksvd_sae(
-    coder: Coder = "mp", n_atoms: int = 24, k: int = 4, seed: int = 0, view: Literal["signed", "split"] = "signed"
+    coder: Coder = "mp",
+    n_atoms: int = 24,
+    k: int = 4,
+    seed: int = 0,
+    view: Literal["signed", "split"] = "signed",
+    hook: str = HOOK,
 ) -> DBKSVDSAE:
-    return tiny_sae_of(tiny_dictionary(coder, n_atoms, k, seed), view)
+    return tiny_sae_of(tiny_dictionary(coder, n_atoms, k, seed), view, hook)
 
 
-def tiny_sae_of(dictionary: Dictionary, view: Literal["signed", "split"] = "signed") -> DBKSVDSAE:
+def tiny_sae_of(dictionary: Dictionary, view: Literal["signed", "split"] = "signed", hook: str = HOOK) -> DBKSVDSAE:
     return sae_from_dictionary(
-        dictionary, model_name=MODEL_NAME, hook_name=HOOK, context_size=CONTEXT_TOKENS, view=view
+        dictionary, model_name=MODEL_NAME, hook_name=hook, context_size=CONTEXT_TOKENS, view=view
     )
 
 

@@ -95,6 +95,15 @@ def hook_layer(hook: str) -> int | None:
     return int(block.group(1)) if block else None
 
 
+# TransformerLens' hooks between a block's projections and its attention, and back.
+_HEADS = re.compile(r"hook_(rot_)?[qk]|hook_[vz]|hook_result|hook_[qkv]_input|hook_attn_in")
+
+
+def has_heads(hook: str) -> bool:
+    """Whether activations at a hook have heads: (B, L, heads, d_head). Harvests and evals flatten them."""
+    return _HEADS.fullmatch(hook.rpartition(".")[2]) is not None
+
+
 def check_hook(model: "HookedTransformer", hook: str) -> None:
     """Raise HookError for a hook name that the model lacks, with the nearest that it has."""
     if hook in model.hook_dict:

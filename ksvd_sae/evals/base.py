@@ -7,6 +7,7 @@ apart: runs, tables, reports and the comparison with published scores ask the ev
 import json
 import logging
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 LearnedOn: TypeAlias = "Callable[[ActivationShards, str, Path, Mapping[str, int], int | None], SAE[Any]]"
 # What an eval's ``dataset`` says for the run's own held-out documents.
 HELDOUT_DATA = "heldout"
+# ``Eval.hooks``: the model runs up to the block that the hook is in, or a layer's output is what is read.
+IN_A_BLOCK, LAYER_OUTPUT = r"blocks\.\d+\..+", r"blocks\.\d+\.hook_resid_post"
 ARROWS = {"lower": "↓", "higher": "↑"}
 
 
@@ -188,7 +191,7 @@ class Eval(Strict, ABC):
         ours: it writes results of our own, not SAEBench's.
         at_once: it is cheap, and runs on each dictionary as soon as that is there.
         loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
-        needs_block: it runs the model up to the block that the hook is in: not to be had at hooks outside the blocks.
+        hooks: names of the hooks that it can be had at, as a pattern.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
         published: settings, by their names here, that its published scores were made with; None: none are published.
         redefined: metric -> what happened to it between the version of SAEBench that published and today's.
@@ -202,10 +205,14 @@ class Eval(Strict, ABC):
     ours: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
     loads_own_model: ClassVar[bool] = False
-    needs_block: ClassVar[bool] = False
+    hooks: ClassVar[str] = ".*"
     reads_signs: ClassVar[bool] = False
     published: ClassVar[Mapping[str, JsonValue] | None] = None
     redefined: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def can_be_had_at(cls, hook: str) -> bool:
+        return re.fullmatch(cls.hooks, hook) is not None
 
     @abstractmethod
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:

@@ -369,10 +369,7 @@ class KeptAsDictionary(Viewed):
     """What is on disk is a ``Dictionary``."""
 
     def load(self, setting: TrainingSetting, folder: Path, view: View = "signed") -> "SAE[Any]":
-        sae = setting.wrap(self.dictionary(setting, folder), view)
-        # Evals give activations with the heads flattened.
-        sae.turn_off_forward_pass_hook_z_reshaping()
-        return sae
+        return for_flat_heads(setting.wrap(self.dictionary(setting, folder), view))
 
     def dictionary(self, setting: TrainingSetting, folder: Path) -> Dictionary:
         return Dictionary.load(folder)
@@ -410,7 +407,13 @@ def load_sae(folder: Path, device: torch.device) -> "SAE[Any]":
 
     if not (folder / "cfg.json").exists():
         raise ManifestError(f"loading SAE {folder}: no cfg.json there", cure="run `ksvd-sae train` first")
-    return SAE.load_from_disk(folder, device=str(device))
+    return for_flat_heads(SAE.load_from_disk(folder, device=str(device)))
+
+
+def for_flat_heads(sae: "SAE[Any]") -> "SAE[Any]":
+    """The SAE for activations as harvests and evals give them: heads, if the hook has them, are flattened."""
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    return sae
 
 
 def unit_rows(raw_MD: Tensor, weighting: Weighting | None) -> Tensor:

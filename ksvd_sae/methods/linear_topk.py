@@ -87,7 +87,7 @@ class LinearTopKMethod(Derived, SAETraining, KeptAsSAE):
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
         from ksvd_sae.methods.sae.sparse_steps import SparseTopKTrainingSAE, sparse_steps_pay
-        from ksvd_sae.methods.sae.training import fit_sae, metadata, trained_space
+        from ksvd_sae.methods.sae.training import at_the_hook, fit_sae, trained_space
 
         shards, device = setting.shards, setting.device
         if self.k is None or self.k > min(dictionary.n_atoms, shards.d_in) or dictionary.d_in != shards.d_in:
@@ -104,7 +104,7 @@ class LinearTopKMethod(Derived, SAETraining, KeptAsSAE):
             k=self.k,
             aux_loss_coefficient=self.aux_loss_coefficient,
             device=str(device),
-            metadata=metadata(setting),
+            **at_the_hook(setting),
         )
         sae = (SparseTopKTrainingSAE if sparse_steps_pay(device) else TopKTrainingSAE)(training_config)
         with torch.no_grad():

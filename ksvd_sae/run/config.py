@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, StringConstraints, ValidationError, field
 from typing_extensions import ParamSpec
 
 from ksvd_sae.activations.harvest import Harvest, HarvestConfig
-from ksvd_sae.activations.language import ModelConfig, hook_layer
+from ksvd_sae.activations.language import ModelConfig
 from ksvd_sae.activations.text import TextConfig
 from ksvd_sae.errors import ConfigError
 from ksvd_sae.evals import EVALS, EvaluationConfig
@@ -102,15 +102,15 @@ class RunConfig(Strict):
     @model_validator(mode="after")
     def _hook(self) -> "RunConfig":
         """What an eval cannot do at a hook is said before anything is harvested."""
-        if hook_layer(self.model.hook) is None:
-            asked = [section.name for section in self.evaluation.evals() if section.needs_block]
-            if asked:
-                able = ", ".join(kind.name for kind in EVALS if not kind.needs_block)
-                switches = ", ".join(f"evaluation.{name}: null" for name in asked)
-                raise ValueError(
-                    f"model.hook: {self.model.hook!r} is outside the blocks, where {', '.join(asked)} cannot be had; "
-                    f"set {switches} (to be had there: {able}), or take a hook such as blocks.0.hook_resid_pre"
-                )
+        hook = self.model.hook
+        asked = [section.name for section in self.evaluation.evals() if not section.can_be_had_at(hook)]
+        if asked:
+            able = ", ".join(kind.name for kind in EVALS if kind.can_be_had_at(hook))
+            switches = ", ".join(f"evaluation.{name}: null" for name in asked)
+            raise ValueError(
+                f"model.hook: {', '.join(asked)} cannot be had at {hook!r}; set {switches} "
+                f"(to be had there: {able}), or take a hook such as blocks.0.hook_resid_post, where all can"
+            )
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sae_bench.evals.sparse_probing_sae_probes import main as stock
 from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 from sae_probes import generate_model_activations, generate_sae_activations, run_baselines, utils_data
 from sklearn.exceptions import ConvergenceWarning
+from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalSetting
@@ -21,7 +23,16 @@ from ksvd_sae.evals.sae_probes import SaeProbesEval
 from ksvd_sae.evals.sae_probes.run import run_sae_probes
 from ksvd_sae.evals.saebench.runner import read_metrics
 from tests.evals.conftest import CountedPanel
-from tests.tiny_saes import COLOURS, METALS, MODEL_NAME, TREES, identity_sae, tiny_db_ksvd_sae, tiny_topk_sae
+from tests.tiny_saes import (
+    COLOURS,
+    METALS,
+    MODEL_NAME,
+    TREES,
+    heads_as_attention_output,
+    identity_sae,
+    tiny_db_ksvd_sae,
+    tiny_topk_sae,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("own_data"),
@@ -93,6 +104,17 @@ def test_scores_are_stock_saebench_s(panel: CountedPanel, setting: EvalSetting, 
         assert ours["eval_result_metrics"] == theirs["eval_result_metrics"], name
         by_name = [{d["dataset_name"]: d for d in r["eval_result_details"]} for r in (ours, theirs)]
         assert by_name[0] == by_name[1], name
+
+
+def test_scores_at_hook_z_are_those_of_the_flattened_heads(
+    setting: EvalSetting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = "from_pretrained_no_processing"
+    monkeypatch.setattr(HookedTransformer, model, lambda name, **options: heads_as_attention_output())
+    hooks = {"flat": "blocks.0.hook_attn_out", "heads": "blocks.0.attn.hook_z"}
+    panel = CountedPanel({name: partial(tiny_db_ksvd_sae, hook=hook) for name, hook in hooks.items()}).panelists()
+    metrics = run_sae_probes(panel, CONFIG, setting, tmp_path).metrics
+    assert metrics["heads"] == metrics["flat"]
 
 
 def test_what_a_result_holds(panel: CountedPanel, setting: EvalSetting, tmp_path: Path) -> None:

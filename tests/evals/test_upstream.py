@@ -48,7 +48,7 @@ from transformer_lens import HookedTransformer
 from ksvd_sae.evals.autointerp.run import bench_config
 from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.evals.ravel import adapters as ravel_adapters
-from ksvd_sae.evals.saebench.adapters import random_states_kept, seed_all, working_directory
+from ksvd_sae.evals.saebench.adapters import heads_flattened, random_states_kept, seed_all, working_directory
 from ksvd_sae.evals.scr.adapters import bias_in_bios_datasets
 from ksvd_sae.evals.scr.run import PROFESSIONS
 from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets
@@ -133,6 +133,16 @@ def test_sparse_probing_has_a_closed_list_of_data_sets(
     )
     with working_directory(setting.data_folder), replaced(others), still_raises(error, match, missing):
         sparse_probing.get_dataset_activations(CLASSES, config, tiny_model(), 16, 0, HOOK, "cpu")
+
+
+def test_heads_are_not_flattened(setting: EvalSetting) -> None:
+    target, hook = "transformer_lens.hook_points.HookPoint.add_hook", "blocks.0.attn.hook_z"
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    with still_raises(Exception, "return value|dimensions", target):
+        activation_collection.get_llm_activations(tokens, tiny_model(), 2, 0, hook)
+    with replaced(heads_flattened()):
+        found = activation_collection.get_llm_activations(tokens, tiny_model(), 2, 0, hook)
+    assert found.shape == (2, 5, 16)
 
 
 @pytest.mark.parametrize(

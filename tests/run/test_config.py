@@ -1,5 +1,6 @@
 """A run from YAML: every mistake is named with its key, and what is read can be written back."""
 
+import re
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
@@ -244,7 +245,7 @@ class TestHooks:
         with pytest.raises(ConfigError) as caught:
             parse_config(changed("model.hook", hook))
         said = str(caught.value)
-        assert f"'{hook}' is outside the blocks, where core, sparse_probing cannot be had" in said
+        assert f"core, sparse_probing cannot be had at '{hook}'" in said
         assert "set evaluation.core: null, evaluation.sparse_probing: null" in said
         assert "heldout, loss, sparse_probing_sae_probes" in said
 
@@ -252,8 +253,22 @@ class TestHooks:
     def test_evals_that_are_not_on_by_default(self, section: str) -> None:
         raw = changed("model.hook", "hook_embed")
         raw["evaluation"] = {"core": None, "sparse_probing": None, section: {}}
-        with pytest.raises(ConfigError, match=rf"where {section} cannot be had"):
+        with pytest.raises(ConfigError, match=rf"hook: {section} cannot be had at 'hook_embed'"):
             parse_config(raw)
+
+    @pytest.mark.parametrize("hook", ["blocks.3.hook_resid_pre", "blocks.3.attn.hook_z", "blocks.3.hook_resid_mid"])
+    def test_in_a_block(self, hook: str) -> None:
+        """SAEBench's absorption and RAVEL read what a layer gives out, whatever the hook."""
+        able = ["core", "sparse_probing", "sparse_probing_sae_probes", "scr", "autointerp", "loss"]
+        raw = changed("model.hook", hook)
+        raw["evaluation"] = {name: {} for name in (*able, "absorption", "ravel")}
+        with pytest.raises(ConfigError, match=r"hook: absorption, ravel cannot be had") as caught:
+            parse_config(raw)
+        (listed,) = re.findall(r"to be had there: ([^)]*)\)", str(caught.value))
+        assert set(listed.split(", ")) == {*able, "heldout", "stability", "truth"}
+        assert parse_config(changed("model.hook", hook) | {"evaluation": {name: {} for name in able}})
+        raw["model"]["hook"] = "blocks.3.hook_resid_post"
+        assert parse_config(raw)
 
     def test_without_them(self) -> None:
         raw = changed("model.hook", "hook_embed")

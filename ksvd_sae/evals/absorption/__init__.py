@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval
 
 
 class AbsorptionEval(SeededEval):
@@ -40,7 +40,7 @@ class AbsorptionEval(SeededEval):
     llm_cache_bytes: int = Field(2**30, ge=0, description="activations kept so that the LLM runs once for the panel")
 
     name: ClassVar[str] = "absorption"
-    needs_block: ClassVar[bool] = True
+    hooks: ClassVar[str] = LAYER_OUTPUT
     cost: ClassVar[str] = "the language model over two prompts a word once for a panel; k-sparse probes for each"
     demo_seconds: ClassVar[float] = 200
     columns: ClassVar[tuple[Column, ...]] = (

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, JsonValue, model_validator
 from typing_extensions import Self
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
 from ksvd_sae.strict import Strict
 
 
@@ -94,7 +94,7 @@ class AutoInterpEval(SeededEval):
     n_iw_sampled_ex_for_scoring: int = Field(2, ge=1)
 
     name: ClassVar[str] = "autointerp"
-    needs_block: ClassVar[bool] = True
+    hooks: ClassVar[str] = IN_A_BLOCK
     cost: ClassVar[str] = "the language model up to the hook once for a panel; a judge's answers for each latent"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(

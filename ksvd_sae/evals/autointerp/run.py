@@ -33,7 +33,7 @@ def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalS
 
     from ksvd_sae.evals.autointerp.adapters import activations_kept, enough_text, judged_by
     from ksvd_sae.evals.autointerp.judging import Judging
-    from ksvd_sae.evals.saebench.adapters import working_directory
+    from ksvd_sae.evals.saebench.adapters import heads_flattened, working_directory
 
     dataset, judge = setting.data(config.dataset), judge_of(config, setting.artifacts.resolve())
     # SAEBench reuses tokens by the model's name and their number alone: the folder carries the rest.
@@ -47,7 +47,12 @@ def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalS
         drop_half_written(artifacts)
         with (
             working_directory(setting.data_folder),
-            replaced(judged_by(judging, config.seed), enough_text(), activations_kept(setting.cache)),
+            replaced(
+                heads_flattened(),
+                judged_by(judging, config.seed),
+                enough_text(),
+                activations_kept(setting.cache),
+            ),
         ):
             _outside_event_loops(
                 lambda: autointerp.run_eval(

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import Column, Eval, EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, Eval, EvalResults, EvalSetting, Panelist
 
 
 class CoreEval(Eval):
@@ -18,7 +18,7 @@ class CoreEval(Eval):
     sparsity_batches: int = Field(2000, ge=1)
 
     name: ClassVar[str] = "core"
-    needs_block: ClassVar[bool] = True
+    hooks: ClassVar[str] = IN_A_BLOCK
     on_by_default: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model over all its text once for a panel; its layers after the hook for each"
     demo_seconds: ClassVar[float] = 70

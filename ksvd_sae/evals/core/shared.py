@@ -26,8 +26,8 @@ from ksvd_sae.store import content_hash
 logger = logging.getLogger(__name__)
 # Nats: e^-60 is far above where float32 loses digits (e^-87).
 _EXACT_UP_TO = 60.0
-# Hooks whose activations core flattens before an SAE sees them.
-_WITH_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
+# Names of hooks whose heads core flattens before an SAE sees them.
+_FLATTENED_BY_CORE = ("hook_q", "hook_k", "hook_v", "hook_z")
 
 
 def shared_core_runs(cache: TensorCache, memory_bytes: int) -> Changes:
@@ -154,9 +154,8 @@ class _HookRuns:
 
 def _replaced(sae: Any, kept_BL: Tensor, activation: Tensor) -> Tensor:
     """The reconstruction where a token is to be replaced, as core's hooks put it in."""
-    heads = any(name in sae.cfg.hook_name for name in _WITH_HEADS)
     rows = activation.to(sae.device)
-    rebuilt = sae.decode(sae.encode(rows.flatten(-2, -1) if heads else rows)).to(rows.dtype).reshape(rows.shape)
+    rebuilt = sae.decode(sae.encode(rows.flatten(2))).to(rows.dtype).reshape(rows.shape)
     where = kept_BL.to(rows.device).reshape(*kept_BL.shape, *([1] * (rows.ndim - 2)))
     return torch.where(where, rebuilt, rows).to(activation.device)
 
@@ -240,4 +239,7 @@ class _KeptActivations:
             _, activations = runs.model.run_with_cache(tokens_BL, **options)
             kept = {"activation": activations[runs.hook]}
             runs.cache.put(key, kept)
-        return None, {runs.hook: kept["activation"]}
+        activation = kept["activation"]
+        if not any(name in runs.hook for name in _FLATTENED_BY_CORE):
+            activation = activation.flatten(2)
+        return None, {runs.hook: activation}

@@ -6,7 +6,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval
 from ksvd_sae.offline import ravel as own_prompts
 
 
@@ -37,7 +37,7 @@ class RavelEval(SeededEval):
     llm_batch_prompts: int = Field(8, ge=1)
 
     name: ClassVar[str] = "ravel"
-    needs_block: ClassVar[bool] = True
+    hooks: ClassVar[str] = LAYER_OUTPUT
     cost: ClassVar[str] = "the whole language model: answers once for a panel, masks with gradients for each"
     demo_seconds: ClassVar[float] = 200
     loads_own_model: ClassVar[bool] = True

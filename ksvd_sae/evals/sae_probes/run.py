@@ -15,6 +15,7 @@ from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
 from ksvd_sae.evals.sae_probes import SaeProbesEval
 from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
+from ksvd_sae.replaced import replaced
 from ksvd_sae.store import content_hash
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSe
     from sae_bench.evals.sparse_probing_sae_probes import main as probing
     from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 
-    from ksvd_sae.evals.saebench.adapters import working_directory
+    from ksvd_sae.evals.saebench.adapters import heads_flattened, working_directory
 
     names = _known(config.datasets)
     of = {"sae_probes": version("sae-probes")}
@@ -58,7 +59,7 @@ def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSe
         folder.mkdir(parents=True, exist_ok=True)
         drop_half_written(folder / "activations")
         _drop_unfinished_probes(folder / probes)
-        with working_directory(folder):
+        with working_directory(folder), replaced(heads_flattened()):
             probing.run_eval(eval_config, saes, setting.device, str(output))
 
     files = run_eval(NAME, panel, {"config": config.model_dump(), **of}, setting, output, evaluate)

@@ -1,17 +1,23 @@
-"""Where SAEBench runs, and its random states and errors: what it needs around it besides ``ksvd_sae.replaced``.
+"""Where SAEBench runs, its random states and errors, and activations with heads: what any of its evals needs around it.
 
-All are context managers that put everything back, but for ``seed_all``.
+All are context managers that put everything back, but for ``seed_all``, and ``heads_flattened``, which is for
+``ksvd_sae.replaced``.
 """
 
 import logging
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from ksvd_sae.replaced import Changes
 
 
 @contextmanager
@@ -72,3 +78,19 @@ def collected_errors(logger_name: str, messages: list[str]) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+def heads_flattened() -> Changes:
+    """What is read at a hook, or put back there, is one row a token, also where the hook has heads."""
+    add_hook = HookPoint.add_hook
+
+    def add(self: HookPoint, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        def of_rows(activation: Tensor, hook: Any) -> Any:
+            if activation.ndim <= 3:
+                return function(activation, hook=hook)
+            changed = function(activation.flatten(2), hook=hook)
+            return None if changed is None else changed.reshape(activation.shape)
+
+        add_hook(self, of_rows, *arguments, **options)
+
+    return {"transformer_lens.hook_points.HookPoint.add_hook": add}

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
 from ksvd_sae.offline import biographies
 
 
@@ -30,7 +30,7 @@ class ScrEval(SeededEval):
     n_values: list[Annotated[int, Field(gt=0)]] = Field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
 
     name: ClassVar[str] = "scr"
-    needs_block: ClassVar[bool] = True
+    hooks: ClassVar[str] = IN_A_BLOCK
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; coding them for each"
     demo_seconds: ClassVar[float] = 70
     columns: ClassVar[tuple[Column, ...]] = (

@@ -27,7 +27,7 @@ def run_scr(panel: list[Panelist], config: ScrEval, setting: EvalSetting, output
     from sae_bench.evals.scr_and_tpp import main as scr
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
-    from ksvd_sae.evals.saebench.adapters import working_directory
+    from ksvd_sae.evals.saebench.adapters import heads_flattened, working_directory
     from ksvd_sae.evals.scr.adapters import bias_in_bios_datasets
 
     options: dict[str, Any] = {}
@@ -66,7 +66,8 @@ def run_scr(panel: list[Panelist], config: ScrEval, setting: EvalSetting, output
                 n_values=list(n_values),
                 **options,
             )
-            with working_directory(setting.data_folder), replaced(bias_in_bios_datasets(PROFESSIONS)):
+            changes = replaced(heads_flattened(), bias_in_bios_datasets(PROFESSIONS))
+            with working_directory(setting.data_folder), changes:
                 scr.run_eval(eval_config, list(some), setting.device, str(output), artifacts_path=str(artifacts))
 
     files = run_eval("scr", panel, {"config": config.model_dump()}, setting, output / "scr", evaluate)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
 from ksvd_sae.offline import bbc_news
 
 
@@ -20,7 +20,7 @@ class SparseProbingEval(SeededEval):
     k_values: list[int] = Field(default_factory=lambda: [1, 2, 5])
 
     name: ClassVar[str] = "sparse_probing"
-    needs_block: ClassVar[bool] = True
+    hooks: ClassVar[str] = IN_A_BLOCK
     on_by_default: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     columns: ClassVar[tuple[Column, ...]] = (

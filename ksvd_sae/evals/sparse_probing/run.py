@@ -21,7 +21,7 @@ def run_sparse_probing(
     from sae_bench.evals.sparse_probing import main as probing
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
-    from ksvd_sae.evals.saebench.adapters import working_directory
+    from ksvd_sae.evals.saebench.adapters import heads_flattened, working_directory
     from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets
 
     eval_config = SparseProbingEvalConfig(
@@ -42,7 +42,7 @@ def run_sparse_probing(
 
     def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
         drop_half_written(artifacts)
-        with working_directory(setting.data_folder), replaced(labelled_text_datasets(LABELS)):
+        with working_directory(setting.data_folder), replaced(heads_flattened(), labelled_text_datasets(LABELS)):
             probing.run_eval(
                 eval_config, saes, setting.device, str(output), artifacts_path=str(artifacts), save_activations=True
             )

@@ -74,21 +74,23 @@ def train_sae(
         d_in=shards.d_in,
         d_sae=method.n_atoms,
         device=str(device),
-        metadata=metadata(setting),
+        **at_the_hook(setting),
     )
     space = trained_space(shards, weighting).to(device)
     save = partial(_save, sae, space, shards, batch_samples)
     return fit_sae(method, sae, space, setting, folder, save, method.k, log_steps, method.snapshots)
 
 
-def metadata(setting: TrainingSetting) -> SAEMetadata:
-    """What SAELens keeps of the place that an SAE is for."""
-    return SAEMetadata(
+def at_the_hook(setting: TrainingSetting) -> dict[str, Any]:
+    """What SAELens keeps of the place that an SAE is for, in its config."""
+    metadata = SAEMetadata(
         model_name=setting.model_name,
         hook_name=setting.hook,
         context_size=setting.context_tokens,
         prepend_bos=True,
     )
+    # At other hooks with heads SAELens' classes refuse it.
+    return {"metadata": metadata, "reshape_activations": "hook_z" if setting.hook.endswith("hook_z") else "none"}
 
 
 def size_of_training(options: SAETraining, shards: ActivationShards) -> tuple[int, int]:

@@ -54,10 +54,11 @@ def train(
     seed: int = 0,
     weighting: Weighting | None = None,
     log_steps: int = 20,
+    hook: str = HOOK,
 ) -> Facts:
     setting = TrainingSetting(
         model_name="tiny",
-        hook=HOOK,
+        hook=hook,
         context_tokens=12,
         seed=seed,
         device=torch.device("cpu"),
@@ -70,6 +71,18 @@ def train(
 
 def no_gradients() -> GradientMoments:
     raise AssertionError("no metric here follows from gradients")
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_at_hook_z_heads_are_apart_on_disk_and_flat_for_evals(
+    weighted: bool, shards: ActivationShards, tmp_path: Path
+) -> None:
+    weighting = weighting_by_std(torch.linspace(1, 9, 16)) if weighted else None
+    train(SHORT, shards, tmp_path, weighting=weighting, hook="blocks.0.attn.hook_z")
+    heads_BHD = raw_activations(6).reshape(6, 2, 8)
+    sae, for_evals = SAE.load_from_disk(tmp_path), load_sae(tmp_path, torch.device("cpu"))
+    assert sae(heads_BHD).shape == heads_BHD.shape
+    assert torch.equal(sae(heads_BHD).flatten(1), for_evals(heads_BHD.flatten(1)))
 
 
 def log_lines(folder: Path) -> list[dict[str, Any]]:
