@@ -65,15 +65,15 @@ class LearnerOptions:
             them: for few large batches, as the paper's) or 'exact' (SVD, ten times as slow for no lower an error); see
             atom_update.py.
         atom_batch: atoms updated in parallel by 'exact'.
-        init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper: 3 % more error).
+        init: 'data' (atoms start as random samples) or 'random' (uniform, as the paper: 2 to 4 % more error).
         redraw: what takes the place of atoms that were unused for long or that nearly repeat another: 'residual'
             (what is left of badly coded samples), 'data', 'random' (as the paper) or 'none'; see redraw.py.
         duplicate_cosine: |cos| above which the weaker of two atoms is replaced; None never (as the paper).
         coherence: bound on the |cos| of atoms that every update is followed by a push towards; None for none (as the
             paper). See incoherence.py.
-        average: give the running average of the atoms over the batches, rather than those after the last batch: 8 %
+        average: give the running average of the atoms over the batches, rather than those after the last batch: 7 %
             less error; see averaging.py (the paper does not).
-        centre: subtract the mean of the samples first: 4 % less error (the paper does not).
+        centre: subtract the mean of the samples first: 6 to 7 % less error (the paper does not).
         weighting: metric to learn and code in (weighting.py).
         precision: of the products in training's coding: 'float32' or 'bfloat16'; see products.py.
         seed: same seed, same data, same thread count: the same bits on CPU. On CUDA nothing here adds up in the order
