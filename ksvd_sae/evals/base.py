@@ -23,7 +23,7 @@ from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.store import content_hash, copy_of_other_name, write_json
+from ksvd_sae.store import content_hash, copy_of_other_name, versions, write_json
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
@@ -34,6 +34,12 @@ LearnedOn: TypeAlias = "Callable[[ActivationShards, str, Path, Mapping[str, int]
 # What an eval's ``dataset`` says for the run's own held-out documents.
 HELDOUT_DATA = "heldout"
 ARROWS = {"lower": "↓", "higher": "↑"}
+_SCORING_PACKAGES = ("sae-bench", "sae-lens", "transformer-lens", "transformers", "torch", "scikit-learn")
+
+
+def scoring_versions() -> dict[str, str]:
+    """Versions of what SAEBench's scores are computed by."""
+    return {name: version for name, version in versions().items() if name in _SCORING_PACKAGES}
 
 
 @dataclass(frozen=True)
