@@ -91,25 +91,25 @@ TABLE: dict[str, Replacement] = {
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_core_writes_minus_one_for_nan",),
     ),
-    # ------------------------------------------------------------ sparse probing, sae-probes, SCR, autointerp
+    # ------------------------------------------------------------ sparse probing, sae-probes, SCR, TPP, autointerp
     "transformer_lens.hook_points.HookPoint.add_hook": Replacement(
-        used_by="sparse probing, sae-probes, SCR and autointerp",
+        used_by="sparse probing, sae-probes, SCR, TPP and autointerp",
         instead="the same, for a function that sees the heads of an activation flattened",
         why="At a hook with heads these give the SAE (contexts, tokens, heads, d_head), or fail before: core alone "
         "flattens them, and at four hooks.",
         seen_in=f"{_SAE_BENCH}, {_TRANSFORMER_LENS}",
         noticed_by=(_HERE + "test_heads_are_not_flattened",),
     ),
-    # ------------------------------------------------------------ sparse probing, SCR
+    # ------------------------------------------------------------ sparse probing, SCR, TPP
     "sae_bench.sae_bench_utils.dataset_info.chosen_classes_per_dataset": Replacement(
-        used_by="sparse probing",
+        used_by="sparse probing and TPP",
         instead="has the labels of our data sets, too",
         why="SAEBench knows the labels of its own eight data sets only.",
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_sparse_probing_has_a_closed_list_of_data_sets",),
     ),
     "sae_bench.sae_bench_utils.dataset_utils.get_multi_label_train_test_data": Replacement(
-        used_by="sparse probing",
+        used_by="sparse probing and TPP",
         instead="reads our data sets of text and integer label as SAEBench reads ag_news",
         why="SAEBench reads its own eight data sets only, each by its name.",
         seen_in=_SAE_BENCH,
@@ -123,9 +123,10 @@ TABLE: dict[str, Replacement] = {
         noticed_by=(_HERE + "test_scr_has_a_closed_list_of_data_sets",),
     ),
     "sae_bench.evals.scr_and_tpp.main.COLUMN2_VALS_LOOKUP": Replacement(
-        used_by="SCR",
-        instead="has the genders of our data sets, too",
-        why="SAEBench knows the second attribute of its own two data sets only.",
+        used_by="SCR and TPP",
+        instead="has the genders of our data sets, too; none for TPP",
+        why="SAEBench knows the second attribute of its own two data sets only, and looks it up for TPP, too, which "
+        "has no use for it.",
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_scr_has_a_closed_list_of_data_sets",),
     ),

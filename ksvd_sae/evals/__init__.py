@@ -19,6 +19,7 @@ from ksvd_sae.evals.sae_probes import SaeProbesEval
 from ksvd_sae.evals.scr import ScrEval
 from ksvd_sae.evals.sparse_probing import SparseProbingEval
 from ksvd_sae.evals.stability import StabilityEval
+from ksvd_sae.evals.tpp import TppEval
 from ksvd_sae.evals.truth import TruthEval
 from ksvd_sae.strict import Strict
 
@@ -29,6 +30,7 @@ EVALS: tuple[type[Eval], ...] = (
     SparseProbingEval,
     SaeProbesEval,
     ScrEval,
+    TppEval,
     AbsorptionEval,
     RavelEval,
     AutoInterpEval,

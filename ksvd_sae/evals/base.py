@@ -24,7 +24,7 @@ from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.store import content_hash, copy_of_other_name, write_json
+from ksvd_sae.store import content_hash, copy_of_other_name, versions, write_json
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ HELDOUT_DATA = "heldout"
 # ``Eval.hooks``: the model runs up to the block that the hook is in, or a layer's output is what is read.
 IN_A_BLOCK, LAYER_OUTPUT = r"blocks\.\d+\..+", r"blocks\.\d+\.hook_resid_post"
 ARROWS = {"lower": "↓", "higher": "↑"}
+_SCORING_PACKAGES = ("sae-bench", "sae-lens", "transformer-lens", "transformers", "torch", "scikit-learn")
+
+
+def scoring_versions() -> dict[str, str]:
+    """Versions of what SAEBench's scores are computed by."""
+    return {name: version for name, version in versions().items() if name in _SCORING_PACKAGES}
 
 
 @dataclass(frozen=True)

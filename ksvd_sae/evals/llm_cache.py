@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.store import atomic_path, content_hash
+from ksvd_sae.store import atomic_path, content_hash, versions
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -105,16 +105,19 @@ class TensorCache:
 
 
 def model_fingerprint(model: "HookedTransformer") -> str:
-    """Hash of some entries of every weight, spread over all of it: a model's name alone does not tell its weights."""
+    """Hash of some entries of every weight, spread over all of it, and of the versions of what runs the model.
+
+    A model's name alone does not tell its weights.
+    """
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         every = max(1, weight.numel() // _FINGERPRINT_ENTRIES)
         some = weight.detach().flatten()[::every].float().cpu().contiguous().numpy()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + some.tobytes())
     cfg = model.cfg
-    return content_hash(
-        {"weights": digest.hexdigest(), "soft cap": cfg.output_logits_soft_cap, "dtype": str(cfg.dtype)}
-    )
+    run_by = {name: version for name, version in versions().items() if name in ("torch", "transformer-lens")}
+    how = {"soft cap": cfg.output_logits_soft_cap, "dtype": str(cfg.dtype), "versions": run_by}
+    return content_hash({"weights": digest.hexdigest(), **how})
 
 
 def tokens_hash(tokens_BL: Tensor) -> str:

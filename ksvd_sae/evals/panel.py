@@ -86,10 +86,11 @@ def _outcome(
         return error
 
 
-def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]], output: Path) -> list[dict[str, Any]]:
     """Rows of the comparison: one a score.
 
     Args: facts: panelist -> dictionary (of which it is one training in one view), view, d_sae, k, l0, seed.
+        output: what the eval was given.
     """
     return [
         {
@@ -100,18 +101,27 @@ def tidy_rows(results: EvalResults, facts: dict[str, dict[str, Any]]) -> list[di
             "value": float("nan") if value is None else float(value),
             "eval_seed": results.seed,
             "n": results.averaged_over(name),
-            "source": results.files[name].name,
+            "source": _in_eval_folder(results, name, output),
         }
         for name, metrics in results.metrics.items()
         for metric, value in metrics.items()
     ]
 
 
-def result_files(results: list[EvalResults]) -> dict[str, dict[str, str]]:
-    """Eval -> panelist -> file name; where an eval ran with several seeds, the panelist's name says which."""
+def result_files(results: list[EvalResults], output: Path) -> dict[str, dict[str, str]]:
+    """Eval -> panelist -> file; where an eval ran with several seeds, the panelist's name says which.
+
+    Args: output: what the evals were given; files are named from an eval's folder in it.
+    """
     seeds = Counter(name for name, _ in {(result.eval, result.seed) for result in results})
     files: dict[str, dict[str, str]] = {}
     for result in results:
         suffix = f", seed {result.seed}" if seeds[result.eval] > 1 else ""
-        files.setdefault(result.eval, {}).update({n + suffix: path.name for n, path in result.files.items()})
+        files.setdefault(result.eval, {}).update(
+            {name + suffix: _in_eval_folder(result, name, output) for name in result.files}
+        )
     return files
+
+
+def _in_eval_folder(results: EvalResults, panelist: str, output: Path) -> str:
+    return results.files[panelist].relative_to(output / results.eval).as_posix()

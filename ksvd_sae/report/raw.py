@@ -1,9 +1,10 @@
 """All raw results of a run in one file, raw.zip: what each eval wrote, atoms in context, training logs.
 
-Members: ``saebench/<eval>/*.json`` and ``heldout/*.json`` (the column ``source`` of comparison.csv names them),
-``atoms/*.json``, ``training/*.jsonl``. A zip, because each member can be read by itself, by Python's zipfile and by
-every unzip; deflated, because common unzips do not know zip's LZMA, which would save 6 to 20 %. Names are sorted and
-times fixed: equal results give equal bytes (under one version of zlib). Nothing in it is ever unpickled.
+Members: ``saebench/<eval>/<settings>/*.json`` and ``heldout/*.json`` (as the column ``source`` of comparison.csv names
+them, behind the eval), ``atoms/*.json``, ``training/*.jsonl``. A zip, because each member can be read by itself, by
+Python's zipfile and by every unzip; deflated, because common unzips do not know zip's LZMA, which would save 6 to 20 %.
+Names are sorted and times fixed: equal results give equal bytes (under one version of zlib). Nothing in it is ever
+unpickled.
 """
 
 import struct

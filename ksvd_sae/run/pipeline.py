@@ -22,7 +22,7 @@ from ksvd_sae.activations.language import ActivationReader, check_contexts, load
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
-from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist, scoring_versions
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.methods.base import Method, Source, TrainingSetting
 from ksvd_sae.run.config import RunConfig, view_name
@@ -211,7 +211,10 @@ class Run:
 
     def load_sae(self, trained: TrainedDictionary) -> "SAE[Any]":
         """The trained dictionary as a SAELens SAE in its view, with the coder that the config asks for."""
-        return trained.method.load(self.setting(trained.method), trained.folder, trained.view)
+        sae = trained.method.load(self.setting(trained.method), trained.folder, trained.view)
+        # SAELens' name of it, which SAEBench's plots look for.
+        sae.cfg.metadata.training_tokens = trained.manifest["samples_seen"]
+        return sae
 
     # ------------------------------------------------------------ evaluate
 
@@ -251,7 +254,9 @@ class Run:
             EVALUATE_STAGE,
             self._evaluation_key,
             rows=[{**row, "value": None if row["value"] != row["value"] else row["value"]} for row in rows],
-            files=result_files(sorted(scores.results, key=lambda result: position.get(result.eval, -1))),
+            files=result_files(
+                sorted(scores.results, key=lambda result: position.get(result.eval, -1)), self.evaluations
+            ),
             examples={name: path.name for name, path in self._examples().items()},
             config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),
@@ -285,7 +290,7 @@ class Run:
             l0 = {name: scores["l0"] for r in results for name, scores in r.metrics.items() if "l0" in scores}
             facts |= {view.panelist: view.facts(l0.get(view.panelist)) for view in trained.in_views()}
             scores.results += results
-            scores.rows += [row for result in results for row in tidy_rows(result, facts)]
+            scores.rows += [row for result in results for row in tidy_rows(result, facts, output)]
             for view in trained.in_views():
                 scores.rows += view.training_rows(facts[view.panelist], self.config.text.name)
             scores.news = replica.label
@@ -300,7 +305,7 @@ class Run:
             if not result.metrics:
                 continue
             scores.results.append(result)
-            scores.rows += tidy_rows(result, facts)
+            scores.rows += tidy_rows(result, facts, output)
             scores.news = result.eval
             yield scores
         if len(failures) > 1:
@@ -404,6 +409,7 @@ class Run:
                 for r in replicas(self.config)
             },
             "report": self.config.report.model_dump(mode="json"),
+            "versions": scoring_versions(),
         }
 
     @property

@@ -21,6 +21,7 @@ from transformer_lens import HookedTransformer
 from ksvd_sae.evals.base import EvalSetting, Panelist
 from ksvd_sae.evals.scr.run import PROFESSIONS
 from ksvd_sae.evals.sparse_probing.run import LABELS
+from ksvd_sae.store import content_hash
 from tests.tiny_saes import COLOURS, METALS, MODEL_NAME, TREES, WORDS, one_thread, tiny_model
 
 TEXT = "tiny-text"
@@ -129,7 +130,7 @@ class CountedPanel:
 
     def panelists(self) -> list[Panelist]:
         return [
-            Panelist(name, self.contents.get(name, f"content of {name}"), partial(self._load, name))
+            Panelist(name, content_hash(self.contents.get(name, f"content of {name}")), partial(self._load, name))
             for name in self.makers
         ]
 

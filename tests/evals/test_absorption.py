@@ -386,7 +386,7 @@ def test_those_that_cannot_be_scored_leave_the_others_result(finished: tuple[Run
     assert "this code is broken" in message
     assert "hook 'blocks.0.hook_mlp_out'" in message
     assert "too few latents" in message
-    assert len(list((place.folder / "absorption").glob("last-*.json"))) == 1
+    assert len(list((place.folder / "absorption").rglob("last-*.json"))) == 1
 
 
 def test_too_few_letters(run: Run, model: Any, loads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ def test_results(setting: EvalSetting, models: Models, tmp_path: Path) -> None:
     assert models.asked == ["model", "tokenizer"]
     scores = {}
     for name, path in files.items():
-        assert path.parent == tmp_path / "ravel"
+        assert path.parent.parent == tmp_path / "ravel"
         result = json.loads(path.read_text())
         assert result["eval_type_id"] == "ravel"
         metrics = scores[name] = read_metrics(path)
@@ -389,7 +389,7 @@ def test_what_depends_on_no_dictionary_is_computed_once(
 
 @pytest.mark.usefixtures("finished")
 def test_second_call_reuses(setting: EvalSetting, models: Models, tmp_path: Path) -> None:
-    before = {path: path.read_bytes() for path in (tmp_path / "out" / "ravel").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out" / "ravel").rglob("*.json")}
     counted = CountedPanel({"topk-sae": tiny_topk_sae})
     assert list(run(counted, setting, tmp_path / "out").values()) == list(before)
     assert (counted.loads, models.asked) == ([], [])
@@ -409,7 +409,7 @@ def test_another_input_is_another_result(change: str, setting: EvalSetting, work
         path.write_text(json.dumps({name: known[name] for name in ENTITIES[:-1]}))
         setting = replace(setting, data_folder=tmp_path)
     run(counted, setting, tmp_path / "out", config)
-    assert len(list((tmp_path / "out" / "ravel").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "ravel").rglob("*.json"))) == 2
     assert counted.loads == ["topk-sae"]
     assert work["completions"] == 1
 
@@ -421,7 +421,7 @@ def test_half_written_files_are_made_again(
     """SAEBench writes them in place, so a process that is stopped leaves half a file."""
     (broken,) = setting.artifacts.rglob(f"*_{kind}.json")
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    next((tmp_path / "out" / "ravel").iterdir()).unlink()
+    next((tmp_path / "out" / "ravel").rglob("*.json")).unlink()
     if kind == "unfiltered_full_instance":
         # Read only where the prompts are not chosen yet.
         next(setting.artifacts.rglob("*_filtered_dataset.json")).unlink()
@@ -446,7 +446,7 @@ def test_too_few_right_answers(counted: CountedPanel, setting: EvalSetting, mode
     assert f"{needed} and 2" in message
     assert "evaluation.ravel.downsample" in message
     assert models.asked == ["model", "tokenizer"]
-    assert not list((tmp_path / "out" / "ravel").iterdir())
+    assert not list((tmp_path / "out" / "ravel").rglob("*.json"))
 
 
 def test_one_answer_for_all(setting: EvalSetting, tmp_path: Path) -> None:
@@ -502,8 +502,8 @@ def test_one_that_fails_leaves_the_others_result(
         run(CountedPanel({name: makers[name] for name in order}), setting, tmp_path / "out")
     assert "topk-sae" not in str(caught.value).splitlines()[0]
     assert models.asked == ["model", "tokenizer"]
-    (kept,) = (tmp_path / "out" / "ravel").iterdir()
-    assert read_metrics(kept) == read_metrics(next((once / "out" / "ravel").iterdir()))
+    (kept,) = (tmp_path / "out" / "ravel").rglob("*.json")
+    assert read_metrics(kept) == read_metrics(next((once / "out" / "ravel").rglob("*.json")))
 
 
 def test_another_hook_is_refused(setting: EvalSetting, tmp_path: Path) -> None:

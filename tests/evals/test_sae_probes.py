@@ -131,6 +131,9 @@ def test_what_a_result_holds(panel: CountedPanel, setting: EvalSetting, tmp_path
         assert None not in found.values()
     assert results.n == 2
     assert str(tmp_path) not in files["db-ksvd"].read_text(), "a result names no folder of this machine"
+    # Which SAEBench forgets here.
+    kinds = {name: json.loads(path.read_text())["sae_cfg_dict"]["architecture"] for name, path in files.items()}
+    assert kinds == {"db-ksvd": "db_ksvd", "topk-sae": "topk", "identity": "db_ksvd"}
 
 
 def test_the_model_runs_once_for_a_panel_and_its_seeds(

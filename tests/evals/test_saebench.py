@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +21,22 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals import base
 from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.evals.core import CoreEval
 from ksvd_sae.evals.core.run import run_core
-from ksvd_sae.evals.saebench.runner import read_metrics
+from ksvd_sae.evals.saebench.adapters import working_directory
+from ksvd_sae.evals.saebench.runner import read_metrics, result_file
 from ksvd_sae.evals.scr import ScrEval
 from ksvd_sae.evals.scr.run import run_scr
 from ksvd_sae.evals.sparse_probing import SparseProbingEval
-from ksvd_sae.evals.sparse_probing.run import run_sparse_probing
+from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets
+from ksvd_sae.evals.sparse_probing.run import LABELS, run_sparse_probing
+from ksvd_sae.evals.tpp import TppEval
+from ksvd_sae.evals.tpp.run import run_tpp
+from ksvd_sae.replaced import replaced
 from ksvd_sae.sae import DBKSVDSAE
+from ksvd_sae.store import content_hash, versions
 from tests.evals.conftest import BIASED, CLASSES, COMMIT, ONE_TEXT, TEXT, THE_TEXT, CountedPanel
 from tests.tiny_saes import CONTEXT_TOKENS, HOOK, identity_sae, tiny_db_ksvd_sae, tiny_model, tiny_topk_sae
 from tests.tolerances import SPLICED_LOSS
@@ -55,6 +63,15 @@ SCR = ScrEval(
     probe_epochs=3,
     n_values=[2, 5, 20],
 )
+TPP = TppEval(
+    datasets=[CLASSES],
+    train_set_size=40,
+    test_set_size=20,
+    context_tokens=CONTEXT_TOKENS,
+    llm_batch_contexts=16,
+    probe_epochs=3,
+    n_values=[2, 5, 20],
+)
 Runner = Callable[..., dict[str, Path]]
 
 
@@ -72,8 +89,14 @@ def run_scr_on(counted: CountedPanel, setting: EvalSetting, output: Path, config
     return run_scr(counted.panelists(), config, setting, output).files
 
 
-CACHED = (run_probing_on, run_scr_on)
-evals = pytest.mark.parametrize("run", [run_core_on, run_probing_on, run_scr_on], ids=["core", "sparse_probing", "scr"])
+def run_tpp_on(counted: CountedPanel, setting: EvalSetting, output: Path, config: TppEval = TPP) -> dict[str, Path]:
+    return run_tpp(counted.panelists(), config, setting, output).files
+
+
+CACHED = (run_probing_on, run_scr_on, run_tpp_on)
+evals = pytest.mark.parametrize(
+    "run", [run_core_on, run_probing_on, run_scr_on, run_tpp_on], ids=["core", "sparse_probing", "scr", "tpp"]
+)
 
 
 @pytest.fixture
@@ -168,7 +191,7 @@ def test_core_results(counted: CountedPanel, setting: EvalSetting, model_loads: 
     assert model_loads == ["tiny"]
     for name, path in files.items():
         assert re.fullmatch(rf"{name}-[0-9a-f]{{12}}_custom_sae_eval_results\.json", path.name)
-        assert path.parent == tmp_path / "core"
+        assert path.parent.parent == tmp_path / "core"
         result = strict_json(path)
         assert result["eval_type_id"] == "core"
         found = read_metrics(path)
@@ -244,7 +267,7 @@ def test_scr_results(setting: EvalSetting, model_loads: list[str], tmp_path: Pat
     files = run_scr_on(CountedPanel(makers), setting, tmp_path, config)
     scores = {}
     for name, path in files.items():
-        assert path.parent == tmp_path / "scr"
+        assert path.parent.parent == tmp_path / "scr"
         result = strict_json(path)
         assert result["eval_type_id"] == "scr"
         assert [d["dataset_name"] for d in result["eval_result_details"]] == [f"{BIASED}_scr_professor_nurse_results"]
@@ -263,7 +286,7 @@ def test_scr_of_a_dictionary_smaller_than_every_size(setting: EvalSetting, tmp_p
     with pytest.raises(EvaluationError, match=r"(?s)no score for identity.*fewer latents.*n_values") as caught:
         run_scr_on(CountedPanel(makers), setting, tmp_path, SCR.model_copy(update={"n_values": [20]}))
     assert "topk-sae" not in str(caught.value).splitlines()[0]
-    assert len(list((tmp_path / "scr").glob("topk-sae-*.json"))) == 1
+    assert len(list((tmp_path / "scr").rglob("topk-sae-*.json"))) == 1
 
 
 @pytest.mark.parametrize("left", ["no probes", "half of the probes", "half of the activations"])
@@ -277,6 +300,79 @@ def test_scr_of_an_interrupted_run_starts_over(left: str, setting: EvalSetting, 
         broken.unlink()
     files["topk-sae"].unlink()
     again = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
+    assert read_metrics(again["topk-sae"]) == whole
+
+
+# ---------------------------------------------------------------- TPP: the numbers
+
+
+def test_tpp_results(setting: EvalSetting, tmp_path: Path) -> None:
+    """What is zeroed takes from the class's own probe, and from others: the score is the difference."""
+    makers = {"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae, "identity": identity_sae}
+    files = run_tpp_on(CountedPanel(makers), setting, tmp_path, TPP.model_copy(update={"probe_epochs": 20}))
+    scores = {}
+    for name, path in files.items():
+        result = strict_json(path)
+        assert result["eval_type_id"] == "tpp"
+        assert [detail["dataset_name"] for detail in result["eval_result_details"]] == [f"{CLASSES}_tpp_results"]
+        found = scores[name] = read_metrics(path)
+        sizes = [2, 5] if makers[name]().cfg.d_sae < 20 else [2, 5, 20]
+        parts = ("total_metric", "intended_diff_only", "unintended_diff_only")
+        assert set(found) == {f"tpp_threshold_{n}_{part}" for n in sizes for part in parts}
+        for n in sizes:
+            total, own, others = (found[f"tpp_threshold_{n}_{part}"] for part in parts)
+            assert total == pytest.approx(own - others)  # type: ignore[operator]
+    assert len({json.dumps(found) for found in scores.values()}) == len(makers)
+
+
+def test_tpp_scores_are_saebenchs_and_follow_from_the_seed(setting: EvalSetting, tmp_path: Path) -> None:
+    """Whoever comes first, and whether probes were there: SAEBench draws other texts for an SAE that it trains for."""
+    ours = [
+        {name: read_metrics(path) for name, path in run_tpp_on(CountedPanel(makers), place, tmp_path / out).items()}
+        for out, place, makers in (
+            ("one", setting, {"db-ksvd": tiny_db_ksvd_sae, "topk-sae": tiny_topk_sae}),
+            ("other", setting, {"topk-sae": tiny_topk_sae}),
+            ("third", replace(setting, artifacts=tmp_path / "new"), {"topk-sae": tiny_topk_sae}),
+        )
+    ]
+    assert ours[0]["topk-sae"] == ours[1]["topk-sae"] == ours[2]["topk-sae"]
+    config = scr.ScrAndTppEvalConfig(
+        dataset_names=[CLASSES],
+        perform_scr=False,
+        train_set_size=40,
+        test_set_size=20,
+        context_length=CONTEXT_TOKENS,
+        probe_epochs=3,
+        llm_batch_size=16,
+        llm_dtype="float32",
+        model_name=setting.model_name,
+        n_values=[2, 5, 20],
+    )
+    changes = {
+        **labelled_text_datasets(LABELS),
+        "sae_bench.evals.scr_and_tpp.main.COLUMN2_VALS_LOOKUP": {CLASSES: None},
+    }
+    panel = [("first", identity_sae()), ("db-ksvd", tiny_db_ksvd_sae()), ("topk-sae", tiny_topk_sae())]
+    with working_directory(setting.data_folder), replaced(changes):
+        config.n_values = [2, 5]
+        scr.run_eval(config, panel[:1], "cpu", str(tmp_path), artifacts_path=str(tmp_path / "stock"))
+        config.n_values = [2, 5, 20]
+        scr.run_eval(config, panel[1:], "cpu", str(tmp_path), artifacts_path=str(tmp_path / "stock"))
+    for name, found in ours[0].items():
+        assert found == read_metrics(result_file(tmp_path / "tpp", name))
+
+
+@pytest.mark.parametrize("left", ["no probes", "half of the activations"])
+def test_tpp_of_an_interrupted_run_starts_over(left: str, setting: EvalSetting, tmp_path: Path) -> None:
+    files = run_tpp_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
+    whole = read_metrics(files["topk-sae"])
+    (activations,), (probes,) = (list(setting.artifacts.rglob(f"*.{kind}")) for kind in ("pt", "pkl"))
+    if left == "no probes":
+        probes.unlink()
+    else:
+        activations.write_bytes(activations.read_bytes()[: activations.stat().st_size // 2])
+    files["topk-sae"].unlink()
+    again = run_tpp_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
     assert read_metrics(again["topk-sae"]) == whole
 
 
@@ -358,16 +454,17 @@ def test_changed_content_is_computed_anew(
         (run_core_on, {"dataset": ONE_TEXT}),
         (run_probing_on, {"train_set_size": 36}),
         (run_scr_on, {"n_values": [2, 4]}),
+        (run_tpp_on, {"seed": 7}),
     ],
-    ids=["batches", "context", "data set", "probe's training set", "SCR's sizes"],
+    ids=["batches", "context", "data set", "probe's training set", "SCR's sizes", "seed"],
 )
 def test_changed_config_is_computed_anew(
     run: Runner, change: dict[str, Any], setting: EvalSetting, tmp_path: Path
 ) -> None:
     counted = CountedPanel({"topk-sae": tiny_topk_sae})
     files = run(counted, setting, tmp_path / "out")
-    config = {run_core_on: CORE, run_probing_on: PROBING, run_scr_on: SCR}[run].model_copy(update=change)
-    again = run(counted, setting, tmp_path / "out", config)
+    config = {run_core_on: CORE, run_probing_on: PROBING, run_scr_on: SCR, run_tpp_on: TPP}[run]
+    again = run(counted, setting, tmp_path / "out", config.model_copy(update=change))
     assert counted.loads == ["topk-sae", "topk-sae"]
     assert again != files
     assert read_metrics(again["topk-sae"]) != read_metrics(files["topk-sae"])
@@ -387,6 +484,79 @@ def test_changed_data_is_computed_anew(
     assert again != files
     assert counted.loads == ["topk-sae", "topk-sae"]
     assert bool(set(setting.artifacts.rglob("*.pt")) - cached) == (run in CACHED)
+
+
+@evals
+@quickly
+@pytest.mark.parametrize("package", ["sae-bench", "sae-lens", "transformer-lens", "transformers", "torch"])
+def test_another_version_is_computed_anew(
+    run: Runner, package: str, setting: EvalSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of the model, too."""
+    counted = CountedPanel({"topk-sae": tiny_topk_sae})
+    files = run(counted, setting, tmp_path / "out")
+    cached = set(setting.artifacts.rglob("*.pt"))
+    monkeypatch.setattr(base, "versions", lambda: {**versions(), package: "0.0.1"})
+    assert run(counted, setting, tmp_path / "out") != files
+    assert counted.loads == ["topk-sae", "topk-sae"]
+    assert bool(set(setting.artifacts.rglob("*.pt")) - cached) == (run in CACHED)
+
+
+@evals
+@quickly
+def test_a_result_says_what_it_follows_from(
+    run: Runner, counted: CountedPanel, setting: EvalSetting, tmp_path: Path
+) -> None:
+    files = run(counted, setting, tmp_path / "out")
+    assert len({path.parent for path in files.values()}) == 1
+    for name, path in files.items():
+        follows_from = strict_json(path)["follows_from"]
+        assert path.name == f"{name}-{follows_from['dictionary']}_custom_sae_eval_results.json"
+        assert follows_from.pop("dictionary") == content_hash(f"content of {name}")
+        assert path.parent.name == content_hash(follows_from)
+        assert follows_from["versions"] == base.scoring_versions()
+        assert {"config", "eval", "data", "model", "dtype"} < set(follows_from)
+
+
+@quickly
+def test_a_result_of_other_settings_is_not_taken(setting: EvalSetting, tmp_path: Path) -> None:
+    """Wherever it was put."""
+    counted = CountedPanel({"topk-sae": tiny_topk_sae})
+    first = run_scr_on(counted, setting, tmp_path / "out")["topk-sae"]
+    other = SCR.model_copy(update={"seed": 7})
+    second = run_scr_on(counted, setting, tmp_path / "out", other)["topk-sae"]
+    assert first.name == second.name
+    whole = second.read_bytes()
+    shutil.copyfile(first, second)
+    run_scr_on(counted, setting, tmp_path / "out", other)
+    assert counted.loads == ["topk-sae"] * 3
+    again, before = strict_json(second), json.loads(whole)
+    assert again["follows_from"] == before["follows_from"]
+    assert again["eval_result_metrics"] == before["eval_result_metrics"]
+    shutil.copyfile(first, second.with_name(second.name.replace("topk-sae", "other-name")))
+    second.unlink()
+    run_scr_on(counted, setting, tmp_path / "out", other)
+    assert counted.loads == ["topk-sae"] * 4, "nor under another name"
+
+
+@evals
+@quickly
+def test_what_a_killed_run_had_finished_is_completed(
+    run: Runner, setting: EvalSetting, model_loads: list[str], tmp_path: Path
+) -> None:
+    """SAEBench has written its file, and we have not been there to say what it follows from."""
+    counted = CountedPanel({"topk-sae": tiny_topk_sae})
+    path = run(counted, setting, tmp_path / "out")["topk-sae"]
+    whole = strict_json(path)
+    left = {name: value for name, value in whole.items() if name != "follows_from"}
+    path.write_text(json.dumps({**left, "sae_cfg_dict": {}}))
+    model_loads.clear()
+    run(counted, setting, tmp_path / "out")
+    assert model_loads == [], "nothing is scored"
+    now = strict_json(path)
+    # SAEBench adds where the SAE is, which it has from the SAE itself.
+    assert now["sae_cfg_dict"]["architecture"] == "topk"
+    assert {**now, "sae_cfg_dict": {}} == {**whole, "sae_cfg_dict": {}}
 
 
 @quickly

@@ -138,11 +138,18 @@ def test_atoms_of_every_dictionary_are_shown_in_context(place: Workplace) -> Non
 def test_raw_results_are_json_and_hold_every_score(place: Workplace, tmp_path: Path) -> None:
     unpack(place.results, tmp_path)
     (tmp_path / "scratch").mkdir()
+    table = pd.read_csv(place.results / "comparison.csv")
+    seen = table[table["metric"] == "samples_seen"].set_index("dictionary")["value"].to_dict()
+    names = set()
     for eval_name in ("core", "sparse_probing", "sparse_probing_sae_probes", "scr"):
-        results = sorted((tmp_path / "saebench" / eval_name).iterdir())
+        results = {path.name: strict_json(path) for path in (tmp_path / "saebench" / eval_name).rglob("*.json")}
         assert len(results) == len(DICTIONARIES)
-        for path in results:
-            assert strict_json(path)["eval_type_id"] == eval_name
+        names |= set(results)
+        for name, result in results.items():
+            assert result["eval_type_id"] == eval_name
+            assert result["sae_cfg_dict"]["training_tokens"] == seen[name.rpartition("-")[0]]
+            assert result["sae_cfg_dict"]["architecture"] == ("topk" if name.startswith("topk") else "db_ksvd")
+    assert len(names) == len(DICTIONARIES), "SAEBench joins files by their names"
     assert len(list((tmp_path / "heldout").glob("*.json"))) == len(DICTIONARIES)
     for path in [*place.results.rglob("*.json"), *tmp_path.rglob("*.json")]:
         strict_json(path)

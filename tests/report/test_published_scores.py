@@ -18,6 +18,7 @@ from ksvd_sae.evals.core import CoreEval
 from ksvd_sae.evals.ravel import RavelEval
 from ksvd_sae.evals.scr import ScrEval
 from ksvd_sae.evals.sparse_probing import SparseProbingEval
+from ksvd_sae.evals.tpp import TppEval
 from ksvd_sae.methods.published import PublishedSAEMethod
 from ksvd_sae.report.published import scores
 from ksvd_sae.report.published.scores import (
@@ -39,7 +40,7 @@ PYTHIA, PYTHIA_HOOK = "EleutherAI/pythia-160m-deduped", "blocks.8.hook_resid_pos
 JUDGED = AutoInterpEval(judge="endpoint", endpoint=EndpointConfig(model="gpt-4o-mini"))
 DEFAULTS: dict[str, Eval] = {
     section.name: section
-    for section in (CoreEval(), SparseProbingEval(), ScrEval(), AbsorptionEval(), RavelEval(), JUDGED)
+    for section in (CoreEval(), SparseProbingEval(), ScrEval(), TppEval(), AbsorptionEval(), RavelEval(), JUDGED)
 }
 
 
@@ -135,7 +136,7 @@ def test_our_defaults_are_the_published_settings() -> None:
         ("probe_epochs", "probe_epochs"),
         ("seed", "random_seed"),
     ):
-        assert published["scr"][ours] == getattr(scr, theirs)
+        assert published["scr"][ours] == published["tpp"][ours] == getattr(scr, theirs)
     assert {kind.name for kind in EVALS if kind.published is not None} == set(DEFAULTS)
 
 

@@ -15,7 +15,7 @@ from ksvd_sae.report.raw import RAW, RawResults, result_name, unpack, write_raw
 
 CONTENT = {
     "saebench/core/a-0_custom_sae_eval_results.json": b'{"x": 1}\n',
-    "saebench/scr/a-1_custom_sae_eval_results.json": b"",
+    "saebench/scr/0/a-1_custom_sae_eval_results.json": b"",
     "heldout/a-2.json": bytes(range(256)) * 40,
     "training/a.s0.jsonl": "ε\n".encode(),
 }
@@ -53,7 +53,7 @@ def test_members_are_what_went_in(tmp_path: Path) -> None:
             with pytest.raises(KeyError):
                 raw["heldout/a-3.json"]
     assert result_name("heldout", "a-2.json") in CONTENT
-    assert result_name("scr", "a-1_custom_sae_eval_results.json") in CONTENT
+    assert result_name("scr", "0/a-1_custom_sae_eval_results.json") in CONTENT
 
 
 def test_equal_results_give_equal_bytes(tmp_path: Path) -> None:

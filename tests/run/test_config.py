@@ -249,7 +249,7 @@ class TestHooks:
         assert "set evaluation.core: null, evaluation.sparse_probing: null" in said
         assert "heldout, loss, sparse_probing_sae_probes" in said
 
-    @pytest.mark.parametrize("section", ["absorption", "autointerp", "ravel", "scr"])
+    @pytest.mark.parametrize("section", ["absorption", "autointerp", "ravel", "scr", "tpp"])
     def test_evals_that_are_not_on_by_default(self, section: str) -> None:
         raw = changed("model.hook", "hook_embed")
         raw["evaluation"] = {"core": None, "sparse_probing": None, section: {}}

@@ -113,11 +113,11 @@ def test_evals_that_draw_run_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def probe(self: SparseProbingEval, *_: Any) -> EvalResults:
         ran.append(self.seed)
-        files = {"a": Path(f"a-{ran[-1]}.json")}
+        files = {"a": Path(f"sparse_probing/{ran[-1]}/a.json")}
         return EvalResults("sparse_probing", "texts", 9, files, {"a": {"accuracy": 0.5}}, self.seed)
 
     def core(*_: Any) -> EvalResults:
-        return EvalResults("core", "texts", 9, {"a": Path("a-core.json")}, {"a": {"loss": 1.0}})
+        return EvalResults("core", "texts", 9, {"a": Path("core/0/a.json")}, {"a": {"loss": 1.0}})
 
     monkeypatch.setattr(SparseProbingEval, "run", probe)
     monkeypatch.setattr(CoreEval, "run", core)
@@ -126,10 +126,10 @@ def test_evals_that_draw_run_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> Non
     results = list(run_evals([], config.seeded(), setting, Path()))
     assert ran == [1, 2]
     assert [(r.eval, r.seed) for r in results] == [("core", None), ("sparse_probing", 1), ("sparse_probing", 2)]
-    assert result_files(results)["sparse_probing"] == {"a, seed 1": "a-1.json", "a, seed 2": "a-2.json"}
-    assert result_files(results)["core"] == {"a": "a-core.json"}
+    files = result_files(results, Path())
+    assert files == {"core": {"a": "0/a.json"}, "sparse_probing": {"a, seed 1": "1/a.json", "a, seed 2": "2/a.json"}}
     facts = {"a": {"dictionary": "a", "view": "signed", "d_sae": 4, "k": 2, "l0": 2.0, "seed": 0}}
-    assert [row["eval_seed"] for r in results for row in tidy_rows(r, facts)] == [None, 1, 2]
+    assert [row["eval_seed"] for r in results for row in tidy_rows(r, facts, Path())] == [None, 1, 2]
     own = run_evals([], config.model_copy(update={"seeds": []}).seeded(), setting, Path())
     assert [r.seed for r in own] == [None, 8]
 

@@ -11,9 +11,9 @@ from ksvd_sae.activations.language import hook_layer
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.absorption import AbsorptionEval
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
-from ksvd_sae.evals.saebench.runner import results, run_eval
+from ksvd_sae.evals.saebench.runner import made_by, results, run_eval
 from ksvd_sae.replaced import replaced
-from ksvd_sae.store import content_hash, versions
+from ksvd_sae.store import content_hash
 
 # SAEBench looks at this many latents of each word.
 _LATENTS = 10
@@ -39,19 +39,13 @@ def run_absorption(panel: list[Panelist], config: AbsorptionEval, setting: EvalS
     from ksvd_sae.evals.absorption.probes import LetterProbes
     from ksvd_sae.evals.saebench.adapters import random_states_kept, working_directory
 
-    shared = {
-        "config": config.model_dump(include=_OF_THE_PROBES),
-        "model": setting.model_name,
-        "dtype": setting.dtype,
-        "sae_bench": versions().get("sae-bench"),
-    }
-    folder = setting.artifacts.resolve() / f"absorption-{content_hash(shared)}"
-    probes = LetterProbes(config, folder, setting.device)
+    shared = {"config": config.model_dump(include=_OF_THE_PROBES), **made_by(setting)}
+    kept = setting.artifacts.resolve() / f"absorption-{content_hash(shared)}"
+    probes = LetterProbes(config, kept, setting.device)
     memory = adapters.WordActivations(config.llm_cache_bytes)
     words, facts = _vocabulary(config)
-    output = output.resolve() / "absorption"
 
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+    def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         # In the panel's order, which tells whoever asks which of them failed.
         fit = list(takewhile(lambda named: _unfit(named[1], config, probes.too_few) is None, saes))
         if fit:
@@ -63,11 +57,11 @@ def run_absorption(panel: list[Panelist], config: AbsorptionEval, setting: EvalS
                 replaced(
                     adapters.own_words(words),
                     {} if setting.cache is None else adapters.less_work(memory),
-                    adapters.seeded_in_folders(Path(workspace), folder, config.seed, probes.make_ready),
+                    adapters.seeded_in_folders(Path(workspace), kept, config.seed, probes.make_ready),
                     adapters.noted(facts),
                 ),
             ):
-                absorption.run_eval(_eval_config(config, setting), fit, setting.device, str(output))
+                absorption.run_eval(_eval_config(config, setting), fit, setting.device, str(folder))
         if len(fit) < len(saes):
             raise _unfit(saes[len(fit)][1], config, probes.too_few) or EvaluationError("absorption: not scored")
 

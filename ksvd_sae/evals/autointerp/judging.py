@@ -191,9 +191,11 @@ def output_class(judging: Judging) -> Any:
             result, path = json.loads(self.to_json()), Path(file_path)
             latents = result["eval_result_unstructured"].items()
             logs = [f"latent {number}\n{latent.pop('logs')}\n" for number, latent in latents]
-            judging.logs.mkdir(parents=True, exist_ok=True)
+            # The result's folder is of its settings.
+            place = judging.logs / path.parent.name
+            place.mkdir(parents=True, exist_ok=True)
             stem = path.name.removesuffix("_custom_sae_eval_results.json")
-            (judging.logs / f"{stem}.txt").write_text("\n".join(logs), encoding="utf-8")
+            (place / f"{stem}.txt").write_text("\n".join(logs), encoding="utf-8")
             record = judging.record()
             logger.info("autointerp of %s: judged by %s", stem, json.dumps(record))
             write_json(path, {**result, "judge": record})

@@ -11,7 +11,7 @@ from ksvd_sae.evals.autointerp import AutoInterpEval
 from ksvd_sae.evals.autointerp.endpoint import EndpointJudge
 from ksvd_sae.evals.autointerp.lexical import Judge, LexicalJudge
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
-from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
+from ksvd_sae.evals.saebench.runner import drop_half_written, made_by, results, run_eval
 from ksvd_sae.replaced import replaced
 from ksvd_sae.store import content_hash
 
@@ -38,12 +38,11 @@ def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalS
     dataset, judge = setting.data(config.dataset), judge_of(config, setting.artifacts.resolve())
     # SAEBench reuses tokens by the model's name and their number alone: the folder carries the rest.
     sizes = {"total_tokens": config.total_tokens, "context_tokens": config.context_tokens}
-    tokens = {"model": setting.model_name, "data": setting.data_hash, "dataset": dataset, **sizes}
+    tokens = {"data": setting.data_hash, "dataset": dataset, **sizes, **made_by(setting)}
     artifacts = setting.artifacts.resolve() / f"autointerp-{content_hash(tokens)}"
-    output = output.resolve() / "autointerp"
     judging = Judging(judge, config.least_latents, artifacts / "logs", _prices(config))
 
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+    def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         drop_half_written(artifacts)
         with (
             working_directory(setting.data_folder),
@@ -60,7 +59,7 @@ def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalS
                     saes,
                     setting.device,
                     "no key: the judge has its own",
-                    str(output),
+                    str(folder),
                     artifacts_path=str(artifacts),
                 )
             )

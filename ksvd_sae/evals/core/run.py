@@ -19,10 +19,10 @@ def run_core(panel: list[Panelist], config: CoreEval, setting: EvalSetting, outp
     from ksvd_sae.evals.core.shared import shared_core_runs
     from ksvd_sae.evals.saebench.adapters import collected_errors, working_directory
 
-    dataset, output = setting.data(config.dataset), output.resolve() / "core"
+    dataset = setting.data(config.dataset)
     nan_stays_nan = {"sae_bench.evals.core.main.replace_nans_with_negative_one": lambda value: value}
 
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+    def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         errors = collected_errors(core.__name__, reasons)
         shared = {} if setting.cache is None else shared_core_runs(setting.cache, setting.memory_bytes)
         with working_directory(setting.data_folder), errors, replaced(nan_stays_nan, shared):
@@ -36,7 +36,7 @@ def run_core(panel: list[Panelist], config: CoreEval, setting: EvalSetting, outp
                 exclude_special_tokens_from_reconstruction=True,
                 dataset=dataset,
                 context_size=config.context_tokens,
-                output_folder=str(output),
+                output_folder=str(folder),
                 dtype=setting.dtype,
                 device=setting.device,
             )

@@ -10,9 +10,9 @@ from typing import Any
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
 from ksvd_sae.evals.ravel import RavelEval
-from ksvd_sae.evals.saebench.runner import results, run_eval
+from ksvd_sae.evals.saebench.runner import made_by, results, run_eval
 from ksvd_sae.replaced import replaced
-from ksvd_sae.store import atomic_path, content_hash, file_sha256, versions
+from ksvd_sae.store import atomic_path, content_hash, file_sha256
 
 HUB_DATASET = "adamkarvonen/ravel_prompts"
 # Where SAEBench keeps prompts and completions, below the working directory.
@@ -37,7 +37,6 @@ def run_ravel(panel: list[Panelist], config: RavelEval, setting: EvalSetting, ou
     prompts = _local_prompts(config, setting)
     hashes = {path.name: file_sha256(path) for path in prompts}
     kept = setting.artifacts.resolve() / f"ravel-{content_hash(_completions_key(config, setting, hashes))}"
-    output = output.resolve() / "ravel"
     loaded: dict[Any, Any] = {}
     activations: dict[str, Any] = {}
 
@@ -47,7 +46,7 @@ def run_ravel(panel: list[Panelist], config: RavelEval, setting: EvalSetting, ou
         for kind, attributes in config.attributes.items():
             _require_right_answers(kind, attributes, _answers_file(kind, name, asked), config.right_prompts_needed)
 
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+    def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         _lay_out(prompts, kept)
         with (
             working_directory(kept),
@@ -70,7 +69,7 @@ def run_ravel(panel: list[Panelist], config: RavelEval, setting: EvalSetting, ou
                     _saebench_config(config, setting),
                     [(name, sae)],
                     setting.device,
-                    str(output),
+                    str(folder),
                     artifacts_path=_KEPT.parts[0],
                 )
 
@@ -127,11 +126,9 @@ def _completions_key(config: RavelEval, setting: EvalSetting, prompts: dict[str,
         asked.add("seed")
     return {
         "config": config.model_dump(include=asked),
-        "model": setting.model_name,
-        "dtype": setting.dtype,
         "data": setting.data_hash,
         "prompts": prompts,
-        "versions": {name: versions().get(name) for name in ("sae-bench", "transformers")},
+        **made_by(setting),
     }
 
 

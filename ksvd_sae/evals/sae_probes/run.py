@@ -14,7 +14,7 @@ from typing import Any
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
 from ksvd_sae.evals.sae_probes import SaeProbesEval
-from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
+from ksvd_sae.evals.saebench.runner import drop_half_written, made_by, results, run_eval
 from ksvd_sae.replaced import replaced
 from ksvd_sae.store import content_hash
 
@@ -40,7 +40,7 @@ def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSe
     of = {"sae_probes": version("sae-probes")}
     # sae-probes reuses activations by the names of model, data set and hook alone: the folder carries the rest. And
     # SAEBench takes the mean of the model's own probes over all that lie in their folder.
-    folder = setting.artifacts.resolve() / f"sae_probes-{content_hash({'model': setting.model_name, **of})}"
+    kept = setting.artifacts.resolve() / f"sae_probes-{content_hash({**of, **made_by(setting)})}"
     probes = f"probes-{content_hash(config.model_dump())}"
     eval_config = SparseProbingSaeProbesEvalConfig(
         model_name=setting.model_name,
@@ -53,14 +53,13 @@ def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSe
         results_path=probes,
         model_cache_path="activations",
     )
-    output = output.resolve() / NAME
 
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        drop_half_written(folder / "activations")
-        _drop_unfinished_probes(folder / probes)
-        with working_directory(folder), replaced(heads_flattened()):
-            probing.run_eval(eval_config, saes, setting.device, str(output))
+    def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
+        kept.mkdir(parents=True, exist_ok=True)
+        drop_half_written(kept / "activations")
+        _drop_unfinished_probes(kept / probes)
+        with working_directory(kept), replaced(heads_flattened()):
+            probing.run_eval(eval_config, saes, setting.device, str(folder))
 
     files = run_eval(NAME, panel, {"config": config.model_dump(), **of}, setting, output, evaluate)
     for name, path in files.items():

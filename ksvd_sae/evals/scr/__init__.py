@@ -1,4 +1,4 @@
-"""SAEBench's spurious correlation removal (SCR)."""
+"""SAEBench's spurious correlation removal (SCR), and what it has in common with targeted probe perturbation (TPP)."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -10,15 +10,10 @@ from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Pa
 from ksvd_sae.offline import biographies
 
 
-class ScrEval(SeededEval):
-    """SAEBench's spurious correlation removal (SCR)."""
+class AblationEval(SeededEval):
+    """Settings of both evals: probes of classes are trained, the latents that carry one are zeroed."""
 
-    datasets: list[str] | None = Field(
-        None, description="null: SAEBench's two; templated-bias_in_bios: short biographies from templates"
-    )
-    pairs: dict[str, list[tuple[str, str]]] | None = Field(
-        None, description="data set -> pairs of professions; null: SAEBench's"
-    )
+    datasets: list[str] | None = None
     train_set_size: int = Field(4000, ge=8)
     test_set_size: int = Field(1000, ge=8)
     context_tokens: int = Field(
@@ -29,9 +24,29 @@ class ScrEval(SeededEval):
     probe_epochs: int = Field(20, ge=1)
     n_values: list[Annotated[int, Field(gt=0)]] = Field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
 
-    name: ClassVar[str] = "scr"
     hooks: ClassVar[str] = IN_A_BLOCK
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; coding them for each"
+    published: ClassVar = {
+        "datasets": None,
+        "train_set_size": 4000,
+        "test_set_size": 1000,
+        "context_tokens": 128,
+        "probe_epochs": 20,
+        "seed": 42,
+    }
+
+
+class ScrEval(AblationEval):
+    """SAEBench's spurious correlation removal (SCR)."""
+
+    datasets: list[str] | None = Field(
+        None, description="null: SAEBench's two; templated-bias_in_bios: short biographies from templates"
+    )
+    pairs: dict[str, list[tuple[str, str]]] | None = Field(
+        None, description="data set -> pairs of professions; null: SAEBench's"
+    )
+
+    name: ClassVar[str] = "scr"
     demo_seconds: ClassVar[float] = 70
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -45,15 +60,7 @@ class ScrEval(SeededEval):
             optional=True,
         ),
     )
-    published: ClassVar = {
-        "datasets": None,
-        "pairs": None,
-        "train_set_size": 4000,
-        "test_set_size": 1000,
-        "context_tokens": 128,
-        "probe_epochs": 20,
-        "seed": 42,
-    }
+    published: ClassVar = {**AblationEval.published, "pairs": None}
 
     @model_validator(mode="after")
     def _every_data_set_has_pairs(self) -> Self:

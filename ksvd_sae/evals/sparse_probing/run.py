@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
-from ksvd_sae.evals.saebench.runner import drop_half_written, results, run_eval
+from ksvd_sae.evals.saebench.runner import drop_half_written, made_by, results, run_eval
 from ksvd_sae.evals.sparse_probing import SparseProbingEval
 from ksvd_sae.offline import bbc_news
 from ksvd_sae.replaced import replaced
@@ -36,15 +36,14 @@ def run_sparse_probing(
         **({} if config.datasets is None else {"dataset_names": config.datasets}),
     )
     # SAEBench reuses LLM activations by the data set's name alone: the folder carries the rest.
-    shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
-    artifacts = setting.artifacts.resolve() / f"sparse_probing-{content_hash({**shared, 'data': setting.data_hash})}"
-    output = output.resolve() / "sparse_probing"
+    shared = {"config": config.model_dump(), "data": setting.data_hash, **made_by(setting)}
+    artifacts = setting.artifacts.resolve() / f"sparse_probing-{content_hash(shared)}"
 
-    def evaluate(saes: list[tuple[str, Any]], reasons: list[str]) -> None:
+    def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         drop_half_written(artifacts)
         with working_directory(setting.data_folder), replaced(heads_flattened(), labelled_text_datasets(LABELS)):
             probing.run_eval(
-                eval_config, saes, setting.device, str(output), artifacts_path=str(artifacts), save_activations=True
+                eval_config, saes, setting.device, str(folder), artifacts_path=str(artifacts), save_activations=True
             )
 
     files = run_eval("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)

@@ -276,7 +276,8 @@ def test_panel_rows(words: CountedPanel, setting: EvalSetting, tmp_path: Path) -
     config = changed(n_latents=300, min_latents=4)
     (results,) = run_evals(words.panelists(), [config], setting, tmp_path / "out")
     assert results.seed == 42
-    rows = tidy_rows(results, {"words": {"view": "signed", "d_sae": 19, "k": 4, "l0": 4.0, "seed": 0}})
+    facts = {"words": {"view": "signed", "d_sae": 19, "k": 4, "l0": 4.0, "seed": 0}}
+    rows = tidy_rows(results, facts, tmp_path / "out")
     assert {row["metric"] for row in rows} == {"autointerp_score", "autointerp_std_dev"}
     assert {(row["eval"], row["data"]) for row in rows} == {("autointerp", f"{LONG_TEXT}, judge: lexical")}
     assert all(10 < row["n"] <= len(WORDS) for row in rows), "latents that were judged, not those wanted"

@@ -1,0 +1,43 @@
+"""SAEBench's targeted probe perturbation (TPP): whether latents of one class are of that class alone."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.scr import AblationEval
+from ksvd_sae.offline import bbc_news
+
+
+class TppEval(AblationEval):
+    """SAEBench's targeted probe perturbation (TPP)."""
+
+    datasets: list[str] | None = Field(None, description="null: SAEBench's two; bbc-news: the five BBC classes")
+
+    name: ClassVar[str] = "tpp"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column(
+            "TPP top-20",
+            "tpp",
+            "tpp_threshold_20_total_metric",
+            "score",
+            "how much further a class's own probe falls than those of other classes when the 20 latents that carry "
+            "the class are zeroed (difference of test accuracies)",
+            "higher",
+            optional=True,
+        ),
+    )
+    reads_signs: ClassVar[bool] = True
+
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        from ksvd_sae.evals.tpp.run import run_tpp
+
+        return run_tpp(panel, self, setting, output)
+
+    def write_data(self, folder: Path) -> None:
+        if bbc_news.NAME in (self.datasets or ()):
+            bbc_news.write_probing_dataset(folder / bbc_news.NAME)
+
+    def notes(self) -> list[str]:
+        return ["TPP zeroes latents that are larger in a class than elsewhere: of a signed code, no negative ones."]
