@@ -5,7 +5,6 @@ Results stay in SAEBench's JSON format. A result's file name ends in the hash of
 and whatever name the dictionary has now.
 """
 
-import contextlib
 import io
 import json
 import logging
@@ -23,6 +22,7 @@ import torch
 from ksvd_sae.activations.transformers_5 import loadable
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist
+from ksvd_sae.progress import printed_to
 from ksvd_sae.store import content_hash, named_otherwise, versions, write_json
 
 logger = logging.getLogger(__name__)
@@ -94,13 +94,12 @@ def run_eval(
 @contextmanager
 def _chatter() -> Iterator[None]:
     """SAEBench prints to stdout as it goes; that belongs to the log, where -v shows it."""
-    printed = io.StringIO()
-    quiet = not logger.isEnabledFor(logging.DEBUG)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(printed if quiet else sys.stderr))
-        if quiet:
-            stack.enter_context(contextlib.redirect_stderr(printed))
-        yield
+    if logger.isEnabledFor(logging.DEBUG):
+        with printed_to(sys.stderr, "stdout"):
+            yield
+    else:
+        with printed_to(io.StringIO(), "stdout", "stderr"):
+            yield
 
 
 def _result_file(output: Path, stem: str) -> Path:
