@@ -53,9 +53,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        value = getattr(import_module(_PUBLIC[name]), name)
-        globals()[name] = value
-        return value
+        # Looked up anew each time: a module may have been reloaded.
+        return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'ksvd_sae' has no attribute {name!r}")
 
 

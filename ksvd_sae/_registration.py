@@ -4,16 +4,20 @@ SAELens finds SAE classes in a registry that is filled by importing the class. I
 sae_lens takes seconds, so ``import ksvd_sae`` must not; yet a user who writes
 ``import ksvd_sae; SAE.load_from_disk(...)`` expects it to work. So ``import ksvd_sae`` leaves a
 hook that imports the modules that register them right after ``sae_lens`` has been imported, or does
-so at once if sae_lens is already there.
+so at once if sae_lens is already there. Should ours fail, sae_lens is imported all the same, and the log says why it
+does not know our architectures.
 """
 
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
+logger = logging.getLogger(__name__)
 _REGISTERING = ("ksvd_sae.sae", "ksvd_sae.methods.sae.raw_units")
 
 
@@ -50,7 +54,24 @@ class _RegisteringLoader(importlib.abc.Loader):
 
 def _register() -> None:
     for module in _REGISTERING:
-        import_module(module)
+        try:
+            import_module(module)
+        except Exception as error:
+            # Whoever imports sae_lens may want nothing of ours.
+            what = f"{module} cannot be imported, so that SAELens does not know its SAEs"
+            logger.warning("ksvd_sae: %s (%s: %s)", what, type(error).__name__, error)
+
+
+def register_sae(sae_class: type[Any], config_class: type[Any], *architectures: str) -> None:
+    """Tell SAELens that SAEs of these names are of this class; told again, by a module that is reloaded, of the newest.
+
+    SAELens refuses a name that it knows, and has no way to forget one.
+    """
+    from sae_lens import registry
+
+    for architecture in architectures:
+        registry.SAE_CLASS_REGISTRY.pop(architecture, None)
+        registry.register_sae_class(architecture, sae_class, config_class)
 
 
 def register_when_sae_lens_loads() -> None:

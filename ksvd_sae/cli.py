@@ -21,10 +21,6 @@ from rich.logging import RichHandler
 
 from ksvd_sae.errors import ConfigError, KsvdSaeError
 
-# Large pages for large tensors, where Linux gives them when asked: 512 times fewer page faults in fresh memory.
-# torch reads this before its first tensor.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 if TYPE_CHECKING:
     from ksvd_sae.bench.settings import Settings
     from ksvd_sae.learning.coding import AnyCoder
@@ -37,6 +33,14 @@ app = typer.Typer(
     help="Learn DB-KSVD dictionaries of transformer activations and compare them with SAEs.",
 )
 _out, _err = Console(), Console(stderr=True)
+
+
+@app.callback()
+def _process() -> None:
+    # Large pages for large tensors, where Linux gives them when asked: 512 times fewer page faults in fresh memory.
+    # torch reads this before its first tensor. Of a whole process, so that importing this module does not set it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="a config that comes with the package, by name, or your own YAML", metavar="CONFIG")

@@ -3,8 +3,11 @@
 import ctypes
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -13,6 +16,8 @@ from ksvd_sae.errors import ConfigError
 logger = logging.getLogger(__name__)
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+# What a process may have of the machine's memory, in bytes or 'max', where Linux's control groups say.
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -60,6 +65,17 @@ def named_device(device: str | torch.device) -> torch.device:
     if named.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"device {str(device)!r} was asked for, but torch sees none", cure="use device 'cpu'")
     return named
+
+
+@cache
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a GPU; for other devices the machine's, or the part of it that this process may have."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    # Windows has no such call: 16 GiB then.
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 16 << 30
+    limit = _GROUP_LIMIT.read_text().strip() if _GROUP_LIMIT.is_file() else "max"
+    return min(machine, int(limit)) if limit.isdigit() else machine
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""Progress bars: rich on a terminal, a log line now and then elsewhere."""
+"""Progress bars: rich on a terminal, a log line now and then elsewhere; and where others' bars and prints go."""
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, Literal, Protocol, TextIO
 
 logger = logging.getLogger(__name__)
 _LOG_EVERY_S = 30.0
@@ -70,3 +71,32 @@ def _lines(description: str, total: float, unit: str) -> Iterator[Advance]:
 
     yield advance
     logger.info("%s: %.0f %s in %.1f s", description, done, unit, time.perf_counter() - started)
+
+
+@contextmanager
+def printed_to(target: TextIO, *names: Literal["stdout", "stderr"]) -> Iterator[None]:
+    """What is printed to these streams of ``sys`` inside goes to ``target``; other threads print to where they did.
+
+    Other threads: those that run already, but for daemons, such as the one that draws tqdm's bars.
+    """
+    redirect: dict[str, Any] = {"stdout": redirect_stdout, "stderr": redirect_stderr}
+    streams = {name: _Stream(getattr(sys, name), target) for name in names}
+    try:
+        with ExitStack() as stack:
+            for name, stream in streams.items():
+                stack.enter_context(redirect[name](stream))
+            yield
+    finally:
+        # Another thread, which did the same in between, may put it back.
+        for stream in streams.values():
+            stream.target = stream.before
+
+
+class _Stream:
+    def __init__(self, before: TextIO, target: TextIO):
+        self.before, self.target = before, target
+        others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+        self._others = {thread.ident for thread in others if not thread.daemon}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.before if threading.get_ident() in self._others else self.target, name)

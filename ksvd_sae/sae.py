@@ -15,6 +15,9 @@ absorption) read the split view right and the signed one by half.
 Codes are computed in float32, under ``torch.autocast`` too, and given in the SAE's dtype, which ``half()`` and
 ``double()`` change as ``to`` does: a float64 SAE has no finer codes, and in float16 what is above 65,504 is infinite.
 
+Gradients flow through ``encode`` to activations, W_dec, b_dec and weighting with the support held fixed: of the
+coefficients, not of the choice of atoms (``ksvd_sae.learning.fixed_support``). They change no bit of the codes.
+
 SAELens finds classes by name in a registry that this module's import fills; ``import ksvd_sae`` sees to
 it. A process that has not imported it cannot know the name, so the name on disk says what to do.
 """
@@ -28,13 +31,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sae_lens import register_sae_class
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from sae_lens.saes.temporal_sae import TemporalSAE
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor, nn
 from typing_extensions import override
 
+from ksvd_sae._registration import register_sae
 from ksvd_sae.activations.language import has_heads
 from ksvd_sae.arguments import dtype_name, flag, json_value, shown, whole
 from ksvd_sae.arguments import path as as_path
@@ -42,6 +45,7 @@ from ksvd_sae.device import named_device, without_autocast
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import DictionaryError, InputTypeError, ShapeError
 from ksvd_sae.learning.coding import AnyCoder, Coding
+from ksvd_sae.learning.gram import Gram
 from ksvd_sae.learning.sources import same_device
 from ksvd_sae.store import write_json
 
@@ -106,6 +110,18 @@ class DBKSVDSAEConfig(SAEConfig):
                 "DBKSVDSAEConfig: the split view has two latents an atom", got=f"d_sae = {self.d_sae}", limit="even"
             )
         self.coding.check(self.n_atoms, self.d_in, "DBKSVDSAEConfig")
+        self.check_input("DBKSVDSAEConfig")
+
+    def check_input(self, where: str) -> None:
+        """Raise DictionaryError unless activations are centred and not whitened: SAELens leaves both to the config."""
+        if not self.apply_b_dec_to_input:
+            raise DictionaryError(
+                f"{where}: apply_b_dec_to_input = False would give other codes than the dictionary's",
+                cause="atoms code the difference from the centre b_dec, which is subtracted from activations first",
+                cure="apply_b_dec_to_input = True",
+            )
+        if self.normalize_activations == "covariance_whitening":
+            raise DictionaryError(f"{where}: {_WHITENED}", cure=_WEIGHTED)
 
     @property
     def n_atoms(self) -> int:
@@ -117,6 +133,23 @@ class DBKSVDSAEConfig(SAEConfig):
         return Coding.from_json(vars(self))
 
 
+_WHITENED = "covariance whitening does not go with a pursuit"
+_WEIGHTED = "a dictionary learned with a weighting, which is such a map and part of the SAE"
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """What codes are found with, and copies of the weights that it was made from. Copies of the SAE share it."""
+
+    made_from: tuple[Tensor, ...]
+    atoms_MD: Tensor
+    norms_M: Tensor
+    gram_MM: Gram | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Prepared":
+        return self
+
+
 class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     """A dictionary that codes by pursuit. Codes are signed, or cut into their positive and negative part (cfg.split).
 
@@ -124,7 +157,7 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     (d_in,); W_enc = W_decᵀ, b_enc = 0: kept because SAEBench and SAELens read them, not used by ``encode``; weighting
     (d_in,) or (d_in, d_in) if the config says so: the map that centred activations go through before they are coded.
     Raises: DictionaryError by ``encode`` and ``decode`` if the halves of a split W_dec are no longer opposites;
-    ShapeError for activations and latents of another shape; ActivationError for NaN and infinity.
+    ShapeError for activations and latents of another shape; ActivationError for NaN and infinity, whatever the coder.
     """
 
     dtype: torch.dtype
@@ -134,8 +167,7 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
 
     def __init__(self, cfg: DBKSVDSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self._prepared_of: Tensor | None = None
-        self._prepared: tuple[Tensor, Tensor, Tensor] | None = None
+        self._prepared: _Prepared | None = None
 
     @override
     def initialize_weights(self) -> None:
@@ -153,6 +185,8 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DBKSVDSAE":
         """What all casts and moves go through; SAELens keeps dtype and device right in ``to`` alone."""
         super()._apply(fn, recurse)
+        # It lies where the weights did.
+        self._prepared = None
         self.dtype, self.cfg.dtype = self.W_dec.dtype, str(self.W_dec.dtype).removeprefix("torch.")
         if not same_device(self.device, self.W_dec.device):
             self.device, self.cfg.device = self.W_dec.device, str(self.W_dec.device)
@@ -185,6 +219,7 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         """Activations as ``encode`` works on them: in the SAE's dtype, heads flattened, and centred."""
+        self.cfg.check_input("DBKSVDSAE")
         what = "DBKSVDSAE: activations do not fit the SAE"
         _check_tensor(sae_in, what)
         d_in, shape = self.cfg.d_in, tuple(sae_in.shape)
@@ -217,19 +252,28 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         return x if d_head == self.cfg.d_in else x.reshape(*x.shape[:-1], -1, d_head)
 
     @override
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @without_autocast()
     def encode(self, x: Tensor) -> Tensor:
-        """(..., d_in) to a dense code (..., d_sae), at most k nonzero. No gradient flows through the choice."""
+        """(..., d_in) to a dense code (..., d_sae), at most k nonzero. Gradients: with the support held fixed.
+
+        ``torch.compile`` leaves it as it is: the pursuits are compiled by themselves.
+        """
         sae_in = self.process_sae_in(x)
-        atoms_MD, norms_M, gram_MM = self._unit_atoms()
-        flat_BD = self._weighted(sae_in.detach().reshape(-1, self.cfg.d_in).float())
-        code = self.cfg.coding.encode(flat_BD, atoms_MD, gram_MM)
+        flat_BD, ready = self._weighted(sae_in.reshape(-1, self.cfg.d_in).float()), self._ready()
+        code = self.cfg.coding.encode(flat_BD.detach(), ready.atoms_MD, ready.gram_MM)
+        atoms_MD, norms_M = ready.atoms_MD, ready.norms_M
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in self._coded_with()):
+            atoms_MD, norms_M = self._unit_atoms()
+        if flat_BD.requires_grad or atoms_MD.requires_grad:
+            code = self.cfg.coding.with_gradient(code, flat_BD, atoms_MD)
         dense_BM = (code.to_dense(self.cfg.n_atoms) / norms_M).to(sae_in.dtype)
         latents_BF = torch.cat([dense_BM.relu(), (-dense_BM).relu()], dim=1) if self.cfg.split else dense_BM
         acts = latents_BF.reshape(*sae_in.shape[:-1], self.cfg.d_sae)
         return self.hook_sae_acts_post(self.hook_sae_acts_pre(acts))
 
     @override
+    @without_autocast()
     def decode(self, feature_acts: Tensor) -> Tensor:
         """(..., d_sae) to (..., d_in), in the SAE's dtype.
 
@@ -263,24 +307,47 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         """Centred raw rows to the space that codes are found in."""
         if self.cfg.weighting == "none":
             return rows_BD
-        matrix = self.weighting.detach().float()
+        matrix = self.weighting.float()
         return rows_BD * matrix if matrix.ndim == 1 else rows_BD @ matrix
 
-    def _unit_atoms(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted atoms in float32 scaled to unit norm, the norms, and the Gram matrix; made again when W_dec changes.
+    def _coded_with(self) -> tuple[Tensor, ...]:
+        return (self.W_dec,) if self.cfg.weighting == "none" else (self.W_dec, self.weighting)
 
-        Without weighting the norms are 1 to rounding in float32, off by up to 1/256 in bfloat16. W_dec is compared with
-        the copy that was prepared: SAELens writes through ``.data``, which no version counter sees.
+    def _unit_atoms(self) -> tuple[Tensor, Tensor]:
+        """Weighted atoms in float32 scaled to unit norm, and the norms.
+
+        Without weighting the norms are 1 to rounding in float32, off by up to 1/256 in bfloat16.
         """
-        rows_FD = self.W_dec.detach()
-        seen_FD = self._prepared_of
-        same = seen_FD is not None and seen_FD.device == rows_FD.device and seen_FD.dtype == rows_FD.dtype
-        if self._prepared is None or seen_FD is None or not same or not torch.equal(seen_FD, rows_FD):
-            weighted_MD = self._weighted(self.atoms_MD.detach().float())
-            norms_M = torch.linalg.vector_norm(weighted_MD, dim=1)
-            atoms_MD = weighted_MD / norms_M[:, None]
-            self._prepared, self._prepared_of = (atoms_MD, norms_M, atoms_MD @ atoms_MD.T), rows_FD.clone()
-        return self._prepared
+        weighted_MD = self._weighted(self.atoms_MD.float())
+        norms_M = torch.linalg.vector_norm(weighted_MD, dim=1)
+        return weighted_MD / norms_M[:, None], norms_M
+
+    def _ready(self) -> _Prepared:
+        """Unit atoms, norms and Gram matrix; made again when the weights change.
+
+        The weights are compared with copies: SAELens writes through ``.data``, which no version counter sees.
+        """
+        weights, ready = tuple(parameter.detach() for parameter in self._coded_with()), self._prepared
+        if ready is None or not all(map(_same, ready.made_from, weights)):
+            with torch.no_grad():
+                atoms_MD, norms_M = self._unit_atoms()
+            copies = tuple(weight.clone() for weight in weights)
+            self._prepared = ready = _Prepared(copies, atoms_MD, norms_M, self.cfg.coding.gram(atoms_MD))
+        return ready
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+        # In the units of the activations, which the factor changes.
+        self.cfg.tau_absolute /= scaling_factor
+
+    @override
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        raise DictionaryError(
+            f"DBKSVDSAE.fold_activation_whitening: {_WHITENED}",
+            cause="atoms are picked by their angles to the activations, and no W_dec makes up for other angles",
+            cure=_WEIGHTED,
+        )
 
     @override
     def save_model(self, path: str | Path) -> tuple[Path, Path]:
@@ -400,6 +467,10 @@ def _check_rebuilds_its_input(sae: SAE[Any], what: str) -> None:
     raise DictionaryError(f"{what}: its decoder is no dictionary of what it reads", got=got, cause=cause, cure=cure)
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+
+
 def _check_tensor(value: Any, what: str) -> None:
     if not isinstance(value, Tensor):
         raise InputTypeError(what, got=shown(value), limit="a tensor", cure="torch.as_tensor(x)")
@@ -407,5 +478,4 @@ def _check_tensor(value: Any, what: str) -> None:
         raise InputTypeError(what, got=f"{value.dtype}, {value.layout}", limit="a dense tensor of real numbers")
 
 
-register_sae_class(ARCHITECTURE, DBKSVDSAE, DBKSVDSAEConfig)
-register_sae_class(ARCHITECTURE_ON_DISK, DBKSVDSAE, DBKSVDSAEConfig)
+register_sae(DBKSVDSAE, DBKSVDSAEConfig, ARCHITECTURE, ARCHITECTURE_ON_DISK)

@@ -82,6 +82,17 @@ def invoke(*words: str) -> Any:
     return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}).invoke(app, list(words))
 
 
+def test_large_pages_are_asked_for_by_commands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_import.py: not by the import."""
+    name = "THP_MEM_ALLOC_ENABLE"
+    monkeypatch.setenv(name, "0")
+    assert invoke("unpack", "--help").exit_code == 0
+    assert os.environ[name] == "0", "the user's stays"
+    monkeypatch.delenv(name)
+    assert invoke("unpack", "--help").exit_code == 0
+    assert os.environ[name] == "1"
+
+
 def plain(text: str) -> str:
     """Without the terminal's colours."""
     return re.sub(r"\x1b\[[0-9;]*m", "", text)

@@ -21,10 +21,10 @@ print(json.dumps({{"seconds": seconds, "loaded": loaded, "names": dir(ksvd_sae),
 """
 
 
-def run(code: str, *paths: Path) -> str:
+def run(code: str, *paths: Path, timeout: float = 60) -> str:
     """Standard output of a fresh interpreter."""
     before = f"import sys; sys.path[:0] = {[str(path) for path in paths]!r}\n"
-    done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", before + code], capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -94,6 +94,67 @@ import ksvd_sae
 print(calls)
 """
     assert run(code, fake_sae_lens) == f"{REGISTERING}\n"
+
+
+@pytest.mark.parametrize("order", ["ksvd_sae first", "sae_lens first"])
+def test_an_error_of_ours_breaks_no_import(fake_sae_lens: Path, order: str) -> None:
+    """Another version of SAELens, say, of which ours cannot be a subclass; the stand-in lacks nearly all of it."""
+    first, second = ("ksvd_sae", "sae_lens") if order == "ksvd_sae first" else ("sae_lens", "ksvd_sae")
+    code = f"""
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+import {first}, {second}
+print(sae_lens.SAE.__name__, ksvd_sae.__version__)
+"""
+    said = run(code, fake_sae_lens)
+    for module in REGISTERING:
+        assert f"WARNING ksvd_sae: {module} cannot be imported, so that SAELens does not know its SAEs (" in said
+    assert "No module named 'sae_lens.saes'" in said
+    assert said.endswith("SAE 0.1.0\n")
+
+
+RELOADING = """
+import importlib, pkgutil, sys, tempfile, warnings
+warnings.simplefilter("ignore")
+import ksvd_sae, sae_lens
+
+names = [each.name for each in pkgutil.walk_packages(ksvd_sae.__path__, "ksvd_sae.")]
+names = ["ksvd_sae", *(name for name in names if not name.endswith("__main__"))]
+before = ksvd_sae.DBKSVDSAE
+for _ in range(2):
+    for name in names:
+        importlib.reload(importlib.import_module(name))
+assert ksvd_sae.DBKSVDSAE is sys.modules["ksvd_sae.sae"].DBKSVDSAE is not before
+with tempfile.TemporaryDirectory() as folder:
+    sae = ksvd_sae.DBKSVDSAE(ksvd_sae.DBKSVDSAEConfig(d_in=4, d_sae=8, k=2))
+    sae.save_model(folder)
+    loaded = sae_lens.SAE.load_from_disk(folder)
+import torch
+assert type(loaded) is ksvd_sae.DBKSVDSAE
+assert torch.equal(loaded.encode(torch.ones(3, 4)), sae.encode(torch.ones(3, 4)))
+print(len(names), [type(finder).__name__ for finder in sys.meta_path if "ksvd_sae" in type(finder).__module__])
+"""
+
+
+def test_every_module_can_be_reloaded() -> None:
+    n_modules, finders = run(RELOADING, timeout=300).split(maxsplit=1)
+    assert int(n_modules) > 100
+    assert finders == "[]\n"
+
+
+def test_importing_sets_nothing_of_the_process() -> None:
+    code = """
+import os, signal, sys
+before = dict(os.environ), os.getcwd(), sys.stdout, sys.stderr, signal.getsignal(signal.SIGTERM)
+import ksvd_sae.cli, ksvd_sae.sae, ksvd_sae.run.pipeline
+after = dict(os.environ), os.getcwd(), sys.stdout, sys.stderr, signal.getsignal(signal.SIGTERM)
+changed = {name for name in before[0].keys() | after[0].keys() if before[0].get(name) != after[0].get(name)}
+print(sorted(name for name in changed if not name.startswith(OTHERS)), before[1:] == after[1:])
+"""
+    # Of libraries: tokenizers, matplotlib, OpenMP and CUDA by torch.
+    assert (
+        run(f"OTHERS = ('KMP_', 'TORCH', 'PYTORCH', 'CUDA', 'TOKENIZERS', 'MPL')\n{code}", timeout=120) == "[] True\n"
+    )
 
 
 def test_sae_lens_is_not_needed(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.coding import AnyCoder, Coding
+from ksvd_sae.learning.gram import GramRows
 from ksvd_sae.learning.sparse_coding import CODERS, Coder
 from ksvd_sae.learning.weighting import weighting_by_fisher, weighting_by_std
 from ksvd_sae.sae import (
@@ -103,7 +104,7 @@ def test_weighted_dictionary(kind: str, coder: AnyCoder, tmp_path: Path) -> None
 
 def test_non_negative_dictionary() -> None:
     sae = sae_from_dictionary(tiny_dictionary("omp", nonnegative=True), model_name=MODEL_NAME, hook_name=HOOK)
-    acts_BM = sae.encode(samples(50))
+    acts_BM = sae.encode(samples(50)).detach()
     assert float(acts_BM.min()) == 0
     assert float(acts_BM.max()) > 0
 
@@ -248,6 +249,74 @@ def test_codes_follow_w_dec_when_it_is_cast() -> None:
     assert torch.equal(sae.encode(x_BD), fresh.encode(x_BD))
     sae, fresh = sae.to(dtype=torch.float32), fresh.to(dtype=torch.float32)
     assert torch.equal(sae.encode(x_BD), fresh.encode(x_BD))
+
+
+def test_codes_follow_the_weighting() -> None:
+    dictionary = replace(tiny_dictionary(), weighting=WEIGHTINGS["diagonal"])
+    sae, x_BD = sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK), samples(20)
+    before_BM = sae.encode(x_BD)
+    with torch.no_grad():
+        sae.weighting.copy_(sae.weighting.flip(0))
+    fresh = sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK)
+    fresh.load_state_dict(sae.state_dict())
+    assert torch.equal(sae.encode(x_BD), fresh.encode(x_BD))
+    assert not torch.equal(sae.encode(x_BD), before_BM)
+
+
+def test_a_copy_shares_what_codes_are_found_with_until_it_is_changed() -> None:
+    """The Gram matrix is the largest part of a SAE that has coded something, and no weight."""
+    sae, x_BD = tiny_db_ksvd_sae(), samples(20)
+    wanted_BM = sae.encode(x_BD)
+    ready = sae._prepared
+    assert ready is not None
+    copy = deepcopy(sae)
+    assert copy._prepared is ready
+    assert copy.W_dec is not sae.W_dec
+    assert torch.equal(copy.encode(x_BD), wanted_BM)
+    assert copy._prepared is ready
+    _write_to_data(copy, unit_atoms(24, D_MODEL, 11, torch.float32))
+    assert not torch.equal(copy.encode(x_BD), wanted_BM)
+    assert copy._prepared is not ready
+    assert torch.equal(sae.encode(x_BD), wanted_BM)
+    assert sae._prepared is ready
+    # Where the weights were, it would keep the memory of that device.
+    assert sae.to(dtype=torch.bfloat16)._prepared is None
+
+
+def test_a_gram_matrix_that_is_too_large_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_BD = samples(50)
+    wanted_BM = tiny_db_ksvd_sae("omp").encode(x_BD)
+    monkeypatch.setattr("ksvd_sae.learning.gram.memory_bytes", lambda device: 1000)
+    sae = tiny_db_ksvd_sae("omp")
+    assert relative(sae.encode(x_BD), wanted_BM) < SAE_CODE
+    sae.encode(x_BD).sum().backward()
+    assert sae._prepared is not None
+    assert isinstance(sae._prepared.gram_MM, GramRows)
+
+
+@pytest.mark.parametrize("coder", ["projection", "matryoshka"])
+def test_coders_that_read_no_gram_matrix_have_none(coder: AnyCoder) -> None:
+    groups = (8, 16) if coder == "matryoshka" else None
+    dictionary = tiny_dictionary(coder, groups=groups)  # type: ignore[arg-type]
+    sae = sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK)
+    sae.encode(samples(5))
+    assert sae._prepared is not None
+    assert sae._prepared.gram_MM is None
+
+
+@pytest.mark.parametrize("coder", ["mp", "mp_refit", "omp", "ormp"])
+def test_rows_of_any_norm_and_their_fold(coder: Coder) -> None:
+    """As SAELens tests its own: latents differ by the norms, reconstructions do not."""
+    sae, x = tiny_db_ksvd_sae(coder), samples(4, 5)
+    for parameter in sae.parameters():
+        parameter.data = torch.rand(parameter.shape, generator=generator(2))
+    folded, norms_M = deepcopy(sae), sae.W_dec.detach().norm(dim=1)
+    folded.fold_W_dec_norm()
+    assert float((folded.W_dec.detach().norm(dim=1) - 1).abs().max()) < UNIT_NORM[torch.float32]
+    assert float((norms_M - 1).abs().max()) > 0.1
+    assert torch.equal(folded.encode(x) != 0, sae.encode(x) != 0)
+    assert relative(folded.encode(x), sae.encode(x) * norms_M) < SAE_CODE
+    assert relative(folded(x), sae(x)) < SAE_CODE
 
 
 def test_codes_follow_saelens_scaling_fold() -> None:

@@ -90,7 +90,7 @@ def test_decode_is_the_dense_product(kind: str) -> None:
 def test_gradient_flows_to_the_latents() -> None:
     """RAVEL trains masks through decode."""
     sae = tiny_db_ksvd_sae(view="split")
-    acts_BF = sae.encode(samples(3)).requires_grad_()
+    acts_BF = sae.encode(samples(3)).detach().requires_grad_()
     sae.decode(acts_BF).sum().backward()  # type: ignore[no-untyped-call]
     assert acts_BF.grad is not None
     assert torch.allclose(acts_BF.grad, sae.W_dec.detach().sum(dim=1).expand(3, -1), atol=1e-5)

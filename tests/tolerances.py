@@ -134,6 +134,12 @@ GRADIENT = {torch.float32: 1e-5, torch.float64: 1e-12}
 # A central difference of step h = 1e-5 in float64: h² times the third derivative, and the loss (100 nats) times
 # eps / h, 1e-9, for slopes of 0.04 and more (2e-8 measured).
 FINITE_DIFFERENCE = 1e-6
+# Gradients of float32 codes against those of float64 ones, as a fraction of all gradients: rounding times the condition
+# number of a support (4e-7 measured), and where steps converge, those after the last that float32 sees (5e-5).
+GRADIENT_FLOAT32 = 5e-4
+# A central difference of a loss of 3 in float32 with a step of 0.02, as a fraction of the gradient's length: rounding
+# and the curvature (5e-3 measured).
+LATENT_SLOPE = 0.02
 # bfloat16 through a block and the logits, forward and backward: some ten roundings of 1/256 (0.03 measured).
 GRADIENT_BFLOAT16 = 0.1
 

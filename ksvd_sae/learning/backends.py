@@ -8,7 +8,8 @@ backend    where                       how
 ``torch``  anywhere, float32, float64  a chunk of samples step by step; slow on the CPU, fallback elsewhere
 =========  ==========================  =====================================================================
 
-``auto`` takes the first that can run. Which one ran belongs into manifests and tables: ``coder_backend`` tells.
+``auto`` takes the first that can run; where the Gram matrix is too large to be held (gram.py) that is ``torch``. Which
+one ran belongs into manifests and tables: ``coder_backend`` tells.
 """
 
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ShapeError
+from ksvd_sae.learning.gram import fits
 
 Backend = Literal["auto", "torch", "numba", "triton"]
 Method = Literal["mp", "omp", "nonnegative_omp"]
@@ -49,19 +51,24 @@ def coder_backend(
         raise ShapeError(f"coding: no backend of the name {backend!r}", limit="auto, torch, numba, triton")
     if backend == "torch":
         return "torch"
-    why_not = {
-        "numba": _why_not_numba(device, dtype),
-        "triton": _why_not_triton(device, dtype, n_atoms, k, method),
-    }
+
+    def why_not(name: str) -> str | None:
+        if name == "numba":
+            reason = _why_not_numba(device, dtype)
+        else:
+            reason = _why_not_triton(device, dtype, n_atoms, k, method)
+        if reason is None and not fits(n_atoms, device):
+            reason = f"the Gram matrix of {n_atoms} atoms is too large to be held"
+        return reason
+
     if backend == "numba" or backend == "triton":
-        if why_not[backend]:
-            reason = why_not[backend]
+        if reason := why_not(backend):
             raise ShapeError(f"coding: backend {backend!r} cannot run: {reason}", cure="use backend 'auto'")
         return backend
     # On the CPU Triton only interprets.
-    if on_gpu(device) and not why_not["triton"]:
+    if on_gpu(device) and not why_not("triton"):
         return "triton"
-    return "torch" if why_not["numba"] else "numba"
+    return "torch" if why_not("numba") else "numba"
 
 
 def _why_not_numba(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ksvd_sae.arguments import shown
 from ksvd_sae.errors import ActivationError, DictionaryError, InputTypeError, ShapeError
 from ksvd_sae.learning.code import Code
-from ksvd_sae.learning.products import products
+from ksvd_sae.learning.gram import Gram, gram_of
 
 UNIT_NORM_TOLERANCE = 1e-4
 
@@ -67,10 +67,10 @@ def checked_pair(x_BD: Tensor, atoms_MD: Tensor, k: int, where: str) -> tuple[Te
     return x_BD.to(dtype), atoms_MD.to(x_BD.device, dtype)
 
 
-def checked_gram(atoms_MD: Tensor, gram_MM: Tensor | None, where: str) -> Tensor:
+def checked_gram(atoms_MD: Tensor, gram_MM: Gram | None, where: str) -> Gram:
     """The Gram matrix given, checked for its shape, or a fresh one."""
     if gram_MM is None:
-        return products(atoms_MD, atoms_MD)
+        return gram_of(atoms_MD)
     if tuple(gram_MM.shape) != (len(atoms_MD), len(atoms_MD)):
         raise ShapeError(
             f"{where}: gram_MM does not fit the atoms",
@@ -78,7 +78,7 @@ def checked_gram(atoms_MD: Tensor, gram_MM: Tensor | None, where: str) -> Tensor
             limit=f"({len(atoms_MD)}, {len(atoms_MD)})",
             cure="pass atoms @ atoms.T, or leave it out",
         )
-    return gram_MM.to(atoms_MD.device, atoms_MD.dtype)
+    return gram_MM.to(atoms_MD.device, atoms_MD.dtype).contiguous() if isinstance(gram_MM, Tensor) else gram_MM
 
 
 def check_code(code: Any, n_atoms: int, where: str) -> None:

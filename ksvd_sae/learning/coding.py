@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 from torch import Tensor
@@ -9,7 +10,9 @@ from torch import Tensor
 from ksvd_sae.arguments import flag, number, shown, whole
 from ksvd_sae.errors import InputTypeError, ShapeError
 from ksvd_sae.learning.code import Code
-from ksvd_sae.learning.matryoshka import check_groups, matryoshka_encode
+from ksvd_sae.learning.fixed_support import with_gradient
+from ksvd_sae.learning.gram import Gram, gram_of
+from ksvd_sae.learning.matryoshka import check_groups, group_budgets, matryoshka_encode
 from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
 
 AnyCoder = Coder | Literal["matryoshka"]
@@ -66,7 +69,7 @@ class Coding:
         if self.groups is not None:
             check_groups(self.groups, n_atoms, self.k, d_in)
 
-    def encode(self, y_BD: Tensor, atoms_MD: Tensor, gram_MM: Tensor | None = None) -> Code:
+    def encode(self, y_BD: Tensor, atoms_MD: Tensor, gram_MM: Gram | None = None) -> Code:
         """Code centred (and weighted) samples; gram_MM as for ``matching_pursuit``."""
         options: dict[str, Any] = {
             "rtol": self.rtol,
@@ -79,6 +82,21 @@ class Coding:
             return encode(y_BD, atoms_MD, self.k, coder=self.coder, gram_MM=gram_MM, **options)
         assert self.groups is not None
         return matryoshka_encode(y_BD, atoms_MD, self.groups, self.k, **options)
+
+    def gram(self, atoms_MD: Tensor) -> Gram | None:
+        """What ``encode`` takes as gram_MM, to be made once for many samples; None for coders that read none."""
+        return None if self.coder in ("projection", "matryoshka") else gram_of(atoms_MD)
+
+    def with_gradient(self, code: Code, y_BD: Tensor, atoms_MD: Tensor) -> Code:
+        """What ``encode`` gave for these, bit for bit, with gradients to samples and atoms; see fixed_support.py."""
+        if self.coder == "projection":
+            return Code(y_BD @ atoms_MD.T, code.support_BK)
+        if self.coder not in ("mp", "matryoshka"):
+            return with_gradient(code, y_BD, atoms_MD)
+        budgets = (self.k,) if self.coder == "mp" else group_budgets(self.k, len(self.groups or ()))
+        ends = accumulate(budgets)
+        steps = tuple((slice(end - n, end), self.max_steps or 4 * n) for end, n in zip(ends, budgets, strict=True))
+        return with_gradient(code, y_BD, atoms_MD, steps=steps, nonnegative=self.nonnegative)
 
     def as_json(self) -> dict[str, Any]:
         """The fields by their names, groups as a list."""

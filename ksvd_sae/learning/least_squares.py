@@ -6,9 +6,11 @@ Notation as in sparse_coding.py; C rows of a batch, K = k slots. Everything k ×
 import torch
 from torch import Tensor
 
+from ksvd_sae.device import without_autocast
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.gram import Gram
 
 # The refit gathers rows × k atoms: few rows keep them in a CPU's cache, many keep a GPU busy.
 _GATHERED_BYTES = {"cpu": 0, "cuda": 1 << 30}
@@ -19,9 +21,10 @@ _GRAM_BYTES = 1 << 30
 DEPENDENT = 1e-3
 
 
+@without_autocast()
 @torch.no_grad()
 def refit_code(
-    x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Tensor | None = None, *, nonnegative: bool = False
+    x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Gram | None = None, *, nonnegative: bool = False
 ) -> Code:
     """Least-squares coefficients on the support of ``code``; the error can only fall.
 
@@ -62,7 +65,7 @@ def refit_code(
     return Code(values_BK, code.support_BK)
 
 
-def refit_from_left(gram_MM: Tensor, code: Code, left_BK: Tensor, nonnegative: bool) -> Tensor:
+def refit_from_left(gram_MM: Gram, code: Code, left_BK: Tensor, nonnegative: bool) -> Tensor:
     """Least-squares coefficients, into the code, from what the pursuit left along the atoms of each support.
 
     No sample and no atom is gathered: z + G⁻¹·left, as the products that z was to have are G·z + left.
@@ -91,11 +94,15 @@ def refit_from_left(gram_MM: Tensor, code: Code, left_BK: Tensor, nonnegative: b
     return pivots_B
 
 
-def support_gram(gram_MM: Tensor, support_CK: Tensor, used_CK: Tensor) -> Tensor:
+def support_gram(gram_MM: Gram, support_CK: Tensor, used_CK: Tensor) -> Tensor:
     """Gram matrices of the used atoms of each row, (C, K, K) float64; unused slots are rows of the identity."""
     both_CKK = used_CK[:, :, None] & used_CK[:, None, :]
-    identity_KK = torch.eye(support_CK.shape[1], dtype=torch.float64, device=gram_MM.device)
-    return torch.where(both_CKK, gram_MM[support_CK[:, :, None], support_CK[:, None, :]].double(), identity_KK)
+    identity_KK = torch.eye(support_CK.shape[1], dtype=torch.float64, device=support_CK.device)
+    if isinstance(gram_MM, Tensor):
+        entries_CKK = gram_MM[support_CK[:, :, None], support_CK[:, None, :]].double()
+    else:
+        entries_CKK = gram_MM.among(support_CK)
+    return torch.where(both_CKK, entries_CKK, identity_KK)
 
 
 def _dependent(gram_CKK: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ksvd_sae.device import without_autocast
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.atom_update import residual_of
 from ksvd_sae.learning.code import Code
@@ -165,6 +166,7 @@ def joined(parts: Sequence[Stage]) -> Code:
     return Code(torch.cat([part.code.values_BK for part in parts], dim=1), torch.cat(supports, dim=1))
 
 
+@without_autocast()
 @torch.no_grad()
 def matryoshka_encode(
     x_BD: Tensor,

@@ -23,8 +23,9 @@ from ksvd_sae.errors import DictionaryError, ShapeError
 from ksvd_sae.learning.backends import Backend, Method, chunks, coder_backend, on_gpu
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
+from ksvd_sae.learning.gram import Gram, gram_of
 from ksvd_sae.learning.least_squares import DEPENDENT, refit_code, refit_from_left
-from ksvd_sae.learning.products import Precision, check_precision, products, times
+from ksvd_sae.learning.products import Precision, check_precision, times
 
 Coder = Literal["mp", "mp_refit", "omp", "ormp", "projection"]
 Choice = Literal["product", "error"]
@@ -47,7 +48,7 @@ def encode(
     k: int,
     *,
     coder: Coder = "mp",
-    gram_MM: Tensor | None = None,
+    gram_MM: Gram | None = None,
     max_steps: int | None = None,
     rtol: float = 0.0,
     tau: float = 0.0,
@@ -109,7 +110,7 @@ def matching_pursuit(
     atoms_MD: Tensor,
     k: int,
     *,
-    gram_MM: Tensor | None = None,
+    gram_MM: Gram | None = None,
     max_steps: int | None = None,
     rtol: float = 0.0,
     tau: float = 0.0,
@@ -151,7 +152,7 @@ def matching_pursuit(
     x_BD, atoms_MD = checked_pair(x_BD, atoms_MD, k, "matching_pursuit")
     check_precision(precision, x_BD)
     _check_limits(rtol, tau, tau_absolute, memory_bytes, "matching_pursuit")
-    gram_MM = checked_gram(atoms_MD, gram_MM, "matching_pursuit").contiguous()
+    gram_MM = checked_gram(atoms_MD, gram_MM, "matching_pursuit")
     if max_steps is not None and max_steps < 1:
         raise ShapeError("matching_pursuit: max_steps must be at least 1", got=max_steps)
     code, left_BK = pursued(
@@ -181,7 +182,7 @@ def pursued(
     atoms_MD: Tensor,
     k: int,
     *,
-    gram_MM: Tensor | None = None,
+    gram_MM: Gram | None = None,
     energy_B: Tensor | None = None,
     max_steps: int | None = None,
     rtol: float = 0.0,
@@ -200,10 +201,8 @@ def pursued(
     Returns: the code and the products of the residual with the atoms of its support.
     """
     where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k)
-    gram_MM = products(atoms_MD, atoms_MD) if gram_MM is None else gram_MM
-    # On chip a Gram matrix of 16 bits is read twice as fast. Its entries are at most 1: float16 has 3 bits more for
-    # them than bfloat16.
-    gram_MM = gram_MM.half() if where == "triton" and precision == "bfloat16" else gram_MM
+    gram_MM = gram_of(atoms_MD) if gram_MM is None else gram_MM
+    gram_MM = _as_read(gram_MM, where, precision)
     energy_B = _energies(x_BD) if energy_B is None else energy_B
     floor_B = _floor(x_BD, tau, tau_absolute)
     steps = 4 * k if max_steps is None else max_steps
@@ -216,6 +215,14 @@ def pursued(
         out = (code.values_BK[rows], code.support_BK[rows], left_BK[rows])
         pursue(products_CM, energy_B[rows], floor_B[rows], gram_MM, k, steps, rtol, nonnegative, *out)
     return code, left_BK
+
+
+def _as_read(gram_MM: Gram, where: str, precision: Precision) -> Gram:
+    # On chip a Gram matrix of 16 bits is read twice as fast. Its entries are at most 1: float16 has 3 bits more for
+    # them than bfloat16.
+    if where == "triton" and precision == "bfloat16" and isinstance(gram_MM, Tensor):
+        return gram_MM.half()
+    return gram_MM
 
 
 def _check_limits(rtol: float, tau: float, tau_absolute: float | Tensor, memory_bytes: int | None, where: str) -> None:
@@ -258,13 +265,14 @@ def _kernels(backend: str) -> Any:
 
 
 def _refit_from_left(
-    x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Tensor, left_BK: Tensor, nonnegative: bool
+    x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Gram, left_BK: Tensor, nonnegative: bool
 ) -> Code:
     """Refit from the products that the pursuit left: no atom is gathered, save for supports that nearly depend."""
     pursued_BK = code.values_BK.clone()
     if not on_gpu(x_BD.device):
         from ksvd_sae.learning.kernels import least_squares_numba
 
+        assert isinstance(gram_MM, Tensor)
         pivots_B = least_squares_numba.refit(gram_MM, nonnegative, code.values_BK, code.support_BK, left_BK)
     else:
         pivots_B = refit_from_left(gram_MM, code, left_BK, nonnegative)
@@ -283,7 +291,7 @@ def orthogonal_matching_pursuit(
     k: int,
     *,
     choice: Choice = "product",
-    gram_MM: Tensor | None = None,
+    gram_MM: Gram | None = None,
     rtol: float = 0.0,
     tau: float = 0.0,
     tau_absolute: float | Tensor = 0.0,
@@ -319,7 +327,7 @@ def orthogonal_matching_pursuit(
     _check_limits(rtol, tau, tau_absolute, memory_bytes, where_)
     energy_B = _energies(x_BD)
     floor_B = _floor(x_BD, tau, tau_absolute)
-    gram_MM = checked_gram(atoms_MD, gram_MM, where_).contiguous()
+    gram_MM = checked_gram(atoms_MD, gram_MM, where_)
     if choice not in get_args(Choice):
         raise ShapeError(f"{where_}: no choice of the name {choice!r}", limit=", ".join(get_args(Choice)))
     by_error = choice == "error"
@@ -332,7 +340,7 @@ def orthogonal_matching_pursuit(
     code = Code.empty(x_BD, k)
     method: Method = "nonnegative_omp" if nonnegative else "omp"
     where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k, method=method)
-    gram_MM = gram_MM.half() if where == "triton" and precision == "bfloat16" else gram_MM
+    gram_MM = _as_read(gram_MM, where, precision)
     pursue = _kernels(where).pursue_orthogonally
     with_atoms = times(atoms_MD, precision)
     for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=k + 3 if where == "torch" else 1):

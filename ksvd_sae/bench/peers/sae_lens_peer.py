@@ -4,7 +4,6 @@ Its matching pursuit knows no negative coefficients. On [D; −D] it finds the s
 look at; on D alone it is faster and reaches less. It takes one atom a step, k steps.
 """
 
-import contextlib
 import io
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from ksvd_sae.bench.peers import Coder, Trainer, Updater
 from ksvd_sae.bench.problems import Problem
 from ksvd_sae.bench.rows import Who
 from ksvd_sae.learning.sparse_coding import Code
+from ksvd_sae.progress import printed_to
 
 _PACKAGES = ("sae-lens",)
 # Those of the demo's TopK SAE.
@@ -115,7 +115,7 @@ def trainers(problem: Problem, seed: int) -> list[Trainer]:
 
         def fit() -> Any:
             # The trainer draws its bar on stderr.
-            with contextlib.redirect_stderr(io.StringIO()):
+            with printed_to(io.StringIO(), "stderr"):
                 return trainer.fit()
 
         return fit

@@ -6,7 +6,6 @@ from (the eval's settings, the data, the versions of what computes it), and the 
 ``follows_from``: a result is reused only when it is the same, and whatever name the dictionary has now.
 """
 
-import contextlib
 import io
 import json
 import logging
@@ -24,6 +23,7 @@ import torch
 from ksvd_sae.activations.transformers_5 import loadable
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist, scoring_versions
+from ksvd_sae.progress import printed_to
 from ksvd_sae.store import content_hash, named_otherwise, write_json
 
 logger = logging.getLogger(__name__)
@@ -115,13 +115,12 @@ def run_eval(
 @contextmanager
 def _chatter() -> Iterator[None]:
     """SAEBench prints to stdout as it goes; that belongs to the log, where -v shows it."""
-    printed = io.StringIO()
-    quiet = not logger.isEnabledFor(logging.DEBUG)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.redirect_stdout(printed if quiet else sys.stderr))
-        if quiet:
-            stack.enter_context(contextlib.redirect_stderr(printed))
-        yield
+    if logger.isEnabledFor(logging.DEBUG):
+        with printed_to(sys.stderr, "stdout"):
+            yield
+    else:
+        with printed_to(io.StringIO(), "stdout", "stderr"):
+            yield
 
 
 def result_file(folder: Path, stem: str) -> Path:

@@ -1,6 +1,5 @@
 """A kind of dictionary in a world: learned, coded, held against the features."""
 
-import contextlib
 import io
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from ksvd_sae.evals.stability import agreement, unit_rows
 from ksvd_sae.evals.truth.worlds import World
 from ksvd_sae.learning.fvu import FVU
 from ksvd_sae.learning.noise import SizeHistogram
+from ksvd_sae.progress import printed_to
 from ksvd_sae.store import content_hash, is_finished, sole_writer
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class _Place:
 
     def __init__(self, config: "TruthEval", folder: Path, key: dict[str, Any]):
         # The features' orthogonalisation shows its progress.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with printed_to(io.StringIO(), "stderr"):
             self.world = World(config.world, config.seed, config.noise)
         n_atoms = config.n_atoms or len(self.world.features_GD) // 2
         k = config.k or max(1, round(self.world.firing()))

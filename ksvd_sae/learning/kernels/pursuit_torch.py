@@ -6,6 +6,7 @@ Arguments and results as in pursuit_numba.py: products of a chunk in, values and
 import torch
 from torch import Tensor
 
+from ksvd_sae.learning.gram import Gram
 from ksvd_sae.learning.kernels import limits
 from ksvd_sae.learning.least_squares import settle, support_gram
 
@@ -14,7 +15,7 @@ def pursue(
     products_CM: Tensor,
     energy_C: Tensor,
     floor_C: Tensor,
-    gram_MM: Tensor,
+    gram_MM: Gram,
     k: int,
     max_steps: int,
     rtol: float,
@@ -73,7 +74,7 @@ def pursue_orthogonally(
     products_CM: Tensor,
     energy_C: Tensor,
     floor_C: Tensor,
-    gram_MM: Tensor,
+    gram_MM: Gram,
     k: int,
     rtol: float,
     nonnegative: bool,
@@ -94,7 +95,7 @@ def pursue_orthogonally(
 
 
 def _pursue_signed(
-    products_CM: Tensor, left_C: Tensor, enough_C: Tensor, floor_C: Tensor, gram_MM: Tensor, k: int, by_error: bool
+    products_CM: Tensor, left_C: Tensor, enough_C: Tensor, floor_C: Tensor, gram_MM: Gram, k: int, by_error: bool
 ) -> tuple[Tensor, Tensor]:
     n, n_atoms = products_CM.shape
     active_C = left_C > 0
@@ -108,7 +109,8 @@ def _pursue_signed(
     eps = torch.finfo(products_CM.dtype).eps
     dependent, least_new = limits.dependent(eps), limits.least_new(eps)
     # By error: what of each atom's square the picks leave.
-    new_CM = gram_MM.diagonal().repeat(n, 1) if by_error else None
+    diagonal_M = gram_MM.diagonal()
+    new_CM = diagonal_M.repeat(n, 1) if by_error else None
     for step in range(k):
         size_CM = products_CM.abs()
         if new_CM is not None and step:
@@ -117,7 +119,7 @@ def _pursue_signed(
         product_C = products_CM.gather(1, atom_C[:, None]).squeeze(1)
         w_Cs = orthonormal_CKM[:, :step].gather(2, atom_C[:, None, None].expand(-1, step, 1)).squeeze(2)
         w_Cs = w_Cs * used_CK[:, :step]
-        pivot_C = (gram_MM[atom_C, atom_C] - (w_Cs * w_Cs).sum(dim=1)).clamp_(min=0).sqrt_()
+        pivot_C = (diagonal_M[atom_C] - (w_Cs * w_Cs).sum(dim=1)).clamp_(min=0).sqrt_()
         least_C = floor_C * pivot_C if by_error else floor_C
         active_C = active_C & (left_C > enough_C) & (product_C.abs() > least_C) & (pivot_C > dependent)
         if not bool(active_C.any()):
@@ -143,7 +145,7 @@ def _pursue_signed(
 
 
 def _pursue_nonnegative(
-    products_CM: Tensor, energy_C: Tensor, enough_C: Tensor, floor_C: Tensor, gram_MM: Tensor, k: int
+    products_CM: Tensor, energy_C: Tensor, enough_C: Tensor, floor_C: Tensor, gram_MM: Gram, k: int
 ) -> tuple[Tensor, Tensor]:
     """Pick the largest positive product, then least squares under z ≥ 0, in which picked atoms may leave again.
 
@@ -181,5 +183,9 @@ def _pursue_nonnegative(
         gram_CKK = support_gram(gram_MM, support_CK, passive_CK)
         target_CK = products_CM.gather(1, support_CK).double() * passive_CK
         z_CK, passive_CK = settle(gram_CKK, target_CK, z_CK, passive_CK)
-        left_CM = products_CM - torch.einsum("ck,ckm->cm", z_CK.to(gram_MM.dtype), gram_MM[support_CK])
+        z_now_CK = z_CK.to(products_CM.dtype)
+        if isinstance(gram_MM, Tensor):
+            left_CM = products_CM - torch.einsum("ck,ckm->cm", z_now_CK, gram_MM[support_CK])
+        else:
+            left_CM = products_CM - gram_MM.combined(z_now_CK, support_CK)
     return (z_CK * passive_CK).to(products_CM.dtype), torch.where(passive_CK, support_CK, 0).int()

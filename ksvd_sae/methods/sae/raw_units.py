@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import register_sae_class
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from torch import Tensor
 from typing_extensions import override
 
+from ksvd_sae._registration import register_sae
 from ksvd_sae.learning.weighting import Weighting
 from ksvd_sae.store import write_json
 
@@ -131,5 +131,4 @@ def weighted_topk(sae: TopKSAE, norms_M: Tensor) -> WeightedTopKSAE:
     return weighted
 
 
-register_sae_class(ARCHITECTURE, WeightedTopKSAE, WeightedTopKSAEConfig)
-register_sae_class(ARCHITECTURE_ON_DISK, WeightedTopKSAE, WeightedTopKSAEConfig)
+register_sae(WeightedTopKSAE, WeightedTopKSAEConfig, ARCHITECTURE, ARCHITECTURE_ON_DISK)

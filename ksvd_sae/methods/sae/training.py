@@ -1,6 +1,5 @@
 """SAEs trained by SAELens' own trainer on the same shards as the dictionaries."""
 
-import contextlib
 import io
 import json
 import tempfile
@@ -26,7 +25,7 @@ from ksvd_sae.methods.base import TRAIN_LOG, Facts, TrainingSetting
 from ksvd_sae.methods.sae import SAEMethod, SAETraining
 from ksvd_sae.methods.sae.raw_units import TrainedSpace, to_raw_units
 from ksvd_sae.methods.sae.sparse_steps import SparseSteps, sparse_steps_pay
-from ksvd_sae.progress import Advance, progress
+from ksvd_sae.progress import Advance, printed_to, progress
 
 # Samples that say how large weighted activations are, and where a BatchTopK SAE's threshold lies.
 _SCALE_SAMPLES, _THRESHOLD_SAMPLES = 65_536, 16_384
@@ -123,7 +122,7 @@ def fit_sae(
         monitor = _Monitor(folder, log_steps, steps, snapshots, save, advance)
         config = _trainer_config(options, steps, batch_samples, shards.n_samples, device)
         trainer = _Trainer(config, sae, data, monitor)
-        with contextlib.redirect_stderr(io.StringIO()):
+        with printed_to(io.StringIO(), "stderr"):
             trainer.fit()
     save(folder)
     return Facts(
