@@ -135,6 +135,7 @@ def frontier_plot(table: pd.DataFrame, path: Path, error: Literal["fvu", "fisher
                 )
             axes.set_title(f"layer {layer}, k = {k}")
             axes.set_xlabel(_ERRORS[error])
+            axes.locator_params(axis="x", nbins=6)
             axes.set_ylabel("nats lost")
         _legend(drawn, colours, sorted(set(table["weighting"])))
     return path
