@@ -21,6 +21,8 @@ from ksvd_sae.store import atomic_path, content_hash
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
+    from ksvd_sae.activations.weights import OwnWeights
+
 logger = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _FINGERPRINT_ENTRIES = 4096
@@ -104,16 +106,20 @@ class TensorCache:
         return True
 
 
-def model_fingerprint(model: "HookedTransformer") -> str:
-    """Hash of some entries of every weight, spread over all of it: a model's name alone does not tell its weights."""
+def model_fingerprint(model: "HookedTransformer", weights: "OwnWeights | None" = None) -> str:
+    """Hash of some entries of every weight, spread over all of it: a model's name alone does not tell its weights.
+
+    Args: weights: its own, of which two may differ in entries that are not looked at.
+    """
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         every = max(1, weight.numel() // _FINGERPRINT_ENTRIES)
         some = weight.detach().flatten()[::every].float().cpu().contiguous().numpy()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode() + some.tobytes())
     cfg = model.cfg
+    own = {} if weights is None else {"own": weights.content}
     return content_hash(
-        {"weights": digest.hexdigest(), "soft cap": cfg.output_logits_soft_cap, "dtype": str(cfg.dtype)}
+        {"weights": digest.hexdigest(), "soft cap": cfg.output_logits_soft_cap, "dtype": str(cfg.dtype), **own}
     )
 
 

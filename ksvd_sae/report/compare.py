@@ -113,7 +113,7 @@ def comparison_notes(config: RunConfig, split: dict[str, int] | None = None) -> 
     if split is not None and split["cut_tokens"]:
         other = f"other text; a document that is cut goes on, {split['gap_tokens']:,} tokens later, in what was learned"
     notes = [
-        f"Model {config.model.name}, hook {config.model.hook}; dictionaries learned on "
+        f"Model {config.model.title}, hook {config.model.hook}; dictionaries learned on "
         f"{config.harvest.train_tokens:,} tokens before outliers went, scored on {other}.",
         "FVU is a reconstruction error, loss recovered is behaviour: the lower error is not always the better "
         "behaviour, so read both.",

@@ -207,6 +207,7 @@ class Run:
             harvest_hash=content_hash(self._harvest_key),
             shards=shards or self.shards(),
             gradient_moments=self.gradient_moments,
+            weights=model.own_weights(),
         )
 
     def load_sae(self, trained: TrainedDictionary) -> "SAE[Any]":
@@ -366,6 +367,8 @@ class Run:
             data_folder=data_folder,
             data_hash=data_hash,
             artifacts=self.cache / "artifacts",
+            weights=self.config.model.own_weights(),
+            prepend_bos=self._prepend_bos,
             cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
             memory_bytes=int(evaluation.llm_memory_gb * 1e9),
             heldout=Heldout(
@@ -376,6 +379,12 @@ class Run:
                 content_hash(self._gradients_key) if asked else None,
             ),
         )
+
+    @property
+    def _prepend_bos(self) -> bool | None:
+        """What evals are to be told of BOS: nothing where the model has one by itself, as the harvest found it."""
+        harvested = self.shards().prepend_bos
+        return None if harvested and self.config.harvest.prepend_bos == "auto" else harvested
 
     def _examples(self) -> dict[str, Path]:
         """Atoms in context of the first training of every dictionary, in the codes that it gives itself."""

@@ -41,7 +41,7 @@ def run_absorption(panel: list[Panelist], config: AbsorptionEval, setting: EvalS
 
     shared = {
         "config": config.model_dump(include=_OF_THE_PROBES),
-        "model": setting.model_name,
+        "model": setting.model,
         "dtype": setting.dtype,
         "sae_bench": versions().get("sae-bench"),
     }

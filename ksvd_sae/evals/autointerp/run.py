@@ -38,7 +38,7 @@ def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalS
     dataset, judge = setting.data(config.dataset), judge_of(config, setting.artifacts.resolve())
     # SAEBench reuses tokens by the model's name and their number alone: the folder carries the rest.
     sizes = {"total_tokens": config.total_tokens, "context_tokens": config.context_tokens}
-    tokens = {"model": setting.model_name, "data": setting.data_hash, "dataset": dataset, **sizes}
+    tokens = {"model": setting.model, "data": setting.data_hash, "dataset": dataset, **sizes}
     artifacts = setting.artifacts.resolve() / f"autointerp-{content_hash(tokens)}"
     output = output.resolve() / "autointerp"
     judging = Judging(judge, config.least_latents, artifacts / "logs", _prices(config))
@@ -47,7 +47,11 @@ def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalS
         drop_half_written(artifacts)
         with (
             working_directory(setting.data_folder),
-            replaced(judged_by(judging, config.seed), enough_text(), activations_kept(setting.cache)),
+            replaced(
+                judged_by(judging, config.seed),
+                enough_text(setting.prepend_bos),
+                activations_kept(setting.cache, setting.weights),
+            ),
         ):
             _outside_event_loops(
                 lambda: autointerp.run_eval(

@@ -59,7 +59,7 @@ def run_ravel(panel: list[Panelist], config: RavelEval, setting: EvalSetting, ou
                 adapters.activations_kept(activations),
                 adapters.entity_positions_without_bos(),
                 adapters.no_score_of_no_pairs(),
-                adapters.loaded_once(loaded, prepare),
+                adapters.loaded_once(loaded, prepare, setting.weights, setting.prepend_bos),
             ),
         ):
             for name, sae in saes:
@@ -127,7 +127,7 @@ def _completions_key(config: RavelEval, setting: EvalSetting, prompts: dict[str,
         asked.add("seed")
     return {
         "config": config.model_dump(include=asked),
-        "model": setting.model_name,
+        "model": setting.model,
         "dtype": setting.dtype,
         "data": setting.data_hash,
         "prompts": prompts,

@@ -39,7 +39,7 @@ def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSe
     of = {"sae_probes": version("sae-probes")}
     # sae-probes reuses activations by the names of model, data set and hook alone: the folder carries the rest. And
     # SAEBench takes the mean of the model's own probes over all that lie in their folder.
-    folder = setting.artifacts.resolve() / f"sae_probes-{content_hash({'model': setting.model_name, **of})}"
+    folder = setting.artifacts.resolve() / f"sae_probes-{content_hash({'model': setting.model, **of})}"
     probes = f"probes-{content_hash(config.model_dump())}"
     eval_config = SparseProbingSaeProbesEvalConfig(
         model_name=setting.model_name,

@@ -43,7 +43,7 @@ def run_eval(
     key = {
         **key,
         "eval": eval_name,
-        "model": setting.model_name,
+        "model": setting.model,
         "dtype": setting.dtype,
         "data": setting.data_hash,
         "sae_bench": versions().get("sae-bench"),

@@ -35,7 +35,7 @@ def run_scr(panel: list[Panelist], config: ScrEval, setting: EvalSetting, output
         options["dataset_names"] = config.datasets
     if config.pairs is not None:
         options["column1_vals_lookup"] = config.pairs
-    shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
+    shared = {"config": config.model_dump(), "model": setting.model, "dtype": setting.dtype}
     artifacts = setting.artifacts.resolve() / f"scr-{content_hash({**shared, 'data': setting.data_hash})}"
     # SAEBench puts the eval's name below the folder that it is given.
     output = output.resolve()

@@ -36,7 +36,7 @@ def run_sparse_probing(
         **({} if config.datasets is None else {"dataset_names": config.datasets}),
     )
     # SAEBench reuses LLM activations by the data set's name alone: the folder carries the rest.
-    shared = {"config": config.model_dump(), "model": setting.model_name, "dtype": setting.dtype}
+    shared = {"config": config.model_dump(), "model": setting.model, "dtype": setting.dtype}
     artifacts = setting.artifacts.resolve() / f"sparse_probing-{content_hash({**shared, 'data': setting.data_hash})}"
     output = output.resolve() / "sparse_probing"
 

@@ -140,9 +140,12 @@ def _listed(release: str, sae_id: str) -> tuple[str, str, str]:
 
 
 @torch.no_grad()
-def take_published(config: PublishedSAEMethod, folder: Path, *, model_name: str, hook_name: str, d_in: int) -> Facts:
+def take_published(
+    config: PublishedSAEMethod, folder: Path, *, model_name: str, hook_name: str, d_in: int, prepend_bos: bool = True
+) -> Facts:
     """Fetch an SAE and save it in SAELens' format, in float32, as one of this run's.
 
+    Args: prepend_bos: whether this run's contexts begin with a BOS: what evals do where the SAE does not say.
     Returns: with where it came from: repo_id, path, revision, sha256 of its files.
     Raises: HubError; ConfigError (another model, hook or k), ShapeError (another width), DictionaryError (no SAE in the
         files, or one that cannot be loaded).
@@ -151,7 +154,7 @@ def take_published(config: PublishedSAEMethod, folder: Path, *, model_name: str,
     if source.format == "saelens":
         sae, seen, k = _from_saelens(source)
     else:
-        sae, seen, k = _from_dictionary_learning(source)
+        sae, seen, k = _from_dictionary_learning(source, prepend_bos)
     check_place(source, sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name, model_name, hook_name)
     if sae.cfg.d_in != d_in:
         raise ShapeError(
@@ -303,7 +306,7 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_dictionary_learning(source: Source) -> tuple[Any, int | None, int | None]:
+def _from_dictionary_learning(source: Source, prepend_bos: bool) -> tuple[Any, int | None, int | None]:
     """The SAE, samples seen and k."""
     what = f"loading published SAE {source.name}"
     stored = _dictionary_learning_config(source)
@@ -332,7 +335,7 @@ def _from_dictionary_learning(source: Source) -> tuple[Any, int | None, int | No
             model_name=stored["lm_name"],
             hook_name=stored["hook_name"],
             context_size=stored["context_size"],
-            prepend_bos=True,
+            prepend_bos=prepend_bos,
         ),
         **({"k": k} if layout.config is TopKSAEConfig else {}),
     )

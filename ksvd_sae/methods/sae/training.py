@@ -87,7 +87,8 @@ def metadata(setting: TrainingSetting) -> SAEMetadata:
         model_name=setting.model_name,
         hook_name=setting.hook,
         context_size=setting.context_tokens,
-        prepend_bos=True,
+        prepend_bos=setting.shards.prepend_bos,
+        **setting.of_weights,
     )
 
 

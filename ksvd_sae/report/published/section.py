@@ -44,6 +44,8 @@ def published_section(
     if not own:
         return ""
     here = of_place(protocol)
+    if here and config.model.weights is not None:
+        return f"No published scores to compare with: they are of {protocol.model} with its own weights."
     if not here:
         places = dict.fromkeys(f"{s.model} ({s.hook})" for s in published_scores())
         return (
