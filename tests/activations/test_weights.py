@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.utils import hub as transformers_hub
 
 from ksvd_sae.activations.harvest import Harvest, HarvestConfig
 from ksvd_sae.activations.language import ModelConfig, check_model_name, load_model
@@ -42,9 +40,6 @@ def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it that Hub libraries look into, and nowhere else."""
     shutil.copytree(home / "hub", tmp_path / "hub")
     offline_hub(tmp_path / "hub", monkeypatch)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(transformers_hub, "TRANSFORMERS_CACHE", str(tmp_path / "hub"), raising=False)
-    monkeypatch.setattr(transformers_hub, "_is_offline_mode", True, raising=False)
     return tmp_path / "hub"
 
 
