@@ -257,14 +257,16 @@ class Run:
             config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
-            **self._split,
+            **self._read_as,
         )
 
     @property
-    def _split(self) -> dict[str, Any]:
-        """Where held-out and training text part inside documents, if they do; see ``Split``."""
-        split = self.shards("heldout").manifest["parts"]["heldout"].get("split")
-        return {} if split is None else {"split": split}
+    def _read_as(self) -> dict[str, Any]:
+        """What of the text is not as usual: a split inside documents (see ``Split``), contexts without a BOS."""
+        shards = self.shards("heldout")
+        split = shards.manifest["parts"]["heldout"].get("split")
+        bos = {} if shards.prepend_bos else {"prepend_bos": False}
+        return bos if split is None else {"split": split, **bos}
 
     def _scored(self) -> Iterator[Scores]:
         """What there is, whenever a dictionary has been scored by the evals that are had at once, or the panel by
