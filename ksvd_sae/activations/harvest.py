@@ -67,7 +67,7 @@ class HarvestConfig(GradientConfig):
     heldout_tokens: int = Field(gt=0)
     batch_contexts: int = Field(16, ge=1)
     shard_tokens: int = Field(65_536, ge=1)
-    prepend_bos: Literal["auto"] | bool = Field(
+    prepend_bos: Literal["auto", True, False] = Field(
         "auto",
         description="whether contexts begin with a BOS; auto: as TransformerLens says the model was trained",
     )

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ksvd_sae.activations.hub import hub_errors
-from ksvd_sae.errors import ConfigError, HubError, KsvdSaeError
+from ksvd_sae.errors import ConfigError, HubError
 from ksvd_sae.store import file_sha256
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_BESIDE_TOKENIZER = (
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"),
-)
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Mean KL, in nats, between what transformers and what TransformerLens makes of the same weights. In float32 they differ
@@ -206,14 +204,16 @@ def find_weights(weights: str, revision: str | None) -> OwnWeights:
     else:
         raise ConfigError(f"model.weights {weights!r}: no such folder", cure="give a folder, or owner/name on the Hub")
     files = [_CONFIG, *_weight_files(folder, name)]
-    files += [name for name in (*_TOKENIZER, *_BESIDE_TOKENIZER) if (folder / name).exists()]
+    files += [file for file in (*_TOKENIZER, *_BESIDE) if (folder / file).exists()]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file}\0{_sha256(folder / file)}\n".encode())
     return OwnWeights(folder, name, commit, digest.hexdigest()[:12])
 
 
+@lru_cache
 def _downloaded(repo_id: str, revision: str | None) -> Path:
+    """The folder of one commit; the same one as long as the process lives."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -320,8 +320,8 @@ def as_weights(name: str) -> str | None:
     try:
         config = json.loads(_config_of(name).read_text())
         architecture, kind = config["architectures"][0], str(config["model_type"])
-    # Whatever is wrong with it: it is no model that we can tell the architecture of.
-    except (OSError, ValueError, LookupError, TypeError, KsvdSaeError):
+    # Whatever is wrong with it, or with the way to it: it is no model that we can tell the architecture of.
+    except Exception:
         return None
     known = _models_of(architecture, kind, str(config.get("_name_or_path", "")), Path(name).name)
     if not known:
@@ -352,6 +352,7 @@ def _models_of(architecture: str, kind: str, tuned_from: str, name: str) -> list
         pass
     try:
         listed = set(api.get_architecture_models(architecture))
+    # It has errors of its own for an architecture that it does not list.
     except Exception:
         listed = set()
     known = {

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ksvd_sae.activations import weights
 from ksvd_sae.activations.harvest import Harvest, HarvestConfig
 from ksvd_sae.activations.language import ModelConfig, check_model_name, load_model
 from ksvd_sae.activations.text import TextConfig
@@ -40,6 +41,7 @@ def hub(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it that Hub libraries look into, and nowhere else."""
     shutil.copytree(home / "hub", tmp_path / "hub")
     offline_hub(tmp_path / "hub", monkeypatch)
+    weights._downloaded.cache_clear()
     return tmp_path / "hub"
 
 
