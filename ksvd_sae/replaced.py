@@ -47,8 +47,10 @@ TABLE: dict[str, Replacement] = {
     # ------------------------------------------------------------ loading a model
     "transformer_lens.HookedTransformer.from_pretrained_no_processing": Replacement(
         used_by="all evals",
-        instead="gives the model that was loaded last, if it is the one that is asked for and is as it was",
-        why="SAEBench loads the model anew in each eval, which takes longer than many an eval's share of it.",
+        instead="gives the model that was loaded last, if it is the one that is asked for and is as it was; with the "
+        "run's own weights, and a BOS before texts if its contexts had one",
+        why="SAEBench loads the model anew in each eval, which takes longer than many an eval's share of it; by its "
+        "name alone, and with a BOS or not as TransformerLens and the tokenizer have it.",
         seen_in=f"{_SAE_BENCH}, {_TRANSFORMER_LENS}",
         noticed_by=("tests/evals/test_loaded_model.py::test_scores_of_evals_that_share_the_model",),
     ),
@@ -246,8 +248,9 @@ TABLE: dict[str, Replacement] = {
     ),
     "sae_bench.sae_bench_utils.dataset_utils.load_and_tokenize_dataset": Replacement(
         used_by="autointerp",
-        instead="the same, but an error that names the data set and the number of tokens if it is too short",
-        why="A bare assertion fails, which names neither.",
+        instead="the same, but an error that names the data set and the number of tokens if it is too short, and no "
+        "BOS where the run's contexts had none",
+        why="A bare assertion fails, which names neither. A BOS is written over the first token of each context.",
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_too_little_text_is_a_bare_assertion",),
     ),
@@ -261,8 +264,8 @@ TABLE: dict[str, Replacement] = {
     ),
     "sae_bench.evals.ravel.main.AutoModelForCausalLM": Replacement(
         used_by="RAVEL",
-        instead="gives one model for the panel, without gradients or dropout, with logits of the last token alone, and "
-        "completions of full length",
+        instead="gives one model for the panel, with the run's own weights, without gradients or dropout, with logits "
+        "of the last token alone, and completions of full length",
         why="Masks are trained with gradients for every weight of the model and logits of every token, of which one is "
         "read; dropout stays on once a mask was trained; of completions that all end early, too many tokens are taken.",
         seen_in=_SAE_BENCH,
@@ -270,7 +273,7 @@ TABLE: dict[str, Replacement] = {
     ),
     "sae_bench.evals.ravel.main.AutoTokenizer": Replacement(
         used_by="RAVEL",
-        instead="gives one tokenizer for the panel",
+        instead="gives one tokenizer for the panel, with a BOS before texts if the run's contexts had one",
         why="The tokenizer is loaded several times for each attribute: seconds each, with Gemma's vocabulary.",
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_ravel_loads_the_tokenizer_again_and_again",),

@@ -370,6 +370,7 @@ def sae_from_dictionary(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     view: Literal["signed", "split"] = "signed",
+    prepend_bos: bool = True,
     **metadata: Any,
 ) -> DBKSVDSAE:
     """Wrap a dictionary for SAELens and SAEBench.
@@ -379,6 +380,7 @@ def sae_from_dictionary(
         hook_name: the hook they were read at.
         context_size: tokens a context, for SAELens' ActivationsStore.
         view: 'signed', the code as it comes, or 'split', its positive and negative parts as two latents an atom.
+        prepend_bos: whether contexts began with a BOS, for SAELens' ActivationsStore.
         metadata: anything else to keep in ``cfg.metadata`` (JSON values; numpy's numbers and arrays become Python's).
     Raises: ShapeError (no such view, metadata that JSON has no form for, as NaN), DictionaryError (the split view of a
         non-negative dictionary), ConfigError (no such device or dtype).
@@ -407,7 +409,7 @@ def sae_from_dictionary(
             model_name=model_name,
             hook_name=hook_name,
             context_size=whole(context_size, "context_size", where),
-            prepend_bos=True,
+            prepend_bos=flag(prepend_bos, "prepend_bos", where),
             **metadata,
         ),
     )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.errors import ShapeError
+from ksvd_sae.errors import InputTypeError, ShapeError
 from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.gram import GramRows
 from ksvd_sae.learning.sparse_coding import CODERS, Coder
@@ -370,6 +370,14 @@ def test_metadata_names_model_and_hook() -> None:
         True,
     )
     assert metadata.harvest == "abc"
+    assert (
+        sae_from_dictionary(
+            tiny_dictionary(), model_name="m", hook_name=HOOK, prepend_bos=False
+        ).cfg.metadata.prepend_bos
+        is False
+    )
+    with pytest.raises(InputTypeError, match="prepend_bos must be True or False"):
+        sae_from_dictionary(tiny_dictionary(), model_name="m", hook_name=HOOK, prepend_bos="auto")  # type: ignore
 
 
 # ---------------------------------------------------------------- disk and other processes

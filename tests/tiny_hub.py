@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,9 +22,13 @@ GATED, PRIVATE = "someone/gated", "someone/private"
 
 
 def offline_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Point huggingface_hub at ``cache``, with nothing to connect to."""
+    """Point huggingface_hub, and transformers if it is loaded, at ``cache``, with nothing to connect to."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # transformers 4 has copies of its own.
+    if (copies := sys.modules.get("transformers.utils.hub")) is not None:
+        monkeypatch.setattr(copies, "TRANSFORMERS_CACHE", str(cache), raising=False)
+        monkeypatch.setattr(copies, "_is_offline_mode", True, raising=False)
     new_sessions()
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.activations.documents import Document
-from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.language import ActivationReader, check_tokens
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.splicing import Unembedding, before_unembedding
 from ksvd_sae.activations.text import contexts
@@ -104,12 +104,13 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
     are not special. A token's gradient counts what it does to the tokens after it too; the last token of a
     context, after which nothing is predicted, has gradient 0.
 
-    Raises: HookError if the hook does not give one row a token or the loss does not depend on it, ActivationError on
-        NaN or infinity.
+    Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token or
+        the loss does not depend on it, ActivationError on NaN or infinity.
     Numerics: forward and backward pass in the model's dtype, the loss from the logits on in float32 at least.
     Cost: the graph starts at the hook and has no parameters in it; logits are made a chunk of tokens at a time.
     """
     model = reader.model
+    check_tokens(model, tokens_BL, "gradients")
     tokens_BL = tokens_BL.to(model.cfg.device)
     leaves: list[Tensor] = []
 
@@ -256,7 +257,11 @@ def _collect(
         moments = collect_gradient_moments(
             loaded,
             contexts(
-                training_texts(), loaded.model.tokenizer, config.context_tokens, n_vocabulary=loaded.model.cfg.d_vocab
+                training_texts(),
+                loaded.model.tokenizer,
+                config.context_tokens,
+                loaded.model.cfg.d_vocab,
+                prepend_bos=shards.prepend_bos,
             ),
             config.gradient_tokens,
             config.gradient_batch_contexts,

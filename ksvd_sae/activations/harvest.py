@@ -37,7 +37,7 @@ from ksvd_sae.activations.shards import (
 )
 from ksvd_sae.activations.splitting import Split
 from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
-from ksvd_sae.activations.text import TextConfig, contexts, documents
+from ksvd_sae.activations.text import Packing, TextConfig, contexts, documents, prepends_bos
 from ksvd_sae.activations.token_ids import check_tokenizer
 from ksvd_sae.errors import ManifestError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 PARTS = ("heldout", "train")
 HELDOUT_DOCUMENTS = "heldout_documents.jsonl"
 _KEY_FILE = "key.json"
+# Whether contexts begin with a BOS, once that is settled: it holds however often the harvest is stopped.
+_CONTEXTS_FILE = "contexts.json"
 # Among the raw parts, where the split is inside documents: it holds however often the harvest is stopped.
 _SPLIT_FILE = "split.json"
 
@@ -65,6 +67,10 @@ class HarvestConfig(GradientConfig):
     heldout_tokens: int = Field(gt=0)
     batch_contexts: int = Field(16, ge=1)
     shard_tokens: int = Field(65_536, ge=1)
+    prepend_bos: Literal["auto", True, False] = Field(
+        "auto",
+        description="whether contexts begin with a BOS; auto: as TransformerLens says the model was trained",
+    )
     outlier_factor: float | None = Field(
         4.0, gt=1.0, description="leave out tokens with a norm above this multiple of the median; null keeps all"
     )
@@ -87,11 +93,14 @@ class Harvest:
     def key(self) -> dict[str, Any]:
         """Everything that the activations follow from."""
         hashes = {"model": self.model.content_hash(), "text": self.text.content_hash()}
+        # Gradients have a key of their own: asking for more must not collect the activations again. And what came later
+        # changes no key where it is not given.
+        without = GRADIENT_SETTINGS | ({"prepend_bos"} if self.config.prepend_bos == "auto" else set())
         return {
-            "model": self.model.model_dump(mode="json"),
+            # Weights by their content, wherever they lie.
+            "model": self.model.model_dump(mode="json", exclude={"weights", "revision"}),
             "text": self.text.model_dump(mode="json"),
-            # Gradients have a key of their own: asking for more must not collect the activations again.
-            "harvest": self.config.model_dump(mode="json", exclude=GRADIENT_SETTINGS),
+            "harvest": self.config.model_dump(mode="json", exclude=without),
             "seed": self.seed,
             "sources": {name: known for name, known in hashes.items() if known is not None},
         }
@@ -157,7 +166,11 @@ def _make(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader]
     collected = {part: _read_parts(folder, part) for part in PARTS}
     wanted = {"heldout": harvest.config.heldout_tokens, "train": harvest.config.train_tokens}
     if any(_n_tokens(collected[part]) < wanted[part] for part in PARTS):
-        _collect(harvest, folder, reader(), collected, wanted)
+        loaded = reader()
+        if not any(collected.values()):
+            begin = {"prepend_bos": prepends_bos(harvest.config.prepend_bos, loaded.model)}
+            write_json(folder / _CONTEXTS_FILE, begin)
+        _collect(harvest, folder, loaded, collected, wanted)
     _finish(harvest, folder, collected, started)
 
 
@@ -174,6 +187,12 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------- collecting
+
+
+def _begin_with_bos(folder: Path) -> bool:
+    """Whether contexts begin with a BOS; those of harvests that do not say so do."""
+    path = folder / _CONTEXTS_FILE
+    return not path.exists() or bool(json.loads(path.read_text())["prepend_bos"])
 
 
 def _read_parts(folder: Path, part: str) -> list[dict[str, Any]]:
@@ -203,7 +222,7 @@ def _collect(
     collected: dict[str, list[dict[str, Any]]],
     wanted: dict[str, int],
 ) -> None:
-    tokenizer, length = reader.model.tokenizer, harvest.config.context_tokens
+    tokenizer, length, bos = reader.model.tokenizer, harvest.config.context_tokens, _begin_with_bos(folder)
     texts, drawn = _readable_texts(harvest, reader), list[Readable]()
     first = next(texts, None)
     if isinstance(first, TokenIds):
@@ -216,18 +235,18 @@ def _collect(
             return _fill_part(harvest.config, folder, reader, part, stream, collected, wanted, advance)
 
         # Each part has documents of its own: the text goes on after those that the part before it drew.
-        if not fill("heldout", contexts(_remember(texts, drawn), tokenizer, length)):
+        if not fill("heldout", contexts(_remember(texts, drawn), tokenizer, length, prepend_bos=bos)):
             found = f"{_n_tokens(collected['heldout']):,} tokens from {len(drawn)} documents"
             raise _too_short(harvest.config, "heldout", found)
         split_file = folder / "raw" / _SPLIT_FILE
         if not split_file.exists():
             write_documents(folder / HELDOUT_DOCUMENTS, drawn, tokenizer)
-            if fill("train", contexts(texts, tokenizer, length)):
+            if fill("train", contexts(texts, tokenizer, length, prepend_bos=bos)):
                 return
             _split_inside(harvest, folder, reader, drawn, collected["heldout"])
         split = Split(**json.loads(split_file.read_text()))
         write_documents(folder / HELDOUT_DOCUMENTS, split.heldout(drawn, tokenizer), tokenizer)
-        if not fill("train", _training_contexts(harvest, reader, split, drawn)):
+        if not fill("train", _training_contexts(harvest, reader, split, drawn, bos)):
             found = f"{_n_tokens(collected['train']):,} tokens"
             raise _too_short(harvest.config, "train", found, "a text that changed since the harvest began")
 
@@ -253,10 +272,11 @@ def _split_inside(
     goes on as if it had been there from the beginning.
     Raises: TextError if it is not enough.
     """
-    config = harvest.config
-    split = Split.after(_n_contexts(heldout), drawn, reader.model.tokenizer, config.context_tokens)
+    config, tokenizer, bos = harvest.config, reader.model.tokenizer, _begin_with_bos(folder)
+    packing = Packing.of(tokenizer, config.context_tokens, bos)
+    split = Split.after(_n_contexts(heldout), drawn, tokenizer, packing)
     n_tokens = 0
-    for tokens_L in _training_contexts(harvest, reader, split, drawn):
+    for tokens_L in _training_contexts(harvest, reader, split, drawn, bos):
         n_tokens += int(reader.ordinary(tokens_L[None].to(reader.model.cfg.device)).sum())
         if n_tokens >= config.train_tokens:
             break
@@ -270,11 +290,11 @@ def _split_inside(
 
 
 def _training_contexts(
-    harvest: Harvest, reader: ActivationReader, split: Split, drawn: list[Readable]
+    harvest: Harvest, reader: ActivationReader, split: Split, drawn: list[Readable], prepend_bos: bool
 ) -> Iterator[Tensor]:
-    tokenizer = reader.model.tokenizer
+    tokenizer, length = reader.model.tokenizer, harvest.config.context_tokens
     after = islice(_readable_texts(harvest, reader), len(drawn), None)
-    return contexts(split.training([*drawn], after, tokenizer), tokenizer, harvest.config.context_tokens)
+    return contexts(split.training([*drawn], after, tokenizer), tokenizer, length, prepend_bos=prepend_bos)
 
 
 def _too_short(
@@ -286,7 +306,7 @@ def _too_short(
         got=got,
         cause=cause,
         cure=f"ask for fewer tokens (harvest.{part}_tokens) or give more text; "
-        f"a batch is {config.batch_contexts * (config.context_tokens - 1):,} tokens",
+        f"a batch is up to {config.batch_contexts * config.context_tokens:,} tokens",
     )
 
 
@@ -373,7 +393,8 @@ def _finish(harvest: Harvest, folder: Path, collected: dict[str, list[dict[str, 
         parts["heldout"]["split"] = json.loads(split_file.read_text())
     statistics = running.result(median_norm)
     seconds = time.perf_counter() - started
-    finish(folder, harvest.key, parts, statistics, limit if limit != float("inf") else None, seconds)
+    limit_kept = limit if limit != float("inf") else None
+    finish(folder, harvest.key, parts, statistics, limit_kept, seconds, _begin_with_bos(folder))
     raw.clear()
     shutil.rmtree(folder / "raw")
 

@@ -4,14 +4,16 @@ import difflib
 import logging
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from ksvd_sae.activations.transformers_5 import loadable
-from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError
+from ksvd_sae.activations.weights import OwnWeights, as_weights, find_weights, weights_name
+from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, ShapeError
 from ksvd_sae.offline import gemma
 from ksvd_sae.strict import Strict
 
@@ -25,10 +27,38 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ModelConfig(Strict):
     """The language model and the place in it."""
 
-    name: str = Field(description="a TransformerLens model name")
+    name: str = Field(description="a TransformerLens model name; beside weights, of their architecture")
     hook: str = Field(description="any TransformerLens hook name, e.g. blocks.8.hook_resid_post")
     source: Literal["hub", "offline"] = Field("hub", description="offline: assembled from Python packages")
     dtype: Dtype = "float32"
+    weights: str | None = Field(
+        None, description="a folder or Hub repository with weights of one's own; null: those that the name stands for"
+    )
+    revision: str | None = Field(None, description="of weights on the Hub: commit, branch or tag; null: the newest")
+
+    @model_validator(mode="after")
+    def _of_weights(self) -> "ModelConfig":
+        if self.revision is not None and self.weights is None:
+            raise ValueError("model.revision goes with model.weights: give the repository there")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialised: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that came later are there only where they are given: what was made without them is found again."""
+        later = ("weights", "revision")
+        return {key: value for key, value in serialised(self).items() if value is not None or key not in later}
+
+    @property
+    def title(self) -> str:
+        """The model as reports name it."""
+        if self.weights is None:
+            return self.name
+        at = f" at {self.revision}" if self.revision else ""
+        return f"{self.name} with weights of {weights_name(self.weights)}{at}"
+
+    def own_weights(self) -> OwnWeights | None:
+        """The weights beside the name, if there are any. Raises: as ``find_weights``."""
+        return None if self.weights is None else find_weights(self.weights, self.revision)
 
     def prepare(self) -> None:
         """Make the model findable. Comes before anything that imports the Hub libraries.
@@ -47,6 +77,9 @@ class ModelConfig(Strict):
 
     def content_hash(self) -> str | None:
         """Of the weights, where they are known before they are loaded."""
+        own = self.own_weights()
+        if own is not None:
+            return own.content
         return gemma.GGUF_SHA256 if self.source == "offline" else None
 
 
@@ -54,16 +87,17 @@ def load_model(config: ModelConfig, device: torch.device) -> "HookedTransformer"
     """The model as SAEBench loads it: no folding, no centring.
 
     Raises: HubError: a name that TransformerLens does not know (with the nearest), or weights that are neither
-        in the cache nor reachable.
+        in the cache nor reachable. ConfigError: weights that are not of the name's architecture.
     """
     check_model_name(config.name)
     from transformer_lens import HookedTransformer
 
+    own, load = config.own_weights(), HookedTransformer.from_pretrained_no_processing
+    if own is not None:
+        load = partial(own.hooked, load)
     try:
         with loadable():
-            model = HookedTransformer.from_pretrained_no_processing(
-                config.name, device=str(device), dtype=getattr(torch, config.dtype)
-            )
+            model: HookedTransformer = load(config.name, device=str(device), dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as error:
         raise HubError(
             f"loading model {config.name!r}: {str(error).splitlines()[0][:300]}",
@@ -83,9 +117,9 @@ def check_model_name(name: str) -> None:
     except ValueError as error:
         known = [*MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+        cure = f"did you mean {' or '.join(map(repr, near))}?" if near else "see TransformerLens' model table"
         raise HubError(
-            f"model {name!r}: TransformerLens does not know this name",
-            cure=f"did you mean {' or '.join(map(repr, near))}?" if near else "see TransformerLens' model table",
+            f"model {name!r}: TransformerLens does not know this name", cure=as_weights(name) or cure
         ) from error
 
 
@@ -136,6 +170,33 @@ def check_contexts(model: "HookedTransformer", lengths: Mapping[str, int]) -> No
             )
 
 
+def check_tokens(model: "HookedTransformer", tokens_BL: Tensor, what: str, least: int = 1) -> None:
+    """Raise ShapeError for what is no contexts of the model's token ids.
+
+    Args: least: tokens of a context.
+    """
+    if tokens_BL.ndim != 2 or not len(tokens_BL) or tokens_BL.shape[1] < least or not _whole(tokens_BL):
+        raise ShapeError(
+            f"{what}: tokens must be contexts of token ids",
+            got=f"{tokens_BL.dtype} of shape {tuple(tokens_BL.shape)}",
+            limit=f"integers (contexts ≥ 1, tokens ≥ {least})",
+        )
+    beyond_BL = (tokens_BL < 0) | (tokens_BL >= model.cfg.d_vocab)
+    if bool(beyond_BL.any()):
+        context, position = beyond_BL.nonzero()[0].tolist()
+        raise ShapeError(
+            f"{what}: {int(beyond_BL.sum())} token ids are none of model {model.cfg.model_name!r}",
+            got=f"{int(tokens_BL[context, position])}, at context {context}, position {position}",
+            limit=f"0 to {model.cfg.d_vocab - 1}",
+            cause="another model's tokenizer, or one with more tokens than the model has been given embeddings for",
+            cure="give ids of the model's own tokenizer; or model.resize_token_embeddings(...), and save it again",
+        )
+
+
+def _whole(tokens: Tensor) -> bool:
+    return not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+
+
 class ActivationReader:
     """Runs contexts up to the hook's layer and keeps the activations of ordinary tokens."""
 
@@ -155,8 +216,10 @@ class ActivationReader:
         """(n, d_in) float32 activations of the tokens that are not special, in reading order.
 
         Heads, if the hook has them, are flattened into d_in.
-        Raises: HookError if the hook does not give one row a token, ActivationError on NaN or infinity.
+        Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token,
+            ActivationError on NaN or infinity.
         """
+        check_tokens(self.model, tokens_BL, "harvest")
         tokens_BL = tokens_BL.to(self.model.cfg.device)
         kept: list[Tensor] = []
 

@@ -44,12 +44,14 @@ def finish(
     statistics: Statistics,
     outlier_limit: float | None,
     seconds: float,
+    prepend_bos: bool = True,
 ) -> None:
     """Write what makes parts of shards a harvest: statistics of the training part, and the manifest.
 
     Args:
         parts: 'train' and 'heldout', each with n_samples, outliers and the shards' entries.
         outlier_limit: norm above which samples were left out; None: none were.
+        prepend_bos: whether contexts began with a BOS.
     """
     write_statistics(folder / STATISTICS_FILE, statistics)
     write_manifest(
@@ -65,6 +67,7 @@ def finish(
             "scale": statistics.scale,
             "outlier_limit": outlier_limit,
         },
+        prepend_bos=prepend_bos,
         seconds=round(seconds, 1),
     )
 
@@ -135,6 +138,11 @@ class ActivationShards:
     @property
     def d_in(self) -> int:
         return int(self.manifest["d_in"])
+
+    @property
+    def prepend_bos(self) -> bool:
+        """Whether contexts began with a BOS; they all did before manifests said so."""
+        return bool(self.manifest.get("prepend_bos", True))
 
     @property
     def statistics(self) -> Statistics:

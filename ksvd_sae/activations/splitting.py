@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ksvd_sae.activations.documents import Document, Readable, TokenIds, readable
-from ksvd_sae.activations.text import pieces
+from ksvd_sae.activations.text import Packing, pieces
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Split:
     gap_tokens: int
 
     @classmethod
-    def after(cls, n_contexts: int, drawn: list[Readable], tokenizer: Any, context_tokens: int) -> "Split":
+    def after(cls, n_contexts: int, drawn: list[Readable], tokenizer: Any, packing: Packing) -> "Split":
         """Where the first ``n_contexts`` contexts of these documents end."""
-        step, end = context_tokens - 1, 0
-        for index, (after_bos, ids) in enumerate(pieces(iter(drawn), tokenizer, step)):
-            start = end + after_bos
+        step, end = packing.step, 0
+        for index, (separated, ids) in enumerate(pieces(iter(drawn), tokenizer, packing)):
+            start = end + separated
             end = start + len(ids)
             if end > n_contexts * step:
-                return cls(len(drawn), index, max(0, n_contexts * step - start), context_tokens)
-        return cls(len(drawn), len(drawn), 0, context_tokens)
+                return cls(len(drawn), index, max(0, n_contexts * step - start), packing.tokens)
+        return cls(len(drawn), len(drawn), 0, packing.tokens)
 
     def heldout(self, drawn: list[Readable], tokenizer: Any) -> list[Readable]:
         """What the held-out part keeps."""
@@ -59,7 +59,7 @@ class Split:
 
 
 def _tokens(document: Document, tokenizer: Any) -> list[int]:
-    return next(pieces(iter([document]), tokenizer, 1))[1]
+    return next(pieces(iter([document]), tokenizer, Packing(1, None, None)))[1]
 
 
 def _beginning(document: Readable, n_tokens: int, tokenizer: Any) -> Readable:

@@ -1,9 +1,10 @@
 """Documents in, contexts of tokens out."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -15,6 +16,9 @@ from ksvd_sae.activations.text_files import TextFiles, text_files
 from ksvd_sae.errors import TextError
 from ksvd_sae.offline import bbc_news
 from ksvd_sae.strict import Strict
+
+if TYPE_CHECKING:
+    from transformer_lens import HookedTransformer
 
 _TOKENISER_BATCH = 64
 # Of such a batch at once: documents can be books.
@@ -123,53 +127,111 @@ def documents(config: TextConfig, seed: int) -> Iterator[Document]:
     return config.documents(seed)
 
 
+@dataclass(frozen=True)
+class Packing:
+    """How documents become contexts.
+
+    tokens: of a context. begin: what each of them begins with. between: what stands between documents. None: nothing.
+    """
+
+    tokens: int
+    begin: int | None
+    between: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any, context_tokens: int, prepend_bos: bool = True) -> "Packing":
+        """A BOS at the beginning and between documents; or none at the beginning, and an EOS, if there is one, between.
+
+        Raises: TextError if there is to be a BOS and the tokenizer has none.
+        """
+        if not prepend_bos:
+            return cls(context_tokens, None, tokenizer.eos_token_id)
+        if tokenizer.bos_token_id is None:
+            raise _no_bos(tokenizer)
+        return cls(context_tokens, tokenizer.bos_token_id, tokenizer.bos_token_id)
+
+    @property
+    def step(self) -> int:
+        """Tokens of a context that are the text's."""
+        return self.tokens - (self.begin is not None)
+
+
+def has_bos(tokenizer: Any) -> bool:
+    """Whether it has a token for BOS; TransformerLens names one for those that have none, which may be no token."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer.convert_ids_to_tokens(bos) == tokenizer.bos_token
+
+
+def prepends_bos(wanted: bool | Literal["auto"], model: "HookedTransformer") -> bool:
+    """Whether contexts of a model begin with a BOS: as wanted, or 'auto', as TransformerLens says it was trained.
+
+    Raises: TextError if a BOS is wanted and the tokenizer has none.
+    """
+    if wanted == "auto":
+        return bool(model.cfg.default_prepend_bos) and has_bos(model.tokenizer)
+    if wanted and not has_bos(model.tokenizer):
+        raise _no_bos(model.tokenizer)
+    return wanted
+
+
+def _no_bos(tokenizer: Any) -> TextError:
+    return TextError(
+        "packing text: the tokenizer has no BOS token",
+        got=type(tokenizer).__name__,
+        cause="a model that was trained without one",
+        cure="set harvest.prepend_bos to auto or false",
+    )
+
+
 def contexts(
-    texts: Iterator[Document], tokenizer: Any, context_tokens: int, n_vocabulary: int | None = None
+    texts: Iterator[Document],
+    tokenizer: Any,
+    context_tokens: int,
+    n_vocabulary: int | None = None,
+    *,
+    prepend_bos: bool = True,
 ) -> Iterator[Tensor]:
     """Pack documents into contexts of exactly ``context_tokens`` tokens.
 
-    Each context starts with BOS; inside, documents follow each other with a BOS between them. The rest
-    of the last document that does not fill a context is dropped. Token ids that begin with a BOS and fill a context
-    are that context.
+    Each context starts with BOS; inside, documents follow each other with a BOS between them. Without ``prepend_bos``
+    contexts start as the text goes on, and EOS is between documents. The rest of the last document that does not fill a
+    context is dropped. Token ids that fill a context, with their BOS where there is one, are that context.
 
     Args: n_vocabulary: of the model: token ids must be below it.
-    Raises: TextError if the tokenizer has no BOS token; else as ``readable``.
+    Raises: TextError if there is to be a BOS and the tokenizer has none; else as ``readable``.
     """
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        raise TextError("packing text: the tokenizer has no BOS token", got=type(tokenizer).__name__)
+    packing = Packing.of(tokenizer, context_tokens, prepend_bos)
+    begin = [] if packing.begin is None else [packing.begin]
     waiting: list[int] = []
-    step = context_tokens - 1
-    for after_bos, ids in pieces(texts, tokenizer, step, n_vocabulary):
-        if after_bos:
-            waiting.append(bos)
+    step = packing.step
+    for separated, ids in pieces(texts, tokenizer, packing, n_vocabulary):
+        if separated and packing.between is not None:
+            waiting.append(packing.between)
         waiting += ids
         n_full = len(waiting) // step
         for start in range(0, n_full * step, step):
-            yield torch.tensor([bos, *waiting[start : start + step]])
+            yield torch.tensor([*begin, *waiting[start : start + step]])
         if n_full:
             waiting = waiting[n_full * step :]
 
 
 def pieces(
-    texts: Iterator[Document], tokenizer: Any, step: int, n_vocabulary: int | None = None
+    texts: Iterator[Document], tokenizer: Any, packing: Packing, n_vocabulary: int | None = None
 ) -> Iterator[tuple[bool, list[int]]]:
-    """The tokens of each document, and whether a BOS stands before them.
+    """The tokens of each document, and whether ``packing.between`` stands before them.
 
-    None stands at the beginning of a context, if a batch of texts begins there, or a document of token ids.
-
-    Args: step: tokens of a context without its BOS.
+    Nothing stands there at the beginning of a context, if a batch of texts begins there, or a document of token ids.
     """
     texts, n_tokens = iter(texts), 0
     for first in texts:
         batch: list[Document] = [first]
         if not isinstance(first, TokenIds):
             batch += islice(texts, _TOKENISER_BATCH - 1)
-        after_bos = n_tokens % step > 0
+        separated = packing.between is not None and n_tokens % packing.step > 0
         for ids in _tokenised(batch, tokenizer, n_vocabulary):
-            yield after_bos, ids
-            n_tokens += after_bos + len(ids)
-            after_bos = after_bos or len(ids) > 0
+            yield separated, ids
+            n_tokens += separated + len(ids)
+            separated = packing.between is not None and (separated or len(ids) > 0)
 
 
 def _tokenised(batch: list[Document], tokenizer: Any, n_vocabulary: int | None) -> Iterator[list[int]]:

@@ -87,7 +87,7 @@ def compare(panel: Panel, settings: Settings, folder: Path, failures: list[str])
     rows: list[dict[str, Any]] = []
     impls = (OURS,) if settings.peers == "none" else (SAE_BENCH, OURS)
     evals = list(panel.evals)
-    model = LoadedModel()
+    model = LoadedModel(panel.setting.weights, panel.setting.prepend_bos)
     for name in evals:
         # SAEBench first: neither is to gain by files that the other one has read, and ours reads fewer.
         whose = [_who(impl, settings.device) for impl in impls]

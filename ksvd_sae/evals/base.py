@@ -22,6 +22,7 @@ from ksvd_sae.activations.gradients import GradientMoments
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.store import content_hash, copy_of_other_name, versions, write_json
@@ -140,6 +141,8 @@ class EvalSetting:
     cache: for what the language model gives, shared by the panel; None: SAEBench asks the model for each SAE anew.
     memory_bytes: for what is too large for the cache.
     heldout: what ``dataset: heldout`` stands for; None where there is none.
+    weights: in place of those that the model's name stands for; None: those.
+    prepend_bos: whether texts begin with a BOS; None leaves it to the model's tokenizer, where that is as harvested.
     """
 
     model_name: str
@@ -151,6 +154,18 @@ class EvalSetting:
     cache: TensorCache | None = None
     memory_bytes: int = 2 << 30
     heldout: Heldout | None = None
+    weights: OwnWeights | None = None
+    prepend_bos: bool | None = None
+
+    @property
+    def model(self) -> JsonValue:
+        """The model in keys: its name, and whatever makes what it gives another's."""
+        given: dict[str, JsonValue] = {}
+        if self.weights is not None:
+            given["weights"] = self.weights.content
+        if self.prepend_bos is not None:
+            given["prepend_bos"] = self.prepend_bos
+        return {"name": self.model_name, **given} if given else self.model_name
 
     def data(self, name: str) -> str:
         """The true name of the data set that an eval's ``dataset`` names."""

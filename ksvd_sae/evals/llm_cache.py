@@ -21,6 +21,8 @@ from ksvd_sae.store import atomic_path, content_hash, versions
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
 
+    from ksvd_sae.activations.weights import OwnWeights
+
 logger = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"
 _FINGERPRINT_ENTRIES = 4096
@@ -104,10 +106,12 @@ class TensorCache:
         return True
 
 
-def model_fingerprint(model: "HookedTransformer") -> str:
+def model_fingerprint(model: "HookedTransformer", weights: "OwnWeights | None" = None) -> str:
     """Hash of some entries of every weight, spread over all of it, and of the versions of what runs the model.
 
     A model's name alone does not tell its weights.
+
+    Args: weights: its own, of which two may differ in entries that are not looked at.
     """
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
@@ -117,7 +121,8 @@ def model_fingerprint(model: "HookedTransformer") -> str:
     cfg = model.cfg
     run_by = {name: version for name, version in versions().items() if name in ("torch", "transformer-lens")}
     how = {"soft cap": cfg.output_logits_soft_cap, "dtype": str(cfg.dtype), "versions": run_by}
-    return content_hash({"weights": digest.hexdigest(), **how})
+    own = {} if weights is None else {"own": weights.content}
+    return content_hash({"weights": digest.hexdigest(), **how, **own})
 
 
 def tokens_hash(tokens_BL: Tensor) -> str:

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.device import give_back_memory
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import Eval, EvalResults, EvalSetting, Panelist
@@ -18,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 @lru_cache(maxsize=1)
-def _model() -> LoadedModel:
+def _model(weights: OwnWeights | None, prepend_bos: bool | None) -> LoadedModel:
     """The one model of a process of ``side_by_side``, in use as long as that lives."""
-    return ExitStack().enter_context(LoadedModel().in_use())
+    return ExitStack().enter_context(LoadedModel(weights, prepend_bos).in_use())
 
 
 def run_evals(
@@ -54,7 +55,7 @@ def _outcomes(
     for section in evals:
         by_name.setdefault(section.name, []).append(section)
     if processes == 1 or len(by_name) < 2:
-        with LoadedModel().in_use() as model:
+        with LoadedModel(setting.weights, setting.prepend_bos).in_use() as model:
             for section in evals:
                 yield _outcome(section, panel, setting, output, model)
         return
@@ -68,7 +69,8 @@ def _outcomes(
 def _in_process(
     evals: list[Eval], panel: list[Panelist], setting: EvalSetting, output: Path
 ) -> list[EvalResults | EvaluationError]:
-    outcomes = [_outcome(section, panel, setting, output, _model()) for section in evals]
+    model = _model(setting.weights, setting.prepend_bos)
+    outcomes = [_outcome(section, panel, setting, output, model) for section in evals]
     # Another process is beside this one, and may need it.
     give_back_memory()
     return outcomes

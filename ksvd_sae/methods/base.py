@@ -19,6 +19,7 @@ from typing_extensions import Self
 from ksvd_sae.activations.gradients import GradientMoments
 from ksvd_sae.activations.harvest import HarvestConfig
 from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.coding import AnyCoder, Coding
@@ -93,6 +94,7 @@ class TrainingSetting:
     """Where a dictionary is made: a model and its hook, activations, a device, a seed.
 
     gradient_moments: called only for the metrics that need them.
+    weights: the model's, where they are not those that its name stands for.
     """
 
     model_name: str
@@ -103,6 +105,12 @@ class TrainingSetting:
     harvest_hash: str
     shards: ActivationShards
     gradient_moments: Callable[[], GradientMoments]
+    weights: OwnWeights | None = None
+
+    @property
+    def of_weights(self) -> dict[str, Any]:
+        """What metadata and provenance say of the model's weights, where its name does not."""
+        return {} if self.weights is None else {"model_weights": self.weights.as_metadata()}
 
     def wrap(self, dictionary: Dictionary, view: View = "signed") -> "SAE[Any]":
         """The dictionary as a SAELens SAE of this model and hook."""
@@ -115,6 +123,8 @@ class TrainingSetting:
             context_size=self.context_tokens,
             device=str(self.device),
             view=view,
+            prepend_bos=self.shards.prepend_bos,
+            **self.of_weights,
         )
 
     def weighting(self, wanted: WeightingConfig) -> Weighting | None:
@@ -127,7 +137,7 @@ class TrainingSetting:
 
     def save(self, dictionary: Dictionary, folder: Path) -> None:
         """The dictionary, and beside it the SAE, with codes as they come."""
-        provenance = {"model": self.model_name, "hook": self.hook, "harvest": self.harvest_hash}
+        provenance = {"model": self.model_name, "hook": self.hook, "harvest": self.harvest_hash, **self.of_weights}
         dictionary = replace(dictionary, provenance=provenance)
         dictionary.save(folder)
         self.wrap(dictionary).save_model(folder / "sae")

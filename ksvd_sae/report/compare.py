@@ -63,8 +63,9 @@ def write_comparison(
     frame = score_table.read_csv(folder / "comparison.csv")
     few, which = of_one_budget(frame, controls)
     atoms_shown = [dictionary for dictionary in atoms if dictionary.name in set(few["dictionary"])]
-    notes = comparison_notes(config, manifest.get("split"))
-    published = published_section(config, frame, manifest.get("versions", {}).get("sae-bench"), controls)
+    bos, version = manifest.get("prepend_bos", True), manifest.get("versions", {}).get("sae-bench")
+    notes = comparison_notes(config, manifest.get("split"), bos)
+    published = published_section(config, frame, version, controls, bos)
     line = "" if isinstance(published, Section) else published
     notes += [line] if line else []
     compared = against_best(frame, config.saes)
@@ -107,14 +108,18 @@ def table_so_far(config: RunConfig, scores: Scores) -> str:
     return tables.to_markdown(table.dropna(axis="columns", how="all"), config.controls)
 
 
-def comparison_notes(config: RunConfig, split: dict[str, int] | None = None) -> list[str]:
-    """What a reader must know to read the numbers right. Args: split: of held-out and training text, see ``Split``."""
+def comparison_notes(config: RunConfig, split: dict[str, int] | None = None, prepend_bos: bool = True) -> list[str]:
+    """What a reader must know to read the numbers right.
+
+    Args: split: of held-out and training text, see ``Split``. prepend_bos: whether contexts begin with a BOS.
+    """
     other = "other documents"
     if split is not None and split["cut_tokens"]:
         other = f"other text; a document that is cut goes on, {split['gap_tokens']:,} tokens later, in what was learned"
     notes = [
-        f"Model {config.model.name}, hook {config.model.hook}; dictionaries learned on "
-        f"{config.harvest.train_tokens:,} tokens before outliers went, scored on {other}.",
+        f"Model {config.model.title}, hook {config.model.hook}; dictionaries learned on "
+        f"{config.harvest.train_tokens:,} tokens before outliers went, scored on {other}."
+        f"{'' if prepend_bos else ' Contexts begin without a BOS.'}",
         "FVU is a reconstruction error, loss recovered is behaviour: the lower error is not always the better "
         "behaviour, so read both.",
         *([] if len(config.training_seeds) > 1 else ["One training seed: differences of a few thousandths are noise."]),

@@ -207,6 +207,7 @@ class Run:
             harvest_hash=content_hash(self._harvest_key),
             shards=shards or self.shards(),
             gradient_moments=self.gradient_moments,
+            weights=model.own_weights(),
         )
 
     def load_sae(self, trained: TrainedDictionary) -> "SAE[Any]":
@@ -261,14 +262,16 @@ class Run:
             config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
-            **self._split,
+            **self._read_as,
         )
 
     @property
-    def _split(self) -> dict[str, Any]:
-        """Where held-out and training text part inside documents, if they do; see ``Split``."""
-        split = self.shards("heldout").manifest["parts"]["heldout"].get("split")
-        return {} if split is None else {"split": split}
+    def _read_as(self) -> dict[str, Any]:
+        """What of the text is not as usual: a split inside documents (see ``Split``), contexts without a BOS."""
+        shards = self.shards("heldout")
+        split = shards.manifest["parts"]["heldout"].get("split")
+        bos = {} if shards.prepend_bos else {"prepend_bos": False}
+        return bos if split is None else {"split": split, **bos}
 
     def _scored(self) -> Iterator[Scores]:
         """What there is, whenever a dictionary has been scored by the evals that are had at once, or the panel by
@@ -371,6 +374,8 @@ class Run:
             data_folder=data_folder,
             data_hash=data_hash,
             artifacts=self.cache / "artifacts",
+            weights=self.config.model.own_weights(),
+            prepend_bos=self._prepend_bos,
             cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
             memory_bytes=int(evaluation.llm_memory_gb * 1e9),
             heldout=Heldout(
@@ -381,6 +386,12 @@ class Run:
                 content_hash(self._gradients_key) if asked else None,
             ),
         )
+
+    @property
+    def _prepend_bos(self) -> bool | None:
+        """What evals are to be told of BOS: nothing where the model has one by itself, as the harvest found it."""
+        harvested = self.shards().prepend_bos
+        return None if harvested and self.config.harvest.prepend_bos == "auto" else harvested
 
     def _examples(self) -> dict[str, Path]:
         """Atoms in context of the first training of every dictionary, in the codes that it gives itself."""

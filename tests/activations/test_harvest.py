@@ -25,7 +25,7 @@ from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import TextConfig, contexts
 from ksvd_sae.errors import ActivationError, DiskSpaceError, ManifestError, TextError
-from ksvd_sae.store import MANIFEST
+from ksvd_sae.store import MANIFEST, content_hash
 from tests import tiny_models, tolerances
 from tests.activations.conftest import GivenTexts
 
@@ -50,7 +50,7 @@ class Reader:
     calls: int = 0
     model: Any = field(
         default_factory=lambda: SimpleNamespace(
-            tokenizer=NumberTokenizer(), cfg=SimpleNamespace(d_vocab=10**6, device="cpu")
+            tokenizer=NumberTokenizer(), cfg=SimpleNamespace(d_vocab=10**6, device="cpu", default_prepend_bos=True)
         )
     )
 
@@ -77,13 +77,17 @@ class Reader:
 class NumberTokenizer:
     """Tokens are numbers written out."""
 
-    bos_token_id = BOS
+    # One token for both, as GPT-NeoX's has it.
+    bos_token_id, bos_token, eos_token_id = BOS, str(BOS), BOS
 
     def __call__(self, batch: list[str], **_: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[int(word) for word in text.split()] for text in batch]}
 
     def decode(self, ids: list[int], **_: Any) -> str:
         return " ".join(map(str, ids))
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return str(token)
 
 
 def numbered_texts(n: int, seed: int = 0) -> list[str]:
@@ -445,7 +449,104 @@ def test_finished_folder_of_another_config(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a real model
 
 
-def test_with_a_real_model(tmp_path: Path, model: Any, tokenizer: Any) -> None:
+# ---------------------------------------------------------------- BOS
+
+
+class NoBOS(NumberTokenizer):
+    """No token is a BOS, and none stands between documents."""
+
+    bos_token_id = bos_token = eos_token_id = None
+
+
+def reader_of(tokenizer: Any, default: bool = True) -> Reader:
+    reader = Reader()
+    reader.model.tokenizer, reader.model.cfg.default_prepend_bos = tokenizer, default
+    return reader
+
+
+class NamedBOS(NumberTokenizer):
+    """As TransformerLens leaves a tokenizer without any: a BOS by a name that no token has, so another's id."""
+
+    bos_token = "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tokenizer", "default", "bos"),
+    [
+        ("auto", NumberTokenizer(), True, True),
+        ("auto", NumberTokenizer(), False, False),
+        ("auto", NoBOS(), True, False),
+        ("auto", NamedBOS(), True, False),
+        (True, NumberTokenizer(), False, True),
+        (False, NumberTokenizer(), True, False),
+        (False, NoBOS(), True, False),
+    ],
+)
+def test_contexts_begin_with_a_bos_or_not(
+    wanted: bool | str, tokenizer: Any, default: bool, bos: bool, tmp_path: Path
+) -> None:
+    seen: list[Tensor] = []
+    reader = reader_of(tokenizer, default)
+    read = reader.read
+
+    def reading(tokens_BL: Tensor) -> Tensor:
+        seen.append(tokens_BL)
+        return read(tokens_BL)
+
+    reader.read = reading  # type: ignore[method-assign]
+    shards = run(tmp_path, reader, prepend_bos=wanted)
+    assert shards.prepend_bos is bos
+    tokens_CL = torch.cat(seen)
+    assert bool((tokens_CL[:, 0] == BOS).all()) is bos
+    # Nothing is between documents that no token is for.
+    assert bool((tokens_CL == BOS).any()) is not isinstance(tokenizer, NoBOS)
+
+
+@pytest.mark.parametrize("tokenizer", [NoBOS(), NamedBOS()])
+def test_a_bos_that_the_tokenizer_lacks(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="no BOS") as caught:
+        run(tmp_path, reader_of(tokenizer), prepend_bos=True)
+    assert "harvest.prepend_bos" in str(caught.value.cure)
+
+
+@pytest.mark.parametrize("stop_at", [0, 2, 9])
+def test_a_stopped_harvest_without_bos_goes_on(stop_at: int, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", reader_of(NumberTokenizer(), default=False))
+    reader = reader_of(NumberTokenizer(), default=False)
+    reader.stop_at = stop_at
+    with pytest.raises(StoppedError):
+        run(tmp_path / "stopped", reader)
+    reader.stop_at = None
+    again = run(tmp_path / "stopped", reader)
+    assert content(again.folder) == content(whole.folder)
+    assert not again.prepend_bos
+
+
+def test_a_harvest_from_before_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Its manifests and raw parts do not speak of BOS: all contexts had one."""
+    reader = reader_of(NumberTokenizer(), default=True)
+    reader.stop_at = 9
+    with pytest.raises(StoppedError):
+        run(tmp_path, reader)
+    (tmp_path / "contexts.json").unlink()
+    shards = run(tmp_path, reader_of(NumberTokenizer(), default=False))
+    assert shards.prepend_bos
+    assert torch.equal(shards.tensor(), run(tmp_path / "whole", Reader()).tensor())
+    del shards.manifest["prepend_bos"]
+    assert shards.prepend_bos
+
+
+def test_only_what_is_asked_for_is_in_the_key() -> None:
+    """What was harvested before there was a choice is found again."""
+    choices: tuple[dict[str, Any], ...] = ({}, {"prepend_bos": True}, {"prepend_bos": False})
+    keys = [harvest_of(None, **choice).key for choice in choices]
+    assert "prepend_bos" not in keys[0]["harvest"]
+    assert len(set(map(content_hash, keys))) == 3
+
+
+@pytest.mark.parametrize(("wanted", "bos"), [("auto", False), (False, False), (True, True)])
+def test_with_a_real_model(wanted: bool | str, bos: bool, tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    """GPT-NeoX was trained without a BOS, and its tokenizer has one."""
     hook = "blocks.8.hook_resid_post"
     texts = tiny_models.documents(100)
     shards = run(
@@ -455,9 +556,11 @@ def test_with_a_real_model(tmp_path: Path, model: Any, tokenizer: Any) -> None:
         model={"name": "tiny", "hook": hook},
         context_tokens=32,
         outlier_factor=None,
+        prepend_bos=wanted,
     )
+    assert shards.prepend_bos == heldout_shards(shards).prepend_bos == bos
     heldout = (shards.folder / HELDOUT_DOCUMENTS).read_text().splitlines()
-    tokens_BL = torch.stack(list(contexts(iter(texts[len(heldout) :]), tokenizer, 32)))
+    tokens_BL = torch.stack(list(contexts(iter(texts[len(heldout) :]), tokenizer, 32, prepend_bos=bos)))
     cache = model.run_with_cache(tokens_BL, names_filter=hook)[1]
     true_ND = cache[hook][tokens_BL != BOS][: shards.n_samples].detach().double()
     found_ND = shards.tensor().double()

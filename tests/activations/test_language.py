@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.gradients import read_gradients
 from ksvd_sae.activations.language import ActivationReader, check_contexts, check_model_name, hook_layer
-from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, KsvdSaeError
+from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, KsvdSaeError, ShapeError
+from ksvd_sae.evals.loss.splice import SpliceEvaluator
 from ksvd_sae.run import pipeline
 from ksvd_sae.run.config import parse_config
 from tests import tiny_models, tolerances
@@ -40,6 +42,45 @@ def test_activations_are_those_of_the_whole_model(model: Any, tokens_BL: Tensor,
     assert found_ND.shape[0] == 3 * 20 - 4
     assert found_ND.dtype == torch.float32
     assert not found_ND.requires_grad
+
+
+def beyond(tokens_BL: Tensor, token: int) -> Tensor:
+    """With one id, in two places, that is none of the model's."""
+    tokens_BL = tokens_BL.clone()
+    tokens_BL[1, 3] = tokens_BL[2, 0] = token
+    return tokens_BL
+
+
+@pytest.mark.parametrize("token", [tiny_models.VOCABULARY_SIZE, 10**6, -1])
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda model, tokens_BL: ActivationReader(model, HOOK).read(tokens_BL),
+        lambda model, tokens_BL: read_gradients(ActivationReader(model, HOOK), tokens_BL),
+        lambda model, tokens_BL: SpliceEvaluator(model, HOOK, tokens_BL, norm_limit=None),
+    ],
+    ids=["read", "read_gradients", "SpliceEvaluator"],
+)
+def test_token_ids_beyond_the_vocabulary(run: Any, token: int, model: Any, tokens_BL: Tensor) -> None:
+    with pytest.raises(ShapeError, match="2 token ids are none of model") as caught:
+        run(model, beyond(tokens_BL, token))
+    assert f"{token}, at context 1, position 3" in str(caught.value)
+    assert f"0 to {tiny_models.VOCABULARY_SIZE - 1}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [torch.zeros(3, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64), torch.ones(2, 3), torch.ones(2, 3) > 0],
+    ids=["one context", "none", "no integers", "a mask"],
+)
+def test_tokens_that_are_no_contexts(tokens: Tensor, model: Any) -> None:
+    with pytest.raises(ShapeError, match="contexts of token ids"):
+        ActivationReader(model, HOOK).read(tokens)
+
+
+def test_any_integers_are_token_ids(model: Any, tokens_BL: Tensor) -> None:
+    reader = ActivationReader(model, HOOK)
+    assert torch.equal(reader.read(tokens_BL.to(torch.int32)), reader.read(tokens_BL))
 
 
 def test_activations_are_those_of_transformers(model: Any, hf_model: Any, tokens_BL: Tensor) -> None:

@@ -18,7 +18,7 @@ from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, run_harvest
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.splitting import Split
-from ksvd_sae.activations.text import TextConfig, contexts
+from ksvd_sae.activations.text import Packing, TextConfig, contexts
 from ksvd_sae.errors import TextError
 from ksvd_sae.store import MANIFEST, content_hash
 from tests import tiny_models
@@ -161,7 +161,12 @@ def test_token_ids_are_split_as_text_is(tmp_path: Path) -> None:
 def test_gradients_are_of_the_training_text(tmp_path: Path, model: Any, tokenizer: Any) -> None:
     book = " ".join(tiny_models.documents(40))
     given = harvest_of(
-        [book], model={"name": "tiny", "hook": HOOK}, context_tokens=16, outlier_factor=None, gradient_tokens=200
+        [book],
+        model={"name": "tiny", "hook": HOOK},
+        context_tokens=16,
+        outlier_factor=None,
+        gradient_tokens=200,
+        prepend_bos=True,
     )
     reader = ActivationReader(model, HOOK)
     shards = run_harvest(given, tmp_path, lambda: reader)
@@ -192,17 +197,17 @@ def test_the_manifest_says_so(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the split itself
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=70), st.integers(0, 40), st.integers(2, 12))
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=70), st.integers(0, 40), st.integers(2, 12), st.booleans())
 def test_every_token_is_kept_left_out_in_the_gap_or_given_to_training(
-    sizes: list[int], n_contexts: int, context_tokens: int
+    sizes: list[int], n_contexts: int, context_tokens: int, bos: bool
 ) -> None:
     numbers = iter(range(1, sum(sizes) + 1))
     drawn: list[Readable] = [" ".join(str(next(numbers)) for _ in range(size)) for size in sizes]
     tokenizer = NumberTokenizer()
-    packed = list(contexts(iter(drawn), tokenizer, context_tokens))
+    packed = list(contexts(iter(drawn), tokenizer, context_tokens, prepend_bos=bos))
     n_contexts = min(n_contexts, len(packed))
     used = [token for context in packed[:n_contexts] for token in context.tolist() if token != BOS]
-    split = Split.after(n_contexts, drawn, tokenizer, context_tokens)
+    split = Split.after(n_contexts, drawn, tokenizer, Packing.of(tokenizer, context_tokens, bos))
     kept = [number for text in split.heldout(drawn, tokenizer) for number in numbers_of(text)]
     assert kept == used == list(range(1, len(used) + 1))
     after: Iterator[Document] = iter(["1000000"])

@@ -13,11 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ksvd_sae.activations.documents import TokenIds
 from ksvd_sae.activations.text import TextConfig, contexts, documents
 from ksvd_sae.errors import HubError, TextError
 from tests import tiny_models
 
-BOS = 0
+BOS, EOS = 0, 99
 # Tokens of each document. The tokenizer gets 64 documents at once: packing must go on from one such batch to the next.
 SIZES = st.sampled_from((0, 1, 2, 7, 64, 65, 150)).flatmap(
     lambda n: st.lists(st.integers(1, 9), min_size=n, max_size=n)
@@ -28,14 +29,15 @@ class NumberTokenizer:
     """Tokens are numbers written out: '5 7' is [5, 7]."""
 
     bos_token_id: int | None = BOS
+    eos_token_id: int | None = EOS
 
     def __call__(self, batch: list[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
         assert not add_special_tokens
         return {"input_ids": [[int(word) for word in text.split()] for text in batch]}
 
 
-def pack(texts: list[str], context_tokens: int, tokenizer: Any = None) -> list[list[int]]:
-    return [c.tolist() for c in contexts(iter(texts), tokenizer or NumberTokenizer(), context_tokens)]
+def pack(texts: list[Any], context_tokens: int, tokenizer: Any = None, **options: Any) -> list[list[int]]:
+    return [c.tolist() for c in contexts(iter(texts), tokenizer or NumberTokenizer(), context_tokens, **options)]
 
 
 def numbered(sizes: list[int]) -> list[str]:
@@ -63,6 +65,29 @@ def numbered(sizes: list[int]) -> list[str]:
 )
 def test_packing(texts: list[str], context_tokens: int, expected: list[list[int]]) -> None:
     assert pack(texts, context_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "context_tokens", "expected"),
+    [
+        pytest.param(["1 2 3 4"], 4, [[1, 2, 3, 4]], id="exactly one"),
+        pytest.param(["1 2 3"], 4, [], id="too short"),
+        pytest.param(["1 2", "3 4 5 6 7"], 4, [[1, 2, EOS, 3], [4, 5, 6, 7]], id="EOS between documents"),
+        pytest.param(["1 2 3", "4"], 2, [[1, 2], [3, EOS]], id="EOS at the end"),
+        pytest.param(["1 2", "3 4"], 2, [[1, 2], [EOS, 3]], id="EOS at the beginning"),
+        pytest.param(["", "1 2"], 2, [[1, 2]], id="an empty document"),
+        pytest.param([TokenIds([1, 2]), TokenIds([3, 4])], 2, [[1, 2], [3, 4]], id="ids that fill a context"),
+        pytest.param([TokenIds([BOS, 1, 2])], 2, [[1, 2]], id="ids with a BOS"),
+    ],
+)
+def test_packing_without_bos(texts: list[Any], context_tokens: int, expected: list[list[int]]) -> None:
+    assert pack(texts, context_tokens, prepend_bos=False) == expected
+
+
+def test_packing_with_neither_bos_nor_eos() -> None:
+    tokenizer = NumberTokenizer()
+    tokenizer.bos_token_id = tokenizer.eos_token_id = None
+    assert pack(["1 2 3", "", "4 5 6"], 2, tokenizer, prepend_bos=False) == [[1, 2], [3, 4], [5, 6]]
 
 
 @given(SIZES, st.integers(2, 17))
@@ -114,8 +139,9 @@ def test_documents_are_read_only_as_needed() -> None:
 def test_tokenizer_without_bos() -> None:
     tokenizer = NumberTokenizer()
     tokenizer.bos_token_id = None
-    with pytest.raises(TextError, match="BOS"):
+    with pytest.raises(TextError, match="BOS") as caught:
         pack(["1"], 4, tokenizer)
+    assert "harvest.prepend_bos" in str(caught.value.cure)
 
 
 # ---------------------------------------------------------------- folders

@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.absorption import AbsorptionEval
 from ksvd_sae.evals.absorption import probes as absorption_probes
@@ -298,8 +299,10 @@ def test_second_call_reuses(finished: tuple[Run, dict[str, Path], Any], loads: l
         ({"prompt_template": "{word} begins with the letter:"}, {}, True),
         ({}, {"dtype": "bfloat16"}, True),
         ({}, {"model_name": "another"}, True),
+        ({}, {"weights": OwnWeights(Path("folder"), "folder", None, "c0ffee")}, True),
+        ({}, {"prepend_bos": False}, True),
     ],
-    ids=["of the scores", "seed", "sample", "prompt", "dtype", "model"],
+    ids=["of the scores", "seed", "sample", "prompt", "dtype", "model", "weights", "BOS"],
 )
 def test_what_is_found_again_was_made_from_the_same(
     change: dict[str, Any], setting: dict[str, Any], new_probes: bool, run: Run, monkeypatch: pytest.MonkeyPatch

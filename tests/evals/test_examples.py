@@ -42,7 +42,7 @@ from tests.tiny_saes import (
 SETTING = ExampleSetting(
     atoms=12, examples=3, tokens=400, context_tokens=CONTEXT_TOKENS, batch_contexts=4, norm_limit=None, seed=0
 )
-BOS = 2
+EOS, BOS = 1, 2
 
 
 def setting(**changes: Any) -> ExampleSetting:
@@ -80,14 +80,17 @@ def found_in(sae: Any, text: ReadText, reader: ActivationReader, **changes: Any)
 # ---------------------------------------------------------------- text
 
 
-def test_text_is_what_the_harvest_reads(reader: ActivationReader, documents: Path, text: ReadText) -> None:
-    assert text.tokens_CL.shape == (400 // (CONTEXT_TOKENS - 1), CONTEXT_TOKENS)
-    assert bool((text.tokens_CL[:, 0] == BOS).all())
+@pytest.mark.parametrize("bos", [True, False])
+def test_text_is_what_the_harvest_reads(bos: bool, reader: ActivationReader, documents: Path) -> None:
+    text = read_text(reader, iter(texts_of(documents)), SETTING, bos)
+    assert text.tokens_CL.shape == (400 // (CONTEXT_TOKENS - bos), CONTEXT_TOKENS)
+    assert bool((text.tokens_CL[:, 0] == BOS).all()) is bos
+    assert bool((text.tokens_CL == BOS).any()) is bos
     assert torch.equal(text.x_ND, reader.read(text.tokens_CL))
     # Documents, put together again from the contexts, are those that were given.
     words: dict[int, list[str]] = {}
     for token, document in zip(text.tokens_CL.flatten().tolist(), text.document_CL.flatten().tolist(), strict=True):
-        if token != BOS:
+        if token not in (BOS, EOS):
             words.setdefault(document, []).append(reader.model.tokenizer.decode([token]))
     whole = [" ".join(document) for document in words.values()]
     given = texts_of(documents)[: len(whole)]

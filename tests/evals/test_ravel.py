@@ -24,6 +24,7 @@ from sae_bench.evals.ravel.instance import RAVELInstance
 from sae_bench.sae_bench_utils import activation_collection, general_utils
 from torch import Tensor, nn
 
+from ksvd_sae.activations.weights import find_weights
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.evals.panel import run_evals
@@ -247,6 +248,32 @@ def test_any_decoder(
     assert all(value is not None and math.isfinite(value) for value in read_metrics(files["identity"]).values())
     # What the identity leaves unchanged is unchanged: isolation fails only where the mask says so.
     assert read_metrics(files["identity"])["isolation_score"] > 0.5
+
+
+def test_weights_of_ones_own(
+    once: Path, prompts: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAVEL loads the model by its name in transformers' form: it gets what lies in the folder."""
+    for module in (stock, mdbm):
+        monkeypatch.setattr(module, "gc", SimpleNamespace(collect=lambda: 0))
+    tiny_language_model("gpt_neox").save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    setting = replace(setting_in(tmp_path, prompts("gpt_neox")), weights=find_weights(str(tmp_path / "tuned"), None))
+    with torch.no_grad():
+        files = run(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path / "out")
+    (path,) = (once / "out").rglob("topk-sae-*.json")
+    assert read_metrics(files["topk-sae"]) == read_metrics(path)
+    # Answers of the one are not taken for the other's.
+    kept = [{path.name for path in (folder / "artifacts").iterdir()} for folder in (once, tmp_path)]
+    assert kept[0].isdisjoint(kept[1])
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_prompts_begin_as_the_harvests_contexts_did(bos: bool, models: Models) -> None:
+    asked: list[list[int]] = []
+    with replaced(adapters.loaded_once({}, lambda model, tokenizer: asked.append(tokenizer.encode("iron")), None, bos)):
+        stock.AutoModelForCausalLM.from_pretrained(MODEL_NAME)
+    assert [ids[0] == tiny_tokenizer().bos_token_id for ids in asked] == [bos]
 
 
 # ---------------------------------------------------------------- layers and positions

@@ -101,9 +101,9 @@ def publish(cache: Path, kind: str, norm: float = 1.0, **changes: Any) -> Publis
     return PublishedSAEMethod(repo_id=REPOSITORY, path=FOLDER, format="dictionary_learning")
 
 
-def take(config: PublishedSAEMethod, folder: Path, d_in: int = D_IN) -> dict[str, Any]:
+def take(config: PublishedSAEMethod, folder: Path, d_in: int = D_IN, **run: Any) -> dict[str, Any]:
     """What its manifest says."""
-    return take_published(config, folder, model_name=MODEL, hook_name=HOOK, d_in=d_in).manifest(0.0)
+    return take_published(config, folder, model_name=MODEL, hook_name=HOOK, d_in=d_in, **run).manifest(0.0)
 
 
 def inputs() -> Tensor:
@@ -158,6 +158,12 @@ def test_it_does_what_saelens_makes_of_it(cache: Path, tmp_path: Path, kind: str
     assert_does_the_same(ours, theirs, norms_M)
     unit_M = torch.linalg.vector_norm(ours.W_dec.detach(), dim=1)
     assert float((unit_M - 1).abs().max()) < UNIT_NORM[torch.float32]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_evals_begin_texts_as_the_run_does_where_it_does_not_say(bos: bool, cache: Path, tmp_path: Path) -> None:
+    take(publish(cache, "topk"), tmp_path / "sae", prepend_bos=bos)
+    assert load_sae(tmp_path / "sae", torch.device("cpu")).cfg.metadata.prepend_bos is bos
 
 
 def test_what_is_kept_is_safe_and_says_where_it_came_from(cache: Path, tmp_path: Path) -> None:

@@ -307,6 +307,7 @@ def test_notes_say_that_a_document_is_in_both_parts() -> None:
     config, split = run_config(["db-ksvd"]), {"drawn": 1, "whole": 0, "cut_tokens": 120, "gap_tokens": 128}
     assert "scored on other documents." in comparison_notes(config)[0]
     assert "scored on other documents." in comparison_notes(config, {**split, "cut_tokens": 0})[0]
+    assert comparison_notes(config, prepend_bos=False)[0].endswith("documents. Contexts begin without a BOS.")
     assert "scored on other text; a document that is cut goes on, 128 tokens" in comparison_notes(config, split)[0]
 
 

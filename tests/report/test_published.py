@@ -105,6 +105,18 @@ def test_a_model_without_published_scores(frame: pd.DataFrame, model: dict[str, 
     assert "\n" not in line
 
 
+def test_weights_of_ones_own_are_another_model(frame: pd.DataFrame) -> None:
+    config = run_config({**GEMMA, "weights": "someone/tuned"})
+    line = published_section(config, frame, "0.6.0", CONTROLS)
+    assert line == "No published scores to compare with: they are of google/gemma-2-2b with its own weights."
+
+
+def test_contexts_without_a_bos_stand_in_the_way(frame: pd.DataFrame) -> None:
+    section = published_section(run_config(), frame, "0.6.0", CONTROLS, prepend_bos=False)
+    assert isinstance(section, Section)
+    assert all("contexts without a BOS, theirs with one" in row[-1] for row in section.rows)
+
+
 def test_a_width_without_published_scores(frame: pd.DataFrame) -> None:
     other = frame.assign(d_sae=2048)
     line = published_section(run_config(), other, "0.6.0", CONTROLS)

@@ -145,7 +145,7 @@ class TestUnknownKey:
         ("key", "valid"),
         [
             ("zzz", "dictionaries, evaluation, harvest, model, name, report, seed, text"),
-            ("model.zzz", "dtype, hook, name, source"),
+            ("model.zzz", "dtype, hook, name, revision, source, weights"),
             # pca is also the tag of its kind: the key's path must keep it once.
             ("dictionaries.pca.zzz", "valid keys here: k, kind, view"),
         ],
@@ -172,6 +172,7 @@ class TestWrongValue:
             ("harvest.gradient_tokens", -1, ["harvest.gradient_tokens: ", "greater than or equal to 0", "got: -1"]),
             ("harvest.gradient_batch_contexts", 0, ["harvest.gradient_batch_contexts: ", "greater than or equal to 1"]),
             ("harvest.outlier_factor", 0.5, ["harvest.outlier_factor: ", "greater than 1"]),
+            ("harvest.prepend_bos", "maybe", ["harvest.prepend_bos: ", "'auto', True or False", "got: 'maybe'"]),
             ("harvest", 3, ["harvest: ", "got: 3"]),
             ("model.dtype", "float8", ["model.dtype: ", "'float32'", "'float8'"]),
             ("device", "tpu", ["device: ", "'cuda'", "'tpu'"]),

@@ -16,6 +16,7 @@ import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
 
 from ksvd_sae.activations.gradients import GRADIENTS_FILE, GradientMoments, gradients_folder, gradients_key
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
@@ -107,6 +108,62 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if not issubclass(kind, Derived):
             monkeypatch.setattr(kind, "train", counted(kind))
     return done
+
+
+# ---------------------------------------------------------------- the model
+
+
+def own_weights(folder: Path) -> Path:
+    """A folder that is taken for a model's until it is loaded."""
+    folder.mkdir()
+    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_saes_say_what_they_are_of(place: Path) -> None:
+    """Which weights, and whether contexts began with a BOS: as learned, as loaded, and as evals are told."""
+    folder = own_weights(place / "tuned")
+    config = parse_config({**deepcopy(RAW), "model": {**RAW["model"], "weights": str(folder)}})
+    shutil.copytree(config_with().harvested.folder(place / "cache"), config.harvested.folder(place / "cache"))
+    path = config.harvested.folder(place / "cache") / MANIFEST
+    write_manifest(path.parent, "harvest", config.harvested.key, **facts_of(path), prepend_bos=False)
+    run = run_in(place, config)
+    content = str(config.model.content_hash())
+    for trained in run.train():
+        stored = json.loads(next(trained.folder.rglob("cfg.json")).read_text())["metadata"]
+        for metadata in (stored, run.load_sae(trained).cfg.metadata.to_dict()):
+            assert metadata["model_weights"] == {"name": "tuned", "content": content}, trained.name
+            assert metadata["prepend_bos"] is False
+    assert run.eval_setting.model == {"name": "some/model", "weights": content, "prepend_bos": False}
+    assert run.evaluate()["prepend_bos"] is False
+
+
+def facts_of(manifest: Path) -> dict[str, Any]:
+    given = ("stage", "hash", "key", "versions", "commit", "written", "prepend_bos")
+    return {name: value for name, value in json.loads(manifest.read_text()).items() if name not in given}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "harvested", "told"),
+    [("auto", True, None), ("auto", False, False), (True, True, True), (False, False, False)],
+)
+def test_what_evals_are_told_of_bos(wanted: Any, harvested: bool, told: bool | None, place: Path) -> None:
+    """Nothing where it is as ever: what was scored so is found again."""
+    config = config_with(harvest={**RAW["harvest"], "prepend_bos": wanted})
+    folder = config.harvested.folder(place / "cache")
+    if not folder.exists():
+        shutil.copytree(config_with().harvested.folder(place / "cache"), folder)
+    write_manifest(folder, "harvest", config.harvested.key, **facts_of(folder / MANIFEST), prepend_bos=harvested)
+    assert run_in(place, config).eval_setting.prepend_bos is told
+
+
+def test_weights_that_changed_at_their_place(place: Path) -> None:
+    folder = own_weights(place / "tuned")
+    config = parse_config({**deepcopy(RAW), "model": {**RAW["model"], "weights": str(folder)}})
+    before = run_in(place, config).harvest_folder
+    save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+    assert run_in(place, config).harvest_folder != before
 
 
 # ---------------------------------------------------------------- train
@@ -651,7 +708,10 @@ def test_atoms_in_context_are_those_of_the_run(place: Path, monkeypatch: pytest.
 
     asked: list[Any] = []
 
-    def record(panel: Any, setting: Any, documents: Path, reader: Any, harvest: str, output: Path) -> dict[str, Path]:
+    def record(
+        panel: Any, setting: Any, documents: Path, reader: Any, harvest: str, output: Path, *, prepend_bos: bool
+    ) -> dict[str, Path]:
+        assert prepend_bos
         asked.append((panel, setting, documents, harvest, output))
         return {"pca": output / "pca-0.json"}
 

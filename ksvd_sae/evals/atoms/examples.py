@@ -21,7 +21,7 @@ from torch import Tensor
 from ksvd_sae.activations.documents import Document, read_documents
 from ksvd_sae.activations.harvest import HarvestConfig
 from ksvd_sae.activations.language import ActivationReader
-from ksvd_sae.activations.text import contexts
+from ksvd_sae.activations.text import Packing, contexts
 from ksvd_sae.errors import EvaluationError, ShapeError
 from ksvd_sae.evals.atoms import AtomsConfig
 from ksvd_sae.evals.atoms.logit_lens import logit_lens
@@ -91,7 +91,15 @@ def run_examples(
         norm_limit=heldout.outlier_limit,
         seed=seed,
     )
-    return evaluate_examples(panel, setting, heldout.documents, heldout.reader, heldout.harvest_hash, output)
+    return evaluate_examples(
+        panel,
+        setting,
+        heldout.documents,
+        heldout.reader,
+        heldout.harvest_hash,
+        output,
+        prepend_bos=heldout.shards.prepend_bos,
+    )
 
 
 def evaluate_examples(
@@ -101,6 +109,8 @@ def evaluate_examples(
     reader: Callable[[], ActivationReader],
     harvest_hash: str,
     output: Path,
+    *,
+    prepend_bos: bool = True,
 ) -> dict[str, Path]:
     """Atoms in context of each panelist, computed once.
 
@@ -108,6 +118,7 @@ def evaluate_examples(
         documents: JSONL with the held-out documents under 'text'.
         reader: called once, and only if a panelist has no result yet.
         harvest_hash: of model, hook and text.
+        prepend_bos: whether the harvest's contexts began with a BOS.
     Returns: panelist -> JSON file.
     Raises: EvaluationError (no token to code), ShapeError (a dictionary of another model or hook).
     """
@@ -118,7 +129,7 @@ def evaluate_examples(
         return files
     started = time.perf_counter()
     read = reader()
-    text = read_text(read, read_documents(documents), setting)
+    text = read_text(read, read_documents(documents), setting, prepend_bos)
     texts = TokenTexts(read.model.tokenizer)
     logger.info("examples: read %d tokens in %.1f s", len(text.x_ND), time.perf_counter() - started)
     for panelist in missing:
@@ -129,10 +140,15 @@ def evaluate_examples(
     return files
 
 
-def read_text(reader: ActivationReader, texts: Iterator[Document], setting: ExampleSetting) -> ReadText:
+def read_text(
+    reader: ActivationReader, texts: Iterator[Document], setting: ExampleSetting, prepend_bos: bool = True
+) -> ReadText:
     """Run the model over the text's first contexts."""
-    n_contexts = max(1, setting.tokens // (setting.context_tokens - 1))
-    packed = list(islice(contexts(texts, reader.model.tokenizer, setting.context_tokens), n_contexts))
+    tokenizer = reader.model.tokenizer
+    packing = Packing.of(tokenizer, setting.context_tokens, prepend_bos)
+    n_contexts = max(1, setting.tokens // packing.step)
+    stream = contexts(texts, tokenizer, setting.context_tokens, prepend_bos=prepend_bos)
+    packed = list(islice(stream, n_contexts))
     if not packed:
         raise EvaluationError(
             "examples: the held-out text fills no context",
@@ -145,9 +161,10 @@ def read_text(reader: ActivationReader, texts: Iterator[Document], setting: Exam
     ordinary_CL = reader.ordinary(tokens_CL.to(reader.model.cfg.device)).cpu()
     kept_N = torch.linalg.vector_norm(x_ND, dim=1) <= (setting.norm_limit or float("inf"))
     coded_CL = torch.zeros_like(ordinary_CL).masked_scatter(ordinary_CL, kept_N)
-    # Inside a context, BOS stands between two documents; the one at a context's start does not begin another.
-    begins_CL = tokens_CL == reader.model.tokenizer.bos_token_id
-    begins_CL[:, 0] = False
+    # The BOS at a context's start does not begin another document; what stands between two of them does.
+    begins_CL = torch.zeros_like(ordinary_CL) if packing.between is None else tokens_CL == packing.between
+    if packing.begin is not None:
+        begins_CL[:, 0] = False
     document_CL = begins_CL.flatten().cumsum(0).reshape(begins_CL.shape)
     if not bool(kept_N.any()):
         raise EvaluationError("examples: every token of the held-out text is special or an outlier")

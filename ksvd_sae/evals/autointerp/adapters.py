@@ -6,6 +6,7 @@ from sae_bench.sae_bench_utils import dataset_utils
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.autointerp.judging import Judging, autointerp_class, client_class, output_class
 from ksvd_sae.evals.llm_cache import TensorCache, model_fingerprint, tokens_hash
@@ -22,11 +23,16 @@ def judged_by(judging: Judging, seed: int) -> Changes:
     }
 
 
-def enough_text() -> Changes:
-    """An error that says which data set is too short, and by how much."""
+def enough_text(prepend_bos: bool | None = None) -> Changes:
+    """An error that says which data set is too short, and by how much.
+
+    Args: prepend_bos: False: contexts do not begin with a BOS, which SAEBench would write over their first token.
+    """
     original = dataset_utils.load_and_tokenize_dataset
 
     def load(dataset_name: str, ctx_len: int, num_tokens: int, tokenizer: Any, *args: Any, **options: Any) -> Any:
+        if prepend_bos is False:
+            options["add_bos"] = False
         try:
             return original(dataset_name, ctx_len, num_tokens, tokenizer, *args, **options)
         except AssertionError as error:
@@ -40,7 +46,7 @@ def enough_text() -> Changes:
     return {"sae_bench.sae_bench_utils.dataset_utils.load_and_tokenize_dataset": load}
 
 
-def activations_kept(cache: TensorCache | None) -> Changes:
+def activations_kept(cache: TensorCache | None, weights: OwnWeights | None = None) -> Changes:
     """``run_with_cache(tokens, stop_at_layer=…, names_filter=hook)`` is answered from ``cache``, if there is one.
 
     Autointerp reads the activations and not the model's output; calls of any other form go to the model.
@@ -58,7 +64,7 @@ def activations_kept(cache: TensorCache | None) -> Changes:
         if id(self) not in fingerprints:
             # One model at a time: SAEBench has dropped the one before.
             fingerprints.clear()
-            fingerprints[id(self)] = model_fingerprint(self)
+            fingerprints[id(self)] = model_fingerprint(self, weights)
         asked = {"hook": hook, "asked": "run_with_cache", "tokens": tokens_hash(tokens_BL)}
         key = content_hash({"model": fingerprints[id(self)], **asked})
         if (kept := cache.get(key, tokens_BL.device)) is not None:

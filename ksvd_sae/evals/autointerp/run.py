@@ -49,8 +49,8 @@ def run_autointerp(panel: list[Panelist], config: AutoInterpEval, setting: EvalS
             replaced(
                 heads_flattened(),
                 judged_by(judging, config.seed),
-                enough_text(),
-                activations_kept(setting.cache),
+                enough_text(setting.prepend_bos),
+                activations_kept(setting.cache, setting.weights),
             ),
         ):
             _outside_event_loops(

@@ -24,7 +24,7 @@ def run_core(panel: list[Panelist], config: CoreEval, setting: EvalSetting, outp
 
     def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         errors = collected_errors(core.__name__, reasons)
-        shared = {} if setting.cache is None else shared_core_runs(setting.cache, setting.memory_bytes)
+        shared = {} if setting.cache is None else shared_core_runs(setting.cache, setting.memory_bytes, setting.weights)
         with working_directory(setting.data_folder), errors, replaced(nan_stays_nan, shared):
             core.multiple_evals(
                 selected_saes=saes,

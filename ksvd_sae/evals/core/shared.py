@@ -19,6 +19,7 @@ from sae_bench.evals.core import main as core
 from torch import Tensor
 
 from ksvd_sae.activations.splicing import Arithmetic, NextTokenLosses, RunsFromHook, Started
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.evals.llm_cache import TensorCache, model_fingerprint, tokens_hash
 from ksvd_sae.replaced import Changes
 from ksvd_sae.store import content_hash
@@ -30,7 +31,7 @@ _EXACT_UP_TO = 60.0
 _FLATTENED_BY_CORE = ("hook_q", "hook_k", "hook_v", "hook_z")
 
 
-def shared_core_runs(cache: TensorCache, memory_bytes: int) -> Changes:
+def shared_core_runs(cache: TensorCache, memory_bytes: int, weights: OwnWeights | None = None) -> Changes:
     """The SAEs that core is given share the model's runs.
 
     Two functions of SAEBench's get what they ask of the model from here. An SAE on a single head of a hook goes
@@ -38,8 +39,9 @@ def shared_core_runs(cache: TensorCache, memory_bytes: int) -> Changes:
 
     Args: cache: for what the model gave.  memory_bytes: for probabilities of the model as it is, which are too large
         for a disk (a gigabyte for 1,000 tokens of Gemma); what does not fit is computed again for each SAE.
+        weights: of the model, where they are not those of its name.
     """
-    shared = _SharedRuns(cache, memory_bytes)
+    shared = _SharedRuns(cache, memory_bytes, weights)
     loss, sparsity = core.get_recons_loss, core.get_sparsity_and_variance_metrics
 
     def recons_loss(sae: Any, model: Any, batch_tokens: Tensor, *rest: Any, **options: Any) -> dict[str, Any]:
@@ -64,27 +66,28 @@ class _SharedRuns:
 
     cache: TensorCache
     memory_bytes: int
+    weights: OwnWeights | None
     _of: dict[tuple[int, str], "_HookRuns"] = field(default_factory=dict)
 
     def of(self, model: Any, hook: str) -> "_HookRuns":
         key = (id(model), hook)
         if key not in self._of:
             # One model at a time: SAEBench has dropped the one before.
-            self._of = {key: _HookRuns(model, hook, self.cache, self.memory_bytes)}
+            self._of = {key: _HookRuns(model, hook, self.cache, self.memory_bytes, self.weights)}
         return self._of[key]
 
 
 class _HookRuns:
     """What one model gives around one hook."""
 
-    def __init__(self, model: Any, hook: str, cache: TensorCache, memory_bytes: int):
-        self.model, self.hook, self.cache = model, hook, cache
+    def __init__(self, model: Any, hook: str, cache: TensorCache, memory_bytes: int, weights: OwnWeights | None):
+        self.model, self.hook, self.cache, self._weights = model, hook, cache, weights
         self.runs = RunsFromHook(model, hook)
         self._next_token = NextTokenLosses(model, _AsCore(), memory_bytes)
 
     @cached_property
     def _fingerprint(self) -> str:
-        return model_fingerprint(self.model)
+        return model_fingerprint(self.model, self._weights)
 
     def key(self, asked: str, tokens_BL: Tensor) -> str:
         """Under which an answer of the model is kept."""

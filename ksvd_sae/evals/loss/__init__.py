@@ -111,7 +111,10 @@ class LossEval(MeasuredHere):
 
             reader = heldout.reader()
             texts = read_documents(heldout.documents)
-            tokens = list(islice(contexts(texts, reader.model.tokenizer, self.context_tokens), self.contexts))
+            stream = contexts(
+                texts, reader.model.tokenizer, self.context_tokens, prepend_bos=heldout.shards.prepend_bos
+            )
+            tokens = list(islice(stream, self.contexts))
             if len(tokens) < self.contexts:
                 raise TextError(
                     f"loss: the held-out documents have {len(tokens)} contexts of {self.context_tokens} tokens",

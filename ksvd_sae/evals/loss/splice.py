@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.language import ActivationReader, check_tokens
 from ksvd_sae.activations.splicing import Exact, NextTokenLosses, RunsFromHook, Started
 from ksvd_sae.errors import ActivationError, ConfigError, EvaluationError, ShapeError
 
@@ -121,7 +121,8 @@ class SpliceEvaluator:
         self._reader = ActivationReader(model, hook)
         self.model, self.hook = model, hook
         self._runs = RunsFromHook(model, hook)
-        tokens_BL = _checked_tokens(tokens_BL).to(model.cfg.device)
+        check_tokens(model, tokens_BL, "splice", least=2)
+        tokens_BL = tokens_BL.to(model.cfg.device)
         if ablation not in get_args(Ablation):
             raise ConfigError("splice: unknown ablation", got=repr(ablation), limit=" or ".join(get_args(Ablation)))
         self._limit = float("inf") if norm_limit is None else norm_limit
@@ -234,16 +235,6 @@ def _replace_rows(replaced_BL: Tensor, rebuilt_ND: Tensor, activation: Tensor) -
     spliced = activation.clone()
     spliced[replaced_BL] = rebuilt_ND.to(spliced).reshape(-1, *spliced.shape[2:])
     return spliced
-
-
-def _checked_tokens(tokens_BL: Tensor) -> Tensor:
-    if tokens_BL.ndim != 2 or tokens_BL.shape[0] < 1 or tokens_BL.shape[1] < 2 or tokens_BL.is_floating_point():
-        raise ShapeError(
-            "splice: tokens must be contexts of token ids",
-            got=f"{tokens_BL.dtype} of shape {tuple(tokens_BL.shape)}",
-            limit="integers (contexts ≥ 1, tokens ≥ 2)",
-        )
-    return tokens_BL
 
 
 def _checked_rows(rebuilt_ND: Tensor, x_ND: Tensor, name: str) -> Tensor:

@@ -16,7 +16,9 @@ from sae_bench.evals.ravel.instance import RAVELInstance
 from sae_bench.sae_bench_utils import activation_collection
 from torch import Tensor, nn
 
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.saebench.bos import begin_texts
 from ksvd_sae.replaced import Changes
 
 # Llama's place, which most share; what text models inside image models have; Pythia's; OPT's; GPT-2's.
@@ -149,23 +151,34 @@ def _activations(model: Any, layer: int, inputs: Any, position_B: Tensor) -> Ten
     return rows[0]
 
 
-def loaded_once(loaded: dict[Any, Any], prepare: Callable[[Any, Any], None]) -> Changes:
+def loaded_once(
+    loaded: dict[Any, Any],
+    prepare: Callable[[Any, Any], None],
+    weights: OwnWeights | None = None,
+    prepend_bos: bool | None = None,
+) -> Changes:
     """Model and tokenizer are loaded once for a panel, the model as an eval needs it.
 
     Args:
         loaded: filled here; what was loaded before is taken from it.
         prepare: called with model and tokenizer before the first SAE of a call is evaluated.
+        weights, prepend_bos: as ``EvalSetting`` has them.
     """
     load_model, load_tokenizer = ravel.AutoModelForCausalLM.from_pretrained, ravel.AutoTokenizer.from_pretrained
+    # Never pickled ones, nor with code of their own.
+    safely = {"use_safetensors": True, "trust_remote_code": False}
 
     def tokenizer(name: str) -> Any:
         if ("tokenizer", name) not in loaded:
-            loaded["tokenizer", name] = load_tokenizer(name)
+            loaded["tokenizer", name] = load_tokenizer(name) if weights is None else weights.tokenizer(name)
+            if prepend_bos is not None:
+                begin_texts(loaded["tokenizer", name], prepend_bos)
         return loaded["tokenizer", name]
 
     def model(name: str, **options: Any) -> Any:
         if ("model", name) not in loaded:
-            loaded["model", name] = ModelForInference(load_model(name, **options))
+            place, more = (name, {}) if weights is None else (str(weights.folder), safely)
+            loaded["model", name] = ModelForInference(load_model(place, **options, **more))
         prepare(loaded["model", name], tokenizer(name))
         return loaded["model", name]
 

@@ -58,7 +58,7 @@ def run_ravel(panel: list[Panelist], config: RavelEval, setting: EvalSetting, ou
                 adapters.activations_kept(activations),
                 adapters.entity_positions_without_bos(),
                 adapters.no_score_of_no_pairs(),
-                adapters.loaded_once(loaded, prepare),
+                adapters.loaded_once(loaded, prepare, setting.weights, setting.prepend_bos),
             ),
         ):
             for name, sae in saes:

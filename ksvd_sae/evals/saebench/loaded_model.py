@@ -14,16 +14,24 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
+from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.evals.llm_cache import model_fingerprint
+from ksvd_sae.evals.saebench.bos import begin_texts
 from ksvd_sae.replaced import replaced
 
 logger = logging.getLogger(__name__)
 
 
 class LoadedModel:
-    """The model that was asked for last; ``HookedTransformer.from_pretrained_no_processing`` gives it while in use."""
+    """The model that was asked for last; ``HookedTransformer.from_pretrained_no_processing`` gives it while in use.
 
-    def __init__(self) -> None:
+    Args:
+        weights: in place of those that its name stands for.
+        prepend_bos: whether texts that it gets begin with a BOS; None leaves that to its tokenizer.
+    """
+
+    def __init__(self, weights: OwnWeights | None = None, prepend_bos: bool | None = None) -> None:
+        self._weights, self._prepend_bos = weights, prepend_bos
         self._load: Any = None
         self._asked: Any = None
         self._model: Any = None
@@ -44,12 +52,20 @@ class LoadedModel:
             self.release()
             # sae-probes loads in inference mode: such weights could never take part in autograd again.
             with torch.inference_mode(False):
-                self._model = self._load(model_name, **options)
+                self._model = self._loaded(model_name, **options)
             self._asked, self._was = asked, model_fingerprint(self._model)
             self._tokenizer_was = _plain_state(self._model.tokenizer)
         self._model.reset_hooks()
         vars(self._model.tokenizer).update(copy.deepcopy(self._tokenizer_was))
         return self._model
+
+    def _loaded(self, model_name: str, **options: Any) -> HookedTransformer:
+        own = self._weights
+        model = self._load(model_name, **options) if own is None else own.hooked(self._load, model_name, **options)
+        if self._prepend_bos is not None:
+            begin_texts(model.tokenizer, self._prepend_bos)
+            model.cfg.default_prepend_bos = model.cfg.tokenizer_prepends_bos = self._prepend_bos
+        return model
 
     def release(self) -> None:
         """Forget the model, where something large is to take its place in memory."""

@@ -37,7 +37,7 @@ _FOLLOWS_FROM = "follows_from"
 
 def made_by(setting: EvalSetting) -> dict[str, Any]:
     """What all that SAEBench makes follows from, besides an eval's settings and the data."""
-    return {"model": setting.model_name, "dtype": setting.dtype, "versions": scoring_versions()}
+    return {"model": setting.model, "dtype": setting.dtype, "versions": scoring_versions()}
 
 
 def run_eval(

@@ -77,5 +77,10 @@ class PublishedSAEMethod(KeptAsSAE):
         from ksvd_sae.methods.published.saes import take_published
 
         return take_published(
-            self, folder, model_name=setting.model_name, hook_name=setting.hook, d_in=setting.shards.d_in
+            self,
+            folder,
+            model_name=setting.model_name,
+            hook_name=setting.hook,
+            d_in=setting.shards.d_in,
+            prepend_bos=setting.shards.prepend_bos,
         )

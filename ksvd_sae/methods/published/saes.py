@@ -164,15 +164,18 @@ def _listed(release: str, sae_id: str) -> tuple[str, str, str]:
 
 
 @torch.no_grad()
-def take_published(config: PublishedSAEMethod, folder: Path, *, model_name: str, hook_name: str, d_in: int) -> Facts:
+def take_published(
+    config: PublishedSAEMethod, folder: Path, *, model_name: str, hook_name: str, d_in: int, prepend_bos: bool = True
+) -> Facts:
     """Fetch an SAE and save it in SAELens' format, in float32, as one of this run's.
 
+    Args: prepend_bos: whether this run's contexts begin with a BOS: what evals do where the SAE does not say.
     Returns: with where it came from: repo_id, path, revision, sha256 of its files.
     Raises: HubError; ConfigError (another model, hook or k), ShapeError (another width), DictionaryError (no SAE in the
         files, or one that cannot be loaded).
     """
     source = fetch(config)
-    sae, seen, k = load(source)
+    sae, seen, k = load(source, prepend_bos)
     if isinstance(sae, TrainingSAE):
         raise DictionaryError(
             f"published SAE {source.name}: it is in the form that it is trained in",
@@ -232,12 +235,15 @@ def check_fetched(config: PublishedSAEMethod, *, model_name: str, hook_name: str
     return source
 
 
-def load(source: Source) -> tuple[Any, int | None, int | None]:
+def load(source: Source, prepend_bos: bool = True) -> tuple[Any, int | None, int | None]:
     """The SAE, in float32 on the CPU, samples seen and k.
 
+    Args: prepend_bos: what its metadata are to say where its files do not (dictionary_learning's).
     Raises: DictionaryError (no SAE in the files, or one that cannot be loaded).
     """
-    return _from_saelens(source) if source.format == "saelens" else _from_dictionary_learning(source)
+    if source.format == "saelens":
+        return _from_saelens(source)
+    return _from_dictionary_learning(source, prepend_bos)
 
 
 # ---------------------------------------------------------------- SAELens' format
@@ -332,7 +338,7 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_dictionary_learning(source: Source) -> tuple[Any, int | None, int | None]:
+def _from_dictionary_learning(source: Source, prepend_bos: bool) -> tuple[Any, int | None, int | None]:
     what = f"loading SAE {source.name}"
     stored = _dictionary_learning_config(source)
     layout = _LAYOUTS.get(stored["dict_class"])
@@ -363,7 +369,7 @@ def _from_dictionary_learning(source: Source) -> tuple[Any, int | None, int | No
             model_name=stored["lm_name"],
             hook_name=stored["hook_name"],
             context_size=stored["context_size"],
-            prepend_bos=True,
+            prepend_bos=prepend_bos,
         ),
         **({"k": k} if layout.config is TopKSAEConfig else {}),
     )

@@ -86,7 +86,8 @@ def at_the_hook(setting: TrainingSetting) -> dict[str, Any]:
         model_name=setting.model_name,
         hook_name=setting.hook,
         context_size=setting.context_tokens,
-        prepend_bos=True,
+        prepend_bos=setting.shards.prepend_bos,
+        **setting.of_weights,
     )
     # At other hooks with heads SAELens' classes refuse it.
     return {"metadata": metadata, "reshape_activations": "hook_z" if setting.hook.endswith("hook_z") else "none"}

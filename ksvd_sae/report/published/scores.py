@@ -83,13 +83,15 @@ class OwnScore:
 class RunProtocol:
     """How a run scored.
 
-    evals: by name, those that ran. version: of SAEBench; None if not known.
+    evals: by name, those that ran. version: of SAEBench; None if not known. prepend_bos: whether its contexts begin
+    with a BOS, as those of published SAEs do.
     """
 
     model: str
     hook: str
     evals: Mapping[str, Eval]
     version: str | None
+    prepend_bos: bool = True
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,7 @@ def verdict(published: PublishedScore, own: OwnScore, protocol: RunProtocol) -> 
         *_of_settings(published.eval, protocol),
         *_of_version(published, protocol),
         *_of_scores(published, own, protocol),
+        *([] if protocol.prepend_bos else ["contexts without a BOS, theirs with one"]),
     ]
     return "; ".join(reasons) or COMPARABLE
 

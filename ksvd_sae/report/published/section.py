@@ -24,7 +24,11 @@ NUMBERS = frozenset({"d_sae", "published", "ours"})
 
 
 def published_section(
-    config: RunConfig, frame: pd.DataFrame, version: str | None, controls: frozenset[str] = frozenset()
+    config: RunConfig,
+    frame: pd.DataFrame,
+    version: str | None,
+    controls: frozenset[str] = frozenset(),
+    prepend_bos: bool = True,
 ) -> Section | str:
     """The table of published scores, or one line on why there is none; '' where none is to be expected.
 
@@ -32,18 +36,22 @@ def published_section(
         frame: the run's scores, see ``tables.COLUMNS``.
         version: of SAEBench that the run used.
         controls: dictionaries that are no contestants: nothing published is held against them.
+        prepend_bos: whether the run's contexts begin with a BOS.
     """
     protocol = RunProtocol(
         config.model.name,
         config.model.hook,
         {section.name: section for section in config.evaluation.evals()},
         version,
+        prepend_bos,
     )
     scored = {(s.eval, s.metric) for s in published_scores()}
     own = [score for score in _own_scores(frame, controls) if (score.eval, score.metric) in scored]
     if not own:
         return ""
     here = of_place(protocol)
+    if here and config.model.weights is not None:
+        return f"No published scores to compare with: they are of {protocol.model} with its own weights."
     if not here:
         places = dict.fromkeys(f"{s.model} ({s.hook})" for s in published_scores())
         return (
