@@ -31,12 +31,15 @@ def examine() -> Examination:
     examination.facts += list(versions().items())
     examination.facts.append(("device", _device()))
     examination.facts.append(("hub", hub_status()))
-    free = shutil.disk_usage(_existing(cache_dir())).free / 2**30
+    place = _existing(cache_dir())
+    free = shutil.disk_usage(place).free / 2**30
     examination.facts.append(("cache", f"{cache_dir()} ({free:.1f} GiB free)"))
     for extra, packages in _EXTRAS.items():
         missing = [p for p in packages if _installed(p) is None]
         state = "installed" if not missing else f"not installed: pip install 'ksvd-sae[{extra}]'"
         examination.facts.append((f"extra {extra}", state))
+    if not os.access(place, os.W_OK):
+        examination.problems.append(f"the cache: {place} cannot be written. Mend: set KSVD_SAE_CACHE to another folder")
     examination.problems += version_problems() + torchvision_problems()
     return examination
 

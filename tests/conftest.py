@@ -1,10 +1,19 @@
 """What every test needs before it starts."""
 
+import os
+import tempfile
+
 import pytest
 from hypothesis import settings
 
 from ksvd_sae.activations.shards import ActivationShards
 from tests.tiny_shards import raw_activations, write_harvest
+
+# Without a home that can be written, libraries have no place for what they keep: numba, where the package cannot be
+# written either, would compile in each process of each test. Before they are imported.
+if not os.access(os.path.expanduser("~"), os.W_OK):
+    _HOME = tempfile.TemporaryDirectory(prefix="home-")
+    os.environ["HOME"] = _HOME.name
 
 # derandomize: the same examples on every run, so a red test stays red until the code changes.
 settings.register_profile("ksvd_sae", deadline=None, derandomize=True, max_examples=25)

@@ -356,8 +356,16 @@ def test_doctor_facts(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists(), "nothing is made"
 
 
+def test_doctor_where_no_cache_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: place != tmp_path)
+    code, _, shown = examined()
+    assert code == 1
+    assert f"{tmp_path} cannot be written. Mend: set KSVD_SAE_CACHE" in " ".join(shown.split())
+
+
 @pytest.mark.timeout(20)
-def test_doctor_with_a_relative_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_with_a_relative_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KSVD_SAE_CACHE", "not/there/yet")
     code, facts, shown = examined()
     assert code == 0, shown

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,15 @@ class TestCacheDir:
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         assert cache_dir() == tmp_path / ".cache" / "ksvd_sae"
+
+
+def test_tests_have_a_home() -> None:
+    """Where the user has none that can be written; libraries keep what they compile and download there."""
+    script = "import os, tests.conftest; print(os.access(os.path.expanduser('~'), os.W_OK))"
+    command = [sys.executable, "-c", script]
+    environment = {**os.environ, "HOME": "/nonexistent", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 HOLDER = """

@@ -165,6 +165,9 @@ class HubDataset:
             if "data_files" in self.options:
                 return None, "no file of these names there", "set text.data_files to files that are there"
             return None, "a wrong path, or a folder without data", "set text.dataset to a folder with data files"
+        if isinstance(error, PermissionError):
+            cure = "set HF_HOME to a folder of your own, or let data be read"
+            return None, "datasets has no place for its cache, as without a home folder; or data of others", cure
         if isinstance(error, ImportError):
             return None, "a package that this data set's format needs is not installed", "install it"
         cure = f"look at {page}; for local text use text.source: folder"

@@ -69,7 +69,18 @@ class Run:
         return resolve_device(self.config.device)
 
     def prepare(self) -> None:
-        """Make the model findable. Comes before anything that imports the Hub libraries."""
+        """Make the cache, and the model findable. Comes before anything that imports the Hub libraries.
+
+        Raises: ManifestError (no cache can be made), else as ``ModelConfig.prepare``.
+        """
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ManifestError(
+                f"the cache {self.cache} cannot be made: {error}",
+                cause="a home folder that is not there or cannot be written",
+                cure="set KSVD_SAE_CACHE to a folder of your own, and HF_HOME to one for what the Hub gives",
+            ) from error
         self.config.model.prepare()
 
     # ------------------------------------------------------------ harvest

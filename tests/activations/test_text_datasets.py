@@ -133,6 +133,15 @@ def test_an_unknown_failure_is_not_said_to_be_the_network(
     assert "network" not in str(caught.value)
 
 
+def test_no_place_for_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", "/nonexistent")
+
+    monkeypatch.setattr("datasets.load_dataset", broken)
+    with pytest.raises(HubError, match=r"'/nonexistent'\n.*without a home folder.*\n.*set HF_HOME"):
+        read(dataset="owner/name")
+
+
 def test_a_connection_that_breaks_off_among_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> Iterator[dict[str, str]]:
         yield {"text": "one"}

@@ -109,8 +109,8 @@ def test_scores_are_stock_saebench_s(panel: CountedPanel, setting: EvalSetting, 
 def test_scores_at_hook_z_are_those_of_the_flattened_heads(
     setting: EvalSetting, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = "from_pretrained_no_processing"
-    monkeypatch.setattr(HookedTransformer, model, lambda name, **options: heads_as_attention_output())
+    load = "from_pretrained_no_processing"
+    monkeypatch.setattr(HookedTransformer, load, lambda name, **options: heads_as_attention_output())
     hooks = {"flat": "blocks.0.hook_attn_out", "heads": "blocks.0.attn.hook_z"}
     panel = CountedPanel({name: partial(tiny_db_ksvd_sae, hook=hook) for name, hook in hooks.items()}).panelists()
     metrics = run_sae_probes(panel, CONFIG, setting, tmp_path).metrics

@@ -248,9 +248,11 @@ class TestHooks:
         said = str(caught.value)
         assert f"core, sparse_probing cannot be had at '{hook}'" in said
         assert "set evaluation.core: null, evaluation.sparse_probing: null" in said
-        assert "heldout, loss, sparse_probing_sae_probes" in said
+        assert "to be had there: heldout, loss, stability, truth" in said
 
-    @pytest.mark.parametrize("section", ["absorption", "autointerp", "ravel", "scr", "tpp"])
+    @pytest.mark.parametrize(
+        "section", ["absorption", "autointerp", "ravel", "scr", "sparse_probing_sae_probes", "tpp"]
+    )
     def test_evals_that_are_not_on_by_default(self, section: str) -> None:
         raw = changed("model.hook", "hook_embed")
         raw["evaluation"] = {"core": None, "sparse_probing": None, section: {}}

@@ -387,6 +387,12 @@ def test_gradient_moments_of_the_run(place: Path) -> None:
     assert run.gradient_moments().n_tokens == 100
 
 
+def test_no_cache_can_be_made(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("not a folder")
+    with pytest.raises(ManifestError, match=r"cannot be made(.*\n)*.*set KSVD_SAE_CACHE"):
+        run_in(tmp_path).prepare()
+
+
 def test_before_training(place: Path) -> None:
     with pytest.raises(ManifestError, match=r"run `ksvd-sae train CONFIG\.yaml`"):
         run_in(place).trained()

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
 
 # Numbers of latents that SAEBench's format of sae-probes' results has a place for.
 ProbeSize = Literal[1, 2, 5, 10, 20, 50, 100]
@@ -22,6 +22,8 @@ class SaeProbesEval(SeededEval):
     binarize: bool = Field(False, description="probe on whether a latent fires, not on how much")
 
     name: ClassVar[str] = "sparse_probing_sae_probes"
+    # sae-probes could do without; SAEBench wants an SAE's layer, and reads results under names with "blocks." in them.
+    hooks: ClassVar[str] = IN_A_BLOCK
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     demo_seconds: ClassVar[float] = 250
     columns: ClassVar[tuple[Column, ...]] = tuple(
