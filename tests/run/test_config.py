@@ -262,7 +262,7 @@ class TestHooks:
     @pytest.mark.parametrize("hook", ["blocks.3.hook_resid_pre", "blocks.3.attn.hook_z", "blocks.3.hook_resid_mid"])
     def test_in_a_block(self, hook: str) -> None:
         """SAEBench's absorption and RAVEL read what a layer gives out, whatever the hook."""
-        able = ["core", "sparse_probing", "sparse_probing_sae_probes", "scr", "autointerp", "loss"]
+        able = ["core", "sparse_probing", "sparse_probing_sae_probes", "scr", "tpp", "autointerp", "loss"]
         raw = changed("model.hook", hook)
         raw["evaluation"] = {name: {} for name in (*able, "absorption", "ravel")}
         with pytest.raises(ConfigError, match=r"hook: absorption, ravel cannot be had") as caught:
