@@ -415,7 +415,7 @@ class TestCures:
             ("device", "tpu", "device takes auto, cpu, cuda"),
             ("harvest.train_tokens", 0, "train_tokens takes a whole number above 0"),
             ("harvest.outlier_factor", 0.5, "outlier_factor takes a number above 1.0 or null (leave out tokens"),
-            ("dictionaries.ours.update", "svd", "update takes sums, sweep, exact"),
+            ("dictionaries.ours.update", "svd", "update takes sweep, two_sweeps, exact"),
             ("training_seeds", "x", "training_seeds takes a list of a whole number of at least 0 (learn each"),
             ("text.streaming", "maybe", "streaming takes true or false"),
             ("evaluation.core", 3, "core takes keys with values or null"),
