@@ -69,7 +69,7 @@ def times(others_MD: Tensor, precision: Precision = "float32") -> Callable[[Tens
 def _shared_direction(rows_ND: Tensor) -> Tensor:
     """About the leading right singular vector, (D,)."""
     shared_D = rows_ND.new_zeros(rows_ND.shape[1])
-    shared_D[rows_ND.square().sum(dim=0).argmax()] = 1
+    shared_D.index_fill_(0, rows_ND.square().sum(dim=0).argmax().reshape(1), 1)
     for _ in range(_ITERATIONS):
         turned_D = (rows_ND @ shared_D) @ rows_ND
         norm = torch.linalg.vector_norm(turned_D)

@@ -388,13 +388,14 @@ def test_the_key_of_the_activations_knows_no_gradients(tmp_path: Path) -> None:
 
 
 # 1.05: a limit that leaves out many tokens.
-@pytest.mark.parametrize("outlier_factor", [1.05, None])
+@pytest.mark.parametrize(("outlier_factor", "bos"), [(1.05, True), (None, False)])
 def test_gradients_are_added_to_a_finished_harvest(
-    tmp_path: Path, model: Any, tokenizer: Any, outlier_factor: float | None
+    tmp_path: Path, model: Any, tokenizer: Any, outlier_factor: float | None, bos: bool
 ) -> None:
-    plain = run_harvest(harvest_of(outlier_factor=outlier_factor), tmp_path, Loader(model))
+    settings = {"outlier_factor": outlier_factor, "prepend_bos": bos}
+    plain = run_harvest(harvest_of(**settings), tmp_path, Loader(model))
     before = files(tmp_path)
-    config, loader = harvest_of(200, outlier_factor=outlier_factor), Loader(model, only_gradients=True)
+    config, loader = harvest_of(200, **settings), Loader(model, only_gradients=True)
     shards = run_harvest(config, tmp_path, loader)
     assert loader.calls == 1
     assert shards.manifest == plain.manifest
@@ -408,7 +409,7 @@ def test_gradients_are_added_to_a_finished_harvest(
 
     # The first contexts of the training part, judged by plain autograd.
     n_heldout = len((tmp_path / HELDOUT_DOCUMENTS).read_text().splitlines())
-    stream = contexts(iter(TEXTS[n_heldout:]), tokenizer, CONTEXT_TOKENS)
+    stream = contexts(iter(TEXTS[n_heldout:]), tokenizer, CONTEXT_TOKENS, prepend_bos=bos)
     limit = shards.manifest["statistics"]["outlier_limit"] or float("inf")
     true_ND, n_read = torch.empty(0, tiny_models.D_MODEL), 0
     while len(true_ND) < 200:

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksvd_sae.activations.documents import TokenIds
+from ksvd_sae.activations.language import ModelConfig
 from ksvd_sae.activations.text import TextConfig, contexts, documents
 from ksvd_sae.errors import HubError, TextError
 from tests import tiny_models
@@ -263,6 +264,9 @@ def test_bbc_news_documents_are_the_harvest_half() -> None:
 def test_examples_of_the_docs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "accepts.md").read_text()
     examples = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    assert len(examples) >= 3
-    for example in examples:
-        TextConfig.model_validate(yaml.safe_load(example)["text"])
+    sections = [yaml.safe_load(example) for example in examples]
+    texts = [TextConfig.model_validate(section["text"]) for section in sections if "text" in section]
+    models = [ModelConfig.model_validate(section["model"]) for section in sections if "model" in section]
+    assert len(texts) >= 3
+    assert all(model.weights for model in models)
+    assert len(texts) + len(models) == len(examples)

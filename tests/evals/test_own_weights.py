@@ -150,5 +150,5 @@ def test_results_of_other_weights_are_not_reused(
         own = replace(setting, weights=replace(WEIGHTS, content=content))
         list(run_evals(panel.panelists(), [CORE, PROBING], own, tmp_path / "out"))
     for name in ("core", "sparse_probing"):
-        assert len(list((tmp_path / "out" / name).glob("topk-*.json"))) == 2
+        assert len(list((tmp_path / "out" / name).glob("*/topk-*.json"))) == 2
     assert len(list((tmp_path / "artifacts").glob("sparse_probing-*"))) == 2

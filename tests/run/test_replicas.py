@@ -11,7 +11,7 @@ import pytest
 
 from ksvd_sae.errors import ConfigError, EvaluationError
 from ksvd_sae.evals import EvaluationConfig
-from ksvd_sae.evals.base import EvalResults
+from ksvd_sae.evals.base import EvalResults, EvalSetting
 from ksvd_sae.evals.core import CoreEval
 from ksvd_sae.evals.panel import result_files, run_evals, tidy_rows
 from ksvd_sae.evals.sparse_probing import SparseProbingEval
@@ -121,7 +121,7 @@ def test_evals_that_draw_run_once_a_seed(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(SparseProbingEval, "run", probe)
     monkeypatch.setattr(CoreEval, "run", core)
-    setting: Any = None
+    setting = EvalSetting("some/model", "float32", "cpu", Path(), "", Path())
     config = EvaluationConfig(heldout=None, stability=None, sparse_probing=SparseProbingEval(seed=8), seeds=[1, 2])
     results = list(run_evals([], config.seeded(), setting, Path()))
     assert ran == [1, 2]
@@ -148,7 +148,7 @@ def test_an_eval_that_fails_takes_no_other_with_it(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(CoreEval, "run", failing)
     monkeypatch.setattr(SparseProbingEval, "run", probe)
-    setting: Any = None
+    setting = EvalSetting("some/model", "float32", "cpu", Path(), "", Path())
     with pytest.raises(EvaluationError, match="core: no score for a"):
         list(run_evals([], EvaluationConfig(heldout=None, seeds=[1]).seeded(), setting, Path()))
     assert ran == ["probing 1"]
