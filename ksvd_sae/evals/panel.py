@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 @lru_cache(maxsize=1)
 def _model(weights: OwnWeights | None, prepend_bos: bool | None) -> LoadedModel:
-    """The one model of a process of ``side_by_side``, in use as long as that lives."""
-    return ExitStack().enter_context(LoadedModel(weights, prepend_bos).in_use())
+    """The one model of a process of ``side_by_side``, as long as that lives."""
+    return LoadedModel(weights, prepend_bos)
 
 
 def run_evals(
@@ -69,8 +68,8 @@ def _outcomes(
 def _in_process(
     evals: list[Eval], panel: list[Panelist], setting: EvalSetting, output: Path
 ) -> list[EvalResults | EvaluationError]:
-    model = _model(setting.weights, setting.prepend_bos)
-    outcomes = [_outcome(section, panel, setting, output, model) for section in evals]
+    with _model(setting.weights, setting.prepend_bos).in_use() as model:
+        outcomes = [_outcome(section, panel, setting, output, model) for section in evals]
     # Another process is beside this one, and may need it.
     give_back_memory()
     return outcomes
