@@ -559,6 +559,7 @@ def both_views(*names: str) -> RunConfig:
     return only(**{name: {**RAW["dictionaries"][name], "view": "both"} for name in names})
 
 
+@torch.no_grad()
 def test_both_views_of_one_training(place: Path, trainings: list[str]) -> None:
     run = run_in(place, both_views("db-ksvd", "pca", "random"))
     trained = run.train()
