@@ -154,7 +154,7 @@ class BatchCases:
         atoms_MD = normalize(problem.x_BD[:16] + 0.3 * torch.randn(16, 12, generator=generator(2)), dim=1)
         # Of no use: an atom that nearly repeats another, and those that nobody picks.
         atoms_MD[3] = normalize(atoms_MD[2] + 0.3 * atoms_MD[9], dim=0)
-        chosen = LearnerOptions(16, Coding(2, groups=groups, coder="mp"), duplicate_cosine=0.8, **options)
+        chosen = LearnerOptions(16, Coding(2, groups=groups, coder="mp"), duplicate_cosine=0.75, **options)
         x_BD, idle_M = problem.x_BD.to(self.device), torch.zeros(16, dtype=torch.float64, device=self.device)
         first, counter = generator(0), WaitCounter()
         with as_on_cuda(self.device), counter:
