@@ -176,8 +176,7 @@ def test_autocast_changes_no_bit(coder: AnyCoder, name: str) -> None:
 
 # torch.compile hides this one by itself, but not where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("coder", ["mp", "omp"])
+@pytest.mark.parametrize(("coder", "backend"), [("mp", "eager"), ("omp", "aot_eager")])
 def test_compiled(coder: AnyCoder, backend: str) -> None:
     torch.compiler.reset()
     sae, x = sae_of(coder, "full"), samples(20)

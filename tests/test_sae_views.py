@@ -53,7 +53,7 @@ def test_same_code_and_same_bits(kind: str, dtype: torch.dtype) -> None:
     assert f_BF.dtype == dtype
     assert f_BF.shape == (50, 2 * dictionary.n_atoms)
     assert bool((f_BM < 0).any()), "there are signs to split"
-    assert float(f_BF.min()) == 0
+    assert float(f_BF.detach().min()) == 0
     plus_BM, minus_BM = f_BF.chunk(2, dim=1)
     assert torch.equal(plus_BM - minus_BM, f_BM)
     assert not bool(((plus_BM > 0) & (minus_BM > 0)).any())
@@ -127,7 +127,7 @@ def test_spliced_into_a_model() -> None:
     assert not torch.allclose(logits, model(tokens_BL), atol=100 * SPLICED_LOSS)
     _, cache = model.run_with_cache_with_saes(tokens_BL, saes=[split])
     assert cache[f"{HOOK}.hook_sae_acts_post"].shape[-1] == 2 * M
-    assert float(cache[f"{HOOK}.hook_sae_acts_post"].min()) == 0
+    assert float(cache[f"{HOOK}.hook_sae_acts_post"].detach().min()) == 0
 
 
 # ---------------------------------------------------------------- what has no split view
