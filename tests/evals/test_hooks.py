@@ -16,14 +16,15 @@ from ksvd_sae.learning.coding import Coding
 from ksvd_sae.sae import DBKSVDSAE, sae_from_dictionary
 from tests.evals.autointerp.tiny_autointerp import CONFIG as AUTOINTERP
 from tests.evals.conftest import CountedPanel
-from tests.evals.test_saebench import CORE, PROBING, SCR
+from tests.evals.test_saebench import CORE, PROBING, SCR, TPP
 from tests.strategies import generator, unit_atoms
 from tests.tiny_saes import MODEL_NAME, WORDS, grouped_queries, heads_as_attention_output
 from tests.tolerances import SAME_SCORE
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset is not tokenized:UserWarning")
-# Until SCR's probes have learned what is smaller here than a layer's output.
-SAEBENCH: list[Eval] = [CORE, PROBING, SCR.model_copy(update={"probe_epochs": 60}), AUTOINTERP]
+# Until probes have learned what is smaller here than a layer's output.
+LONGER = {"probe_epochs": 60}
+SAEBENCH: list[Eval] = [CORE, PROBING, SCR.model_copy(update=LONGER), TPP.model_copy(update=LONGER), AUTOINTERP]
 HOOK_Z, ATTENTION = "blocks.0.attn.hook_z", "blocks.0.hook_attn_out"
 
 
