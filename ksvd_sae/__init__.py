@@ -34,6 +34,8 @@ _PUBLIC = {
     "DBKSVDSAE": "ksvd_sae.sae",
     "DBKSVDSAEConfig": "ksvd_sae.sae",
     "sae_from_dictionary": "ksvd_sae.sae",
+    "load": "ksvd_sae.hub.load",
+    "load_dictionary": "ksvd_sae.hub.load",
     "KsvdSaeError": "ksvd_sae.errors",
 }
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from ksvd_sae.dictionary import Dictionary
     from ksvd_sae.errors import KsvdSaeError
     from ksvd_sae.estimator import DoubleBatchKSVD
+    from ksvd_sae.hub.load import load, load_dictionary
     from ksvd_sae.learning.coding import Coding
     from ksvd_sae.learning.sparse_coding import Code, matching_pursuit, orthogonal_matching_pursuit
     from ksvd_sae.methods.published.importing import import_sae

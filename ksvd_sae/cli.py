@@ -287,6 +287,57 @@ def unpack(
         _out.print(f"{raw.unpack(run, folder)} files in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
+class Views(str, Enum):
+    """In which codes with signs are published."""
+
+    SPLIT = "split"
+    SIGNED = "signed"
+    BOTH = "both"
+
+
+@app.command(epilog="Example: ksvd-sae publish results/demo somebody/gemma-3-270m-db-ksvd --license mit")
+def publish(
+    source: Annotated[
+        Path,
+        typer.Argument(help="a run's folder under results/, or a dictionary's folder", metavar="RUN-OR-DICTIONARY"),
+    ],
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hub", metavar="REPO")],
+    dictionary: Annotated[
+        list[str] | None, typer.Option(help="of a run, by name; may be repeated; default: all but controls")
+    ] = None,
+    view: Annotated[Views, typer.Option(help="of codes with signs")] = Views.SPLIT,
+    license_id: Annotated[str | None, typer.Option("--license", help="by the Hub's name of it, such as mit")] = None,
+    folder: Annotated[Path | None, typer.Option(help="to write; default: published/REPO")] = None,
+    upload: Annotated[bool, typer.Option("--upload", help="send it; without, it is shown and nothing is sent")] = False,
+    private: Annotated[bool, typer.Option("--private", help="make the repository private")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch to commit to; default: main")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace other dictionaries in the repository")] = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write SAEs, dictionaries, scores and a model card as the Hub takes them; --upload sends them there.
+
+    The token is that of `hf auth login` or HF_TOKEN.
+    """
+    _set_up_logging(verbose)
+    with _errors_as_messages(verbose):
+        from ksvd_sae.hub.source import open_source
+        from ksvd_sae.hub.upload import upload as send
+        from ksvd_sae.hub.write import write_folder
+        from ksvd_sae.store import MANIFEST
+
+        target = folder or Path("published") / repository
+        manifest = write_folder(open_source(source, dictionary or [], view.value), repository, target, license_id)
+        sizes = {name: (target / name).stat().st_size for name in (*manifest.files, MANIFEST)}
+        for name, size in sizes.items():
+            _out.print(f"{size:>13,}  {name}", highlight=False, markup=False, soft_wrap=True)
+        _out.print(f"{sum(sizes.values()):,} bytes in {target}", highlight=False, markup=False, soft_wrap=True)
+        if not upload:
+            _out.print(f"nothing was sent; the same command with --upload sends it to {repository}", soft_wrap=True)
+            return
+        where = send(target, repository, revision=revision, private=private, force=force)
+        _out.print(where, highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: ksvd-sae doctor")
 def doctor(verbose: VerboseOption = False) -> None:
     """Versions, device, cache and Hub; whether the installed versions work together and, if not, what mends it."""

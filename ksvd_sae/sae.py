@@ -33,6 +33,7 @@ from typing import Any, Literal
 import torch
 from sae_lens.saes.sae import SAE, SAEConfig, SAEMetadata
 from sae_lens.saes.temporal_sae import TemporalSAE
+from sae_lens.saes.topk_sae import TopK
 from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor, nn
 from typing_extensions import override
@@ -168,6 +169,11 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
     def __init__(self, cfg: DBKSVDSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
         self._prepared: _Prepared | None = None
+
+    @override
+    def get_activation_fn(self) -> TopK:
+        """Not used here: by it SAEDashboard knows that a latent cannot be had without the others."""
+        return TopK(self.cfg.k)
 
     @override
     def initialize_weights(self) -> None:

@@ -6,6 +6,13 @@ from contextlib import contextmanager
 from ksvd_sae.errors import HubError
 
 
+def client_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub's client raises: its own errors and, from 1.0 on no OSErrors, those of its HTTP library."""
+    from huggingface_hub import errors
+
+    return OSError, errors.HfHubHTTPError.__mro__[1]
+
+
 @contextmanager
 def hub_errors(repo_id: str, file: str, revision: str | None) -> Iterator[None]:
     """Errors of huggingface_hub inside become HubErrors.
@@ -47,6 +54,5 @@ def hub_errors(repo_id: str, file: str, revision: str | None) -> Iterator[None]:
         ) from error
     except errors.HFValidationError as error:
         raise HubError(f"{what}: no name of a repository ({error})", cure="owner/name") from error
-    # huggingface_hub lets the errors of its HTTP library through, and raises its own as OSErrors.
-    except OSError as error:
+    except client_errors() as error:
         raise HubError(f"{what}: {error}", cure="try again; `ksvd-sae doctor` says whether the Hub answers") from error

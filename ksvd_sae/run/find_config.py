@@ -3,13 +3,12 @@
 from difflib import get_close_matches
 from pathlib import Path
 
-import ksvd_sae
 from ksvd_sae.errors import ConfigError
 
 
 def shipped_configs() -> dict[str, Path]:
     """Name -> YAML of the configs that come with the package: inside it, in a checkout beside it."""
-    package = Path(ksvd_sae.__file__).parent
+    package = Path(__file__).parents[1]
     inside, beside = package / "eval_configs", package.parent / "eval_configs"
     folder = inside if inside.is_dir() else beside
     return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
