@@ -46,6 +46,7 @@ COMMANDS = (
     "contrast",
     "import",
     "unpack",
+    "publish",
     "doctor",
     "bench",
 )

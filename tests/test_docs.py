@@ -101,6 +101,25 @@ def test_the_example_of_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert torch.equal(loaded.decode(names["latents"]), names["x_hat"])
 
 
+REPRODUCTIONS = re.findall(
+    r"^## (.*?)$.*?```python\n(.*?)```\n\n```text\n(.*?)```",
+    (ROOT / "docs" / "upstream.md").read_text(),
+    re.DOTALL | re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("title", "code", "output"), REPRODUCTIONS, ids=[title for title, _, _ in REPRODUCTIONS])
+def test_what_is_to_be_filed_upstream_still_holds(
+    title: str, code: str, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If this fails, upstream has mended it: take it off the page, and see what can go here."""
+    try:
+        exec(compile(code, title, "exec"), {})
+    except KeyError as error:
+        print(f"KeyError: {error}")
+    assert capsys.readouterr().out == output
+
+
 def _commands() -> list[str]:
     return list(get_command(app).commands)  # type: ignore[attr-defined]
 

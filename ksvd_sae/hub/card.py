@@ -25,11 +25,10 @@ def model_card(source: Source, repo_id: str, license_id: str | None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     run = source.run
-    text = None if run is None else run.run.config.text
     header = ModelCardData(
         library_name="saelens",
         base_model=source.model_name,
-        datasets=[text.dataset] if text is not None and text.source == "hub" and text.dataset else None,
+        datasets=[run.dataset] if run is not None and run.dataset else None,
         license=license_id,
         tags=["sparse-autoencoder", "dictionary-learning", "k-svd", "interpretability", "saelens"],
     )

@@ -38,7 +38,8 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*
 class Manifest(Strict):
     """What a published folder holds.
 
-    saes: sae_id -> hash of its files. files: path -> SHA-256, of all but the manifest itself.
+    saes: sae_id -> hash of what it is, whatever version wrote it: of its dictionary, else of its weights.
+    files: path -> SHA-256, of all but the manifest itself.
     """
 
     format: Literal[1] = 1
@@ -51,8 +52,11 @@ class Manifest(Strict):
         paths = sorted(path for path in folder.rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): file_sha256(path) for path in paths}
         files.pop(MANIFEST, None)
-        inside = {one: {name: sha for name, sha in files.items() if name.startswith(f"{one}/")} for one in sae_ids}
-        return cls(saes={one: content_hash(held) for one, held in inside.items()}, files=files)
+        saes = {}
+        for one in sae_ids:
+            held = [files.get(f"{one}/{name}") for name in DICTIONARY_FILES]
+            saes[one] = content_hash(held if all(held) else files[f"{one}/{SAE_FILES[1]}"])
+        return cls(saes=saes, files=files)
 
     @classmethod
     def read(cls, path: Path, what: str) -> "Manifest":

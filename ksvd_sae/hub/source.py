@@ -11,6 +11,7 @@ import pandas as pd
 from sae_lens.saes.sae import SAE
 
 from ksvd_sae import __version__
+from ksvd_sae.activations.text_datasets import FORMATS
 from ksvd_sae.dictionary import CONFIG_FILE, Dictionary
 from ksvd_sae.errors import ConfigError, DictionaryError, ManifestError
 from ksvd_sae.hub.stock import Stock, by_matching_pursuit
@@ -24,6 +25,7 @@ from ksvd_sae.sae import sae_from_dictionary
 from ksvd_sae.store import MANIFEST, read_manifest
 
 Views = Literal["split", "signed", "both"]
+_DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What codes without signs are called where a view is named.
 NONNEGATIVE = "nonnegative"
 NEEDS = f"the package ksvd-sae {__version__}: `import ksvd_sae` before loading makes SAELens know this architecture"
@@ -33,7 +35,7 @@ NEEDS = f"the package ksvd-sae {__version__}: `import ksvd_sae` before loading m
 class Entry:
     """An SAE to publish.
 
-    name: in its run. hook: of the model. view: 'split', 'signed' or 'nonnegative'.
+    name: in its run. hook: of the model. view: 'split', 'signed', 'nonnegative', or what codes in its stead.
     sae: as SAELens has it. dictionary: that it was made from; None for an SAE for SAELens alone.
     training: the manifest of its training; None where there is none. method: its options in a run.
     stock: for SAELens alone: what it is beside the dictionary.
@@ -79,6 +81,13 @@ class FinishedRun:
     def manifest(self) -> dict[str, Any]:
         """Of the evaluation."""
         return read_manifest(self.folder, EVALUATE_STAGE)
+
+    @property
+    def dataset(self) -> str | None:
+        """The text's name on the Hub; None where it is not from there: nobody else has the path of a local one."""
+        text = self.run.config.text
+        named = text.source == "hub" and text.dataset not in FORMATS and _DATASET.fullmatch(str(text.dataset))
+        return text.dataset if named and not Path(str(text.dataset)).exists() else None
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -188,25 +197,24 @@ def _entries(finished: FinishedRun, trained: TrainedDictionary, views: Views) ->
     first = entries[0]
     stock = by_matching_pursuit(dictionary, run.shards("heldout"))
     if stock is not None:
-        name = f"{trained.name}-matching_pursuit"
-        entries.append(_for_saelens_alone(first, name, stock, trained, method))
+        entries.append(_for_saelens_alone(first, trained, "matching_pursuit", stock))
     for other in finished.first.values():
         if other.method.source == trained.name and isinstance(other.method, KeptAsSAE):
             sae = other.method.load(run.setting(other.method), other.folder)
             # A class of ours needs this package as much as the dictionary does.
             if type(sae).__module__.startswith("sae_lens."):
-                entries.append(_for_saelens_alone(first, other.name, Stock(sae, same=False), other, other.method))
+                entries.append(_for_saelens_alone(first, other, NONNEGATIVE, Stock(sae, same=False)))
     return entries
 
 
-def _for_saelens_alone(first: Entry, name: str, stock: Stock, trained: TrainedDictionary, method: Method) -> Entry:
+def _for_saelens_alone(first: Entry, trained: TrainedDictionary, view: str, stock: Stock) -> Entry:
     sae = stock.sae
     known = {key: value for key, value in first.sae.cfg.metadata.items() if key != "needs"}
     known |= {"tokens_seen": trained.manifest["samples_seen"], "stands_beside": first.sae_id}
     for key, value in known.items():
         sae.cfg.metadata[key] = value
     sae.cfg.reshape_activations = first.sae.cfg.reshape_activations
-    return Entry(name, first.hook, NONNEGATIVE, sae, None, trained.manifest, method, stock)
+    return Entry(trained.name, first.hook, view, sae, None, trained.manifest, trained.method, stock)
 
 
 def metadata_of_run(finished: FinishedRun, trained: TrainedDictionary) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def metadata_of_run(finished: FinishedRun, trained: TrainedDictionary) -> dict[s
         "model_name": config.model.name,
         "hook_name": config.model.hook,
         "context_size": config.harvest.context_tokens,
-        "dataset_path": config.text.dataset if config.text.source == "hub" else config.text.name,
+        "dataset_path": finished.dataset or config.text.name,
         "exclude_special_tokens": True,
         "outlier_factor": config.harvest.outlier_factor,
         "tokens_harvested": finished.run.shards().n_samples,

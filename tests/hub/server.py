@@ -181,7 +181,8 @@ class _Answer(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo_id = f"{asked.get('organization') or OWNER}/{asked['name']}"
-            return self._create(repo_id, bool(asked.get("private")), token)
+            private = asked.get("private") or asked.get("visibility") == "private"
+            return self._create(repo_id, bool(private), token)
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|preupload|commit|branch)/(.+))?", path):
             return self._api(found[1], found[2] or "revision", found[3] or "main", body, token)
         if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):

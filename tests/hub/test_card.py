@@ -82,13 +82,13 @@ def test_what_saelens_loads_alone_has_its_own_scores(card: ModelCard) -> None:
     head, *rows = tables(card)[1]
     assert head == ["sae_id", "is", "FVU", "L0"]
     scores = {row[0].removeprefix(f"{HOOK}/"): row[1:] for row in rows}
-    assert list(scores) == ["learned/split", "linear/nonnegative", "steps/split", "steps-matching_pursuit/nonnegative"]
+    assert list(scores) == ["learned/split", "linear/nonnegative", "steps/split", "steps/matching_pursuit"]
     assert scores["linear/nonnegative"][0] == "topk of SAELens"
-    assert scores["steps-matching_pursuit/nonnegative"][0] == "matching_pursuit of SAELens"
+    assert scores["steps/matching_pursuit"][0] == "matching_pursuit of SAELens"
 
     fvu = {name: float(row[1]) for name, row in scores.items()}
     assert fvu["linear/nonnegative"] > 1.1 * fvu["learned/split"], "another code"
-    assert fvu["steps-matching_pursuit/nonnegative"] == pytest.approx(fvu["steps/split"], rel=1e-3)
+    assert fvu["steps/matching_pursuit"] == pytest.approx(fvu["steps/split"], rel=1e-3)
     assert "every support was the same" in card.text
 
 

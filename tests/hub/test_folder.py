@@ -16,10 +16,13 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ConfigError, DictionaryError, KsvdSaeError, ManifestError
 from ksvd_sae.hub.layout import Manifest
 from ksvd_sae.hub.load import load
-from ksvd_sae.hub.source import open_source
+from ksvd_sae.hub.source import FinishedRun, open_source
 from ksvd_sae.hub.write import write_folder
-from ksvd_sae.store import file_sha256
-from tests.hub.conftest import HOOK, REPO, Published
+from ksvd_sae.run.config import parse_config
+from ksvd_sae.run.pipeline import Run
+from ksvd_sae.store import content_hash, file_sha256
+from tests.command_line import REPOSITORY
+from tests.hub.conftest import CONFIG, HOOK, REPO, Published
 from tests.tiny_saes import tiny_dictionary
 from tests.tiny_shards import raw_activations
 from tests.tolerances import SAE_CODE
@@ -32,7 +35,7 @@ IDS = (
     "weighted/signed",
     "steps/split",
     "steps/signed",
-    "steps-matching_pursuit/nonnegative",
+    "steps/matching_pursuit",
     "linear/nonnegative",
 )
 
@@ -51,7 +54,7 @@ def test_a_folder_for_each_dictionary_and_view(published: Published) -> None:
     own = {"cfg.json", "sae_weights.safetensors"}
     for sae_id in IDS:
         held = {path.name for path in (published.folder / HOOK / sae_id).iterdir()}
-        alone = sae_id.startswith(("linear", "steps-"))
+        alone = sae_id in ("linear/nonnegative", "steps/matching_pursuit")
         assert held == own | (set() if alone else {"dictionary.json", "atoms.safetensors"}), sae_id
 
 
@@ -75,6 +78,27 @@ def test_the_config_says_what_is_true(published: Published) -> None:
         "model_from_pretrained_kwargs": {},
         "sae_lens_training_version": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "dataset"),
+    [
+        ({"source": "hub", "dataset": "owner/some-texts"}, "owner/some-texts"),
+        ({"source": "hub", "dataset": "wikitext"}, "wikitext"),
+        ({"source": "hub", "dataset": "csv", "data_files": "tables/*.csv"}, None),
+        ({"source": "hub", "dataset": "tests/hub"}, None),
+        ({"source": "hub", "dataset": "/home/me/texts"}, None),
+        ({"source": "hub", "dataset": "~/texts"}, None),
+        ({"source": "folder", "dataset": "owner/some-texts"}, None),
+        ({"source": "bbc-news"}, None),
+    ],
+)
+def test_only_what_others_can_have_is_named_as_a_data_set(
+    text: dict[str, str], dataset: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    run = Run(parse_config({**CONFIG, "text": text}))
+    assert FinishedRun(run, Path("results/tiny")).dataset == dataset
 
 
 def test_split_is_the_default(published: Published) -> None:
@@ -131,7 +155,7 @@ def test_nothing_tells_where_it_was_made(published: Published) -> None:
 def test_what_saelens_loads_alone(published: Published) -> None:
     """Its own matching pursuit, whose codes are the dictionary's, and a linear encoder, which says that it is none."""
     x_BD = raw_activations(2500)[2000:]
-    theirs = SAE.load_from_disk(published.folder / HOOK / "steps-matching_pursuit/nonnegative")
+    theirs = SAE.load_from_disk(published.folder / HOOK / "steps/matching_pursuit")
     ours = load(published.folder, f"{HOOK}/steps/split")
     assert type(theirs).__module__ == "sae_lens.saes.matching_pursuit_sae"
     assert torch.equal(theirs.encode(x_BD) != 0, ours.encode(x_BD) != 0)
@@ -146,10 +170,9 @@ def test_what_saelens_loads_alone(published: Published) -> None:
 
 def test_another_code_is_not_passed_off_as_the_same(published: Published) -> None:
     """Default steps, a metric, a refit: SAELens' matching pursuit would code otherwise, so it is not written."""
-    names = {entry.name for entry in published.source.entries}
-    assert not names & {"learned-matching_pursuit", "weighted-matching_pursuit", "one-sign-matching_pursuit"}
+    assert [e.name for e in published.source.entries if e.view == "matching_pursuit"] == ["steps"]
     # WeightedTopKSAE is a class of this package.
-    assert "linear-weighted" not in names
+    assert "linear-weighted" not in {entry.name for entry in published.source.entries}
 
 
 def test_one_dictionary_alone(tmp_path: Path) -> None:
@@ -194,8 +217,6 @@ def test_scores_of_another_training_are_refused(published: Published, tmp_path: 
     config = (results / "config.yaml").read_text()
     (results / "config.yaml").write_text(re.sub(r"training_seeds:\n- 0\n- 1", "training_seeds:\n- 1\n- 0", config))
     manifest = json.loads((results / "manifest.json").read_text())
-    from ksvd_sae.store import content_hash
-
     manifest["key"]["dictionaries"]["learned.s1"][0] = "another"
     manifest["hash"] = content_hash(manifest["key"])
     (results / "manifest.json").write_text(json.dumps(manifest))

@@ -55,7 +55,7 @@ from huggingface_hub import hf_hub_download
 with open(hf_hub_download("{REPO}", "{HOOK}/learned/split/cfg.json")) as file:
     print(json.load(file)["metadata"]["needs"])
 x = load_file("samples.safetensors")["x"]
-names = {{"steps": "{HOOK}/steps-matching_pursuit/nonnegative", "linear": "{HOOK}/linear/nonnegative"}}
+names = {{"steps": "{HOOK}/steps/matching_pursuit", "linear": "{HOOK}/linear/nonnegative"}}
 codes = {{name: SAE.from_pretrained("{REPO}", sae_id).encode(x).detach() for name, sae_id in names.items()}}
 save_file({{name: code.contiguous() for name, code in codes.items()}}, "codes.safetensors")
 assert "ksvd_sae" not in sys.modules
@@ -77,7 +77,7 @@ def run(hub: Hub, folder: Path, *words: str, text: str = "", token: str = "", **
     """What a fresh Python prints, both streams."""
     known = {n: v for n, v in os.environ.items() if not n.startswith(("HF_", "HUGGINGFACE"))}
     known |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf-home"), "PYTHONPATH": str(REPOSITORY)}
-    known |= {"HF_TOKEN": token, "OMP_NUM_THREADS": "1", "COLUMNS": "1000", **more}
+    known |= {"HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "1000", **more}
     command = [sys.executable, "-W", "ignore", *words]
     done = subprocess.run(command, input=text, cwd=folder, env=known, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

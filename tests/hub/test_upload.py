@@ -191,6 +191,18 @@ def test_other_dictionaries_are_not_replaced(small: Path, other: Path, hub: Hub)
     assert hub.files(REPO) == contents(other)
 
 
+def test_the_same_dictionary_written_by_another_version(small: Path, hub: Hub, tmp_path: Path) -> None:
+    send(small, hub)
+    folder = tmp_path / "out"
+    shutil.copytree(small, folder)
+    config = folder / SPLIT / "cfg.json"
+    config.write_text(config.read_text().replace('"trained_by": "ksvd-sae ', '"trained_by": "ksvd-sae 9'))
+    Manifest.of(folder, [SPLIT]).write(folder)
+    assert contents(folder) != contents(small)
+    send(folder, hub)
+    assert hub.files(REPO) == contents(folder)
+
+
 def test_what_was_published_before_stays_named(small: Path, published: Published, hub: Hub) -> None:
     """More of the same run may come later; less of it would take an SAE away."""
     send(small, hub)
