@@ -24,10 +24,10 @@ def model_card(source: Source, repo_id: str, license_id: str | None) -> str:
     """README.md of the repository, with its YAML header."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    run = source.run
+    run, weights = source.run, source.weights
     header = ModelCardData(
         library_name="saelens",
-        base_model=source.model_name,
+        base_model=weights["name"] if weights is not None and "revision" in weights else source.model_name,
         datasets=[run.dataset] if run is not None and run.dataset else None,
         license=license_id,
         tags=["sparse-autoencoder", "dictionary-learning", "k-svd", "interpretability", "saelens"],
@@ -44,6 +44,7 @@ def model_card(source: Source, repo_id: str, license_id: str | None) -> str:
     own = [entry for entry in source.entries if entry.stock is None]
     body = environment.get_template(_TEMPLATE).render(
         model=markdown_text(source.model_name),
+        weights=weights,
         hook=source.hook,
         repo_id=repo_id,
         version=__version__,
@@ -113,6 +114,7 @@ def _harvest(finished: FinishedRun) -> dict[str, Any]:
         "text": markdown_text(config.text.name),
         "tokens": f"{shards.n_samples:,}",
         "context": config.harvest.context_tokens,
+        "bos": shards.prepend_bos,
         "factor": config.harvest.outlier_factor,
         "outliers": f"{parts['outliers']:,}",
         "dtype": config.model.dtype,

@@ -132,6 +132,12 @@ class Source:
         return str(self.entries[0].sae.cfg.metadata.model_name)
 
     @property
+    def weights(self) -> Mapping[str, str] | None:
+        """Of the model, where they are not those that its name stands for: name, content, revision if on the Hub."""
+        weights: Mapping[str, str] | None = self.entries[0].sae.cfg.metadata.model_weights
+        return weights
+
+    @property
     def hook(self) -> str:
         return self.entries[0].hook
 
@@ -210,7 +216,7 @@ def _entries(finished: FinishedRun, trained: TrainedDictionary, views: Views) ->
 def _for_saelens_alone(first: Entry, trained: TrainedDictionary, view: str, stock: Stock) -> Entry:
     sae = stock.sae
     known = {key: value for key, value in first.sae.cfg.metadata.items() if key != "needs"}
-    known |= {"tokens_seen": trained.manifest["samples_seen"], "stands_beside": first.sae_id}
+    known |= {"training_tokens": trained.manifest["samples_seen"], "stands_beside": first.sae_id}
     for key, value in known.items():
         sae.cfg.metadata[key] = value
     sae.cfg.reshape_activations = first.sae.cfg.reshape_activations
@@ -219,16 +225,19 @@ def _for_saelens_alone(first: Entry, trained: TrainedDictionary, view: str, stoc
 
 def metadata_of_run(finished: FinishedRun, trained: TrainedDictionary) -> dict[str, Any]:
     """What ``cfg.metadata`` says of a run's dictionary, by SAELens' names where it has some."""
-    config = finished.run.config
+    config, setting = finished.run.config, finished.run.setting(trained.method)
     return {
         "model_name": config.model.name,
+        **setting.of_weights,
         "hook_name": config.model.hook,
         "context_size": config.harvest.context_tokens,
+        "prepend_bos": setting.shards.prepend_bos,
         "dataset_path": finished.dataset or config.text.name,
         "exclude_special_tokens": True,
         "outlier_factor": config.harvest.outlier_factor,
-        "tokens_harvested": finished.run.shards().n_samples,
-        "tokens_seen": trained.manifest["samples_seen"],
+        "tokens_harvested": setting.shards.n_samples,
+        # By this name SAEBench's plots find it.
+        "training_tokens": trained.manifest["samples_seen"],
     }
 
 
@@ -243,8 +252,8 @@ def _of_dictionary(folder: Path, views: Views) -> list[Entry]:
         )
     training = read_manifest(folder, TRAIN_STAGE) if (folder / MANIFEST).is_file() else None
     common = {"model_name": known["model"], "hook_name": known["hook"]}
-    if training is not None:
-        common["tokens_seen"] = training["samples_seen"]
+    common |= {"model_weights": known["model_weights"]} if "model_weights" in known else {}
+    common |= {} if training is None else {"training_tokens": training["samples_seen"]}
     name = re.sub(r"[^A-Za-z0-9._-]+|^\W+", "-", folder.resolve().name if training is None else training["name"])
     return [
         Entry(name, known["hook"], view, _wrapped(dictionary, view, common), dictionary, training)

@@ -108,10 +108,11 @@ def _check_there(there: Manifest | None, names: set[str], manifest: Manifest, wh
 @contextmanager
 def _client_errors(what: str) -> Iterator[None]:
     """The client's errors as ours."""
+    # The last two: what uploads, and answers that the client cannot read, end in.
+    expected: tuple[type[Exception], ...] = (*client_errors(), RuntimeError, ValueError)
     try:
         yield
-    # RuntimeError and ValueError: what uploads, and answers that the client cannot read, end in.
-    except (*client_errors(), RuntimeError, ValueError) as error:
+    except expected as error:
         if isinstance(error, KsvdSaeError):
             raise
         raise _as_ours(what, error) from error

@@ -91,9 +91,10 @@ def finished_run(place: Path) -> Path:
             path.write_bytes(raw[name])
     manifest["files"]["core"] = {}
     for panelist in ("learned.s0", "learned.s0.split"):
-        file = f"{panelist}-0123456789ab_custom_sae_eval_results.json"
+        file = f"0123456789ab/{panelist}-0123456789ab_custom_sae_eval_results.json"
         manifest["files"]["core"][panelist] = file
         members[f"saebench/core/{file}"] = path = place / "raw" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"sae_lens_id": "custom_sae", "sae_lens_release_id": panelist, "scores": panelist}))
     (run.results / "manifest.json").write_text(json.dumps(manifest))
     write_raw(run.results / RAW, members)

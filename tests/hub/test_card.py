@@ -1,6 +1,7 @@
 """The model card: a header that the Hub reads, tables that are tables, numbers that are the run's."""
 
 import re
+from copy import deepcopy
 from html import unescape
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from ksvd_sae.hub.card import model_card
+from ksvd_sae.hub.source import Source
 from ksvd_sae.report.tables import cells, headings, intervals, summary
 from tests.hub.conftest import CONFIG, HOOK, REPO, Published
 
@@ -43,6 +45,19 @@ def test_header(card: ModelCard) -> None:
 def test_what_nobody_named_is_not_in_the_header(published: Published) -> None:
     header = ModelCard(model_card(published.source, REPO, None)).data.to_dict()
     assert "license" not in header
+
+
+def test_weights_of_somebody(published: Published) -> None:
+    """A fine-tune has the architecture's name; whose weights it has is said, and the Hub is told where they are."""
+    entry = deepcopy(published.source.entries[0])
+    for weights, base in (
+        ({"name": "me/fine-tune", "revision": "0" * 40, "content": "abc"}, "me/fine-tune"),
+        ({"name": "my-folder", "content": "abc"}, "some/model"),
+    ):
+        entry.sae.cfg.metadata.model_weights = weights
+        card = ModelCard(model_card(Source([entry]), REPO, None))
+        assert card.data.base_model == base
+        assert f"weights of its own: {weights['name']}" in card.text
 
 
 def test_every_dictionary_is_listed(card: ModelCard, published: Published) -> None:
@@ -93,7 +108,7 @@ def test_what_saelens_loads_alone_has_its_own_scores(card: ModelCard) -> None:
 
 
 def test_how_it_was_made(card: ModelCard, published: Published) -> None:
-    assert "2,000 tokens of some-texts, in contexts of 12 tokens" in " ".join(card.text.split())
+    assert "2,000 tokens of some-texts, in contexts of 12 tokens that begin with a BOS" in " ".join(card.text.split())
     assert "BOS, EOS, padding" in card.text
     options = re.search(r"Options: `(\{kind: db_ksvd.*?\})`", card.text)
     assert options is not None

@@ -74,7 +74,7 @@ def test_the_config_says_what_is_true(published: Published) -> None:
         "exclude_special_tokens": True,
         "outlier_factor": 4.0,
         "tokens_harvested": 2000,
-        "tokens_seen": 2000,
+        "training_tokens": 2000,
         "model_from_pretrained_kwargs": {},
         "sae_lens_training_version": None,
     }
@@ -105,9 +105,9 @@ def test_split_is_the_default(published: Published) -> None:
     source = open_source(published.results, ["learned"], "split")
     assert [entry.view for entry in source.entries if entry.dictionary is not None] == ["split"]
     sae = load(published.folder, f"{HOOK}/learned/split")
-    acts_BF = sae.encode(raw_activations(50))
+    acts_BF = sae.encode(raw_activations(50)).detach()
     assert float(acts_BF.min()) == 0
-    signed = load(published.folder, f"{HOOK}/learned/signed").encode(raw_activations(50))
+    signed = load(published.folder, f"{HOOK}/learned/signed").encode(raw_activations(50)).detach()
     assert float(signed.min()) < 0
     assert torch.equal(acts_BF[:, :24] - acts_BF[:, 24:], signed)
 
@@ -182,7 +182,7 @@ def test_one_dictionary_alone(tmp_path: Path) -> None:
     sae_id = f"{HOOK}/my-dictionary/split"
     assert torch.equal(load(tmp_path / "out", sae_id).b_dec, known.centre_D)
     metadata = config_of(tmp_path / "out", "my-dictionary/split")["metadata"]
-    assert not {"dataset_path", "exclude_special_tokens", "tokens_seen"} & metadata.keys(), "what nobody knows"
+    assert not {"dataset_path", "exclude_special_tokens", "training_tokens"} & metadata.keys(), "what nobody knows"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "not recorded" in card
     assert "without a run that scored it" in card
@@ -194,7 +194,7 @@ def test_a_training_alone(published: Published, tmp_path: Path) -> None:
     trained = published.source.run.first["learned"]
     write_folder(open_source(trained.folder, [], "signed"), REPO, tmp_path / "out", "mit")
     metadata = config_of(tmp_path / "out", "learned.s0/signed")["metadata"]
-    assert metadata["tokens_seen"] == 2000
+    assert metadata["training_tokens"] == 2000
     assert "2,000 samples" in (tmp_path / "out" / "README.md").read_text()
 
 
