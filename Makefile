@@ -48,7 +48,8 @@ slow: $(STAMP)
 NEWEST := $(CURDIR)/$(VENV)/transformers-5
 transformers-5: $(STAMP)
 	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(NEWEST) 'transformers>=5,<6' \
-		'huggingface_hub>=1,<3' tokenizers hf_xet httpx httpcore h11 anyio sniffio shellingham typer_slim
+		'huggingface_hub>=1,<3' tokenizers hf_xet httpx2 httpcore2 truststore httpx httpcore h11 anyio sniffio \
+		shellingham typer_slim
 	PYTHONPATH=$(NEWEST) $(BIN)/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" \
 		tests/activations tests/evals tests/offline tests/path tests/run/test_published_run.py
 

@@ -6,8 +6,8 @@ The path of the data, and the module that walks each step::
             harvest          safetensors       DB-KSVD      the value        SAELens    SAEBench      tables,
                              + manifest                     that travels     SAE        and others    plots
 
-``methods/`` has a file for each kind of dictionary, ``evals/`` a folder for each eval; ``run/`` takes one YAML
-through all steps, ``cli.py`` is ``ksvd-sae``.
+``methods/`` has a file for each kind of dictionary, ``evals/`` a folder for each eval; ``hub/`` publishes dictionaries
+and loads them; ``run/`` takes one YAML through all steps, ``cli.py`` is ``ksvd-sae``.
 Public names load on first use, so ``import ksvd_sae`` stays quick and pulls in neither
 sae_lens nor transformers; it does tell SAELens, should that be loaded later, how to find the
 ``db_ksvd`` architecture (see ``_registration.py``).
