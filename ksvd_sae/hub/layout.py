@@ -7,6 +7,7 @@
     HOOK/NAME/VIEW/                    an SAE; this path is its sae_id
         cfg.json, sae_weights.safetensors      as SAELens has them
         dictionary.json, atoms.safetensors     the dictionary that it was made from, bit for bit
+        neuronpedia/batch-0.json               atoms in context, as Neuronpedia takes them
     results/RUN/                       scores, plots, SAEBench's results
 
 The manifest tells damaged and mixed-up files, not forged ones: whoever can write a file can write the manifest. What

@@ -108,6 +108,11 @@ class FinishedRun:
         """The first training of each dictionary, by name."""
         return {trained.name: trained for trained in reversed(self.trained)}
 
+    def examples(self, name: str) -> str | None:
+        """The file of atoms in context of the first training of a dictionary; None where the run shows none."""
+        file = self.manifest["examples"].get(name)
+        return None if file is None else str(file)
+
     def result_files(self, name: str) -> Iterator[tuple[str, str, str, str]]:
         """(eval, its seed or '', view, file) of every result that the first training of a dictionary has."""
         trained = self.first[name]

@@ -1,16 +1,20 @@
 """A published folder: SAEs, dictionaries, scores, the card and the manifest, written whole or not at all."""
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 
 from ksvd_sae.errors import ManifestError
+from ksvd_sae.hub import neuronpedia
 from ksvd_sae.hub.card import model_card
 from ksvd_sae.hub.layout import CARD, RESULTS, SAE_FILES, Manifest, check_name, check_repository
 from ksvd_sae.hub.source import Entry, FinishedRun, Source
 from ksvd_sae.report.raw import OWN_EVALS, RawResults, result_name
 from ksvd_sae.store import MANIFEST, write_json
+
+logger = logging.getLogger(__name__)
 
 
 def write_folder(source: Source, repo_id: str, folder: Path, license_id: str | None) -> Manifest:
@@ -36,6 +40,8 @@ def write_folder(source: Source, repo_id: str, folder: Path, license_id: str | N
         new = Path(name) / "new"
         for entry in source.entries:
             _write_entry(entry, new / entry.sae_id)
+            if source.run is not None:
+                _write_dashboards(entry, source.run, new / entry.sae_id)
         if source.run is not None:
             _write_results(source, source.run, repo_id, new / RESULTS / source.run.folder.name)
         (new / CARD).write_text(model_card(source, repo_id, license_id), encoding="utf-8")
@@ -55,6 +61,23 @@ def _write_entry(entry: Entry, folder: Path) -> None:
     if entry.dictionary is not None:
         entry.dictionary.save(folder)
     assert {path.name for path in folder.iterdir()} >= set(SAE_FILES)
+
+
+def _write_dashboards(entry: Entry, finished: FinishedRun, folder: Path) -> None:
+    """For Neuronpedia, of the atoms that the run's report shows; what stands beside a dictionary has none."""
+    file = None if entry.stock is not None else finished.examples(entry.name)
+    if file is None:
+        return
+    with RawResults(finished.folder) as raw:
+        found = json.loads(raw[f"atoms/{file}"])
+    if found["format"] < 2:
+        logger.warning("%s: no dashboards for Neuronpedia: its atoms in context are of an older version", entry.name)
+        return
+    config = finished.run.config
+    dataset = finished.dataset or config.text.name
+    batch = neuronpedia.dashboards(found, config.model.name, entry.hook, entry.name, entry.view, dataset)
+    if batch is not None:
+        write_json(folder / "neuronpedia" / neuronpedia.NAME, batch)
 
 
 def _write_results(source: Source, finished: FinishedRun, repo_id: str, folder: Path) -> None:

@@ -47,6 +47,22 @@ CONFIG: dict[str, Any] = {
     "report": {"atoms": 0},
 }
 
+SHOWN = {"document": 0, "peak": 1, "tokens": [" a", " b"]}
+# Atoms in context, which a run with a model finds.
+EXAMPLES = {
+    "format": 2,
+    **{"n_tokens": 400, "n_contexts": 40, "context_tokens": 12, "n_atoms": 24, "signed": True},
+    "atoms": [
+        {
+            "atom": 3,
+            "logit_lens": None,
+            "histogram": {side: {"centres": [1.0], "counts": [2]} for side in ("positive", "negative")},
+            "positive": [{**SHOWN, "activations": [0.5, 1.0]}],
+            "negative": [{**SHOWN, "activations": [0.5, -1.0]}],
+        }
+    ],
+}
+
 
 @dataclass(frozen=True)
 class Published:
@@ -96,6 +112,9 @@ def finished_run(place: Path) -> Path:
         members[f"saebench/core/{file}"] = path = place / "raw" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"sae_lens_id": "custom_sae", "sae_lens_release_id": panelist, "scores": panelist}))
+    manifest["examples"] = {"learned": "learned-0123456789ab.json"}
+    members["atoms/learned-0123456789ab.json"] = path = place / "raw" / "atoms.json"
+    path.write_text(json.dumps(EXAMPLES))
     (run.results / "manifest.json").write_text(json.dumps(manifest))
     write_raw(run.results / RAW, members)
     return run.results

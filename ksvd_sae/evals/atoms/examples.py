@@ -31,11 +31,13 @@ from ksvd_sae.store import atomic_path, content_hash, copy_of_other_name
 
 logger = logging.getLogger(__name__)
 # Raised when the same inputs come to give another file.
-FORMAT = 1
+FORMAT = 2
 # The sample's strata in the order in which they are shown; the last three are thirds of the live atoms by density.
 STRATA = ("strongest", "frequent", "middle", "rare")
 # Tokens shown to the left and to the right of the one that is shown for.
 AROUND = 12
+# Of an atom's activations of one sign.
+_BINS = 20
 _CODE_BYTES = 64 << 20
 # 12 bytes each. A code with more nonzeros than this is no sparse code: it is looked at on the first tokens only.
 _MOST_NONZEROS = 1 << 26
@@ -268,6 +270,7 @@ def atoms_in_context(
     nearest = _nearest(sae.W_dec.detach(), [atom for _, atom in chosen])
     lens = logit_lens(reader.model, reader.hook, rows_AD, texts) if chosen else None
     signed = bool((codes.value_n < 0).any())
+    signs = {"positive": 1, **({"negative": -1} if signed else {})}
     finder = _Finder(text, texts, setting.examples)
     atoms = []
     for i, (stratum, atom) in enumerate(chosen):
@@ -280,19 +283,31 @@ def atoms_in_context(
                 "strongest": _rounded(float(value_n.abs().max())),
                 "nearest": nearest[i],
                 "logit_lens": None if lens is None else lens[i],
-                "positive": finder.examples(token_n, value_n, 1),
-                **({"negative": finder.examples(token_n, value_n, -1)} if signed else {}),
+                "histogram": {name: histogram(value_n, sign) for name, sign in signs.items()},
+                **{name: finder.examples(token_n, value_n, sign) for name, sign in signs.items()},
             }
         )
     return {
         "format": FORMAT,
         "n_tokens": codes.n_tokens,
+        "n_contexts": len(text.tokens_CL),
+        "context_tokens": text.tokens_CL.shape[1],
         "n_documents": text.n_documents,
         "n_atoms": len(density_F),
         "n_dead": int((density_F == 0).sum()),
         "signed": signed,
         "atoms": atoms,
     }
+
+
+def histogram(value_n: Tensor, sign: int) -> dict[str, list[float]]:
+    """How many of an atom's activations of one sign lie around which |value|: centres of bins, and counts."""
+    value_n = (value_n * sign)[value_n * sign > 0].double()
+    if not len(value_n):
+        return {"centres": [], "counts": []}
+    count_B, edge_B = torch.histogram(value_n, bins=_BINS)
+    centre_B = (edge_B[1:] + edge_B[:-1]) / 2
+    return {"centres": [_rounded(x) for x in centre_B.tolist()], "counts": [int(x) for x in count_B.tolist()]}
 
 
 def _nearest(atoms_FD: Tensor, chosen: list[int]) -> list[dict[str, Any] | None]:
@@ -359,11 +374,11 @@ def _rounded(value: float) -> float:
 
 
 def _write(path: Path, described: dict[str, Any]) -> None:
-    """JSON with a line an atom: n_tokens, n_documents, n_atoms, n_dead (on this text), signed, and atoms.
+    """JSON with a line an atom: what was read, n_atoms, n_dead (on this text), signed, and atoms.
 
     An atom: its index, stratum, density (share of tokens), strongest |activation|, nearest (largest |cosine|),
-    logit_lens, and examples of the positive and (where codes have signs) the negative sign. An example: document,
-    peak (index of its token), tokens (texts), activations.
+    logit_lens, histogram of each sign (see ``histogram``), and examples of the positive and (where codes have signs)
+    the negative sign. An example: document, peak (index of its token), tokens (texts), activations.
     """
     facts = {name: value for name, value in described.items() if name != "atoms"}
     head = json.dumps(facts, ensure_ascii=False, allow_nan=False).removesuffix("}")

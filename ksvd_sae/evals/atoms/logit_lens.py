@@ -23,8 +23,8 @@ def logit_lens(
     """Tokens whose logits a direction raises and lowers most, strongest first; None for hooks outside the stream.
 
     The direction goes through what is linear in the final norm (LayerNorm's centring, the gain, not the division by
-    the norm) and through the unembedding. What the layers in between make of it is left out: from an early layer this
-    says little. Special tokens are left out too.
+    the norm) and through the unembedding; ``raised_logits`` and ``lowered_logits`` are what it adds there. What the
+    layers in between make of it is left out: from an early layer this says little. Special tokens are left out too.
     """
     if not hook.endswith(_IN_THE_STREAM) or rows_AD.shape[1] != model.cfg.d_model:
         return None
@@ -35,12 +35,14 @@ def logit_lens(
     logits_AV = (rows_AD if gain is None else rows_AD * gain) @ model.W_U
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=logits_AV.device)
     special = special[special < logits_AV.shape[1]]
-    tokens = {}
+    tokens, logits = {}, {}
     for name, sign in (("raised", 1), ("lowered", -1)):
         signed_AV = sign * logits_AV
         signed_AV[:, special] = -torch.inf
-        tokens[name] = signed_AV.topk(min(SHOWN, logits_AV.shape[1] - len(special)), dim=1).indices.tolist()
+        top = signed_AV.topk(min(SHOWN, logits_AV.shape[1] - len(special)), dim=1)
+        tokens[name], logits[name] = top.indices.tolist(), (sign * top.values.float()).tolist()
     return [
-        {"raised": texts.all(raised), "lowered": texts.all(lowered)}
-        for raised, lowered in zip(tokens["raised"], tokens["lowered"], strict=True)
+        {name: texts.all(tokens[name][i]) for name in tokens}
+        | {f"{name}_logits": [float(f"{value:.4g}") for value in logits[name][i]] for name in logits}
+        for i in range(len(rows_AD))
     ]
