@@ -1,9 +1,11 @@
 """docs/saebench.md: its code runs, and SAEBench's own plots show what a run of ours wrote."""
 
+import csv
 import functools
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ksvd_sae.cli import app
 from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.evals.panel import result_files, run_evals
 from ksvd_sae.report.raw import RAW, result_name, write_raw
+from tests.command_line import REPOSITORY
 from tests.evals.conftest import TEXT, CountedPanel
 from tests.evals.test_saebench import CORE, PROBING, SCR, TPP, strict_json
 from tests.tiny_saes import COLOURS, CONTEXT_TOKENS, METALS, TREES, tiny_db_ksvd_sae, tiny_topk_sae
@@ -180,3 +183,20 @@ def test_the_best_of_several_sizes(unpacked: Path, graphing: Any) -> None:
     best = graphing.get_best_results(found, "sparse_probing", ks=[1, 5])
     graphing.plot_3var_graph(best, "best", "best_custom_metric", output_filename="best.png")
     assert points(plt.gcf()) == sorted([4.0, result["ce_loss_score"]] for result in found.values())
+
+
+def test_saebenchs_plots_show_the_demo(here: Path, graphing: Any) -> None:
+    """The committed run: its dictionaries' scores; of the widths that the second plot knows it has none."""
+    shutil.copytree(REPOSITORY / "results" / "demo", here / "results" / "demo")
+    done = CliRunner().invoke(app, ["unpack", "results/demo"])
+    assert done.exit_code == 0, done.output
+    run_code(PLOTS, {})
+    by_kind, by_width = (points(plt.figure(number)) for number in plt.get_fignums())
+    with (here / "results" / "demo" / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    wanted = [
+        float(r["value"]) for r in rows if (r["eval"], r["metric"]) == ("sparse_probing", "sae_top_5_test_accuracy")
+    ]
+    assert sorted(accuracy for _, accuracy in by_kind) == pytest.approx(sorted(wanted))
+    assert len(wanted) >= 6
+    assert by_width == []
