@@ -211,6 +211,10 @@ class ActivationShards:
         """The whole part as one (N, d_in) float32 tensor."""
         return next(self.batches(self.n_samples))
 
+    def read_shards(self) -> list[Tensor]:
+        """Every shard, mapped: rows are read from disk as they are gathered."""
+        return [self.read_shard(index) for index in range(len(self._entries))]
+
     def read_shard(self, index: int) -> Tensor:
         """One shard as stored.
 

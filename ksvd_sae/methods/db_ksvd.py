@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field, JsonValue, model_validator
 from typing_extensions import Self
 
-from ksvd_sae.activations.harvest import HarvestConfig
+from ksvd_sae.activations.collecting import CollectingConfig
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.coding import Coding
@@ -119,7 +119,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
             return new
         return new.model_copy(update={"train_k": max(1, round(new.k * self.train_k / self.k))})
 
-    def check(self, harvest: HarvestConfig) -> None:
+    def check(self, harvest: CollectingConfig) -> None:
         super().check(harvest)
         if (self.train_k or 0) > self.k:
             raise ValueError(f"train_k = {self.train_k} is above k = {self.k}; learn with as many atoms or fewer")

@@ -5,7 +5,17 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, JsonValue
 
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, SeededEval
+from ksvd_sae.evals.base import (
+    Column,
+    EvalResults,
+    EvalSetting,
+    Heldout,
+    Measured,
+    MeasuredHere,
+    Panelist,
+    Reads,
+    SeededEval,
+)
 
 # Goes up when the same options come to give other scores.
 VERSION = 3
@@ -33,6 +43,7 @@ class TruthEval(MeasuredHere, SeededEval):
     twice: bool = Field(False, description="learn each once more with another seed, for its stability there")
 
     name: ClassVar[str] = "truth"
+    reads: ClassVar[Reads] = "activations"
     counts: ClassVar[str] = "n_samples"
     cost: ClassVar[str] = "a training in the world for each; no language model"
     demo_seconds: ClassVar[float] = 60

@@ -15,7 +15,7 @@ from ksvd_sae.report.published.scores import (
     published_scores,
 )
 from ksvd_sae.report.sections import Section
-from ksvd_sae.run.config import RunConfig
+from ksvd_sae.run.config import RunConfig, TextRunConfig
 
 TITLE = "Published scores"
 HEADS = ("published SAE", "d_sae", "L0", "score of", "published", "nearest of ours", "ours", "comparable?")
@@ -38,6 +38,8 @@ def published_section(
         controls: dictionaries that are no contestants: nothing published is held against them.
         prepend_bos: whether the run's contexts begin with a BOS.
     """
+    if not isinstance(config, TextRunConfig):
+        return ""
     protocol = RunProtocol(
         config.model.name,
         config.model.hook,
