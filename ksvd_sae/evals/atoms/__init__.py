@@ -16,7 +16,7 @@ class AtomsConfig(Strict):
 class ImageAtomsConfig(Strict):
     """What is shown of each dictionary's atoms where a vision model reads images."""
 
-    atoms: int = Field(12, ge=0, description="atoms of each dictionary to show on images; 0 shows none")
+    atoms: int = Field(8, ge=0, description="atoms of each dictionary to show on images; 0 shows none")
     examples: int = Field(6, ge=1, description="images of each atom and sign")
     images: int = Field(1_000, ge=1, description="held-out images to look for examples in, at most")
     pixels: int = Field(96, ge=16, description="height of an image as it is shown")

@@ -141,13 +141,15 @@ def marked(image: Picture, strength_RC: NDArray[Any], colour: tuple[int, int, in
     each = max(1, round(pixels / rows))
     size = (columns * each, rows * each)
     colours = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS)).astype(np.float32)
-    grey = colours.mean(axis=2, keepdims=True) * 0.35
-    at = np.kron(strength_RC, np.ones((each, each)))[..., None]
+    grey = colours.mean(axis=2, keepdims=True) * 0.45
+    strength = np.kron(strength_RC, np.ones((each, each)))[..., None]
     # Weak patches are seen, too.
-    shown = np.where(at > 0, grey + (0.4 + 0.6 * at) * (colours - grey), grey)
-    fires = np.pad(at[..., 0] > 0, 1)
+    share = np.where(strength > 0, 0.3 + 0.7 * strength, 0)
+    shown = grey + share * (colours - grey)
+    fires = np.pad(strength[..., 0] > 0, 1)
     inside = fires[:-2, 1:-1] & fires[2:, 1:-1] & fires[1:-1, :-2] & fires[1:-1, 2:]
-    shown[fires[1:-1, 1:-1] & ~inside] = colour
+    border = (fires[1:-1, 1:-1] & ~inside)[..., None]
+    shown = np.where(border, shown + share * (np.array(colour) - shown), shown)
     return shown.round().astype(np.uint8)
 
 
