@@ -23,7 +23,7 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ksvd_sae import RunConfig
+from ksvd_sae.run.config import ImageRunConfig, TextRunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
@@ -80,7 +80,8 @@ def config_keys() -> str:
     """Every key that a run's YAML may have, a table for each mapping in it."""
     out = []
     kinds_begun = False
-    for path, model in _mappings(RunConfig):
+    seen = set[type]()
+    for path, model in [pair for run in (TextRunConfig, ImageRunConfig) for pair in _mappings(run, seen=seen)]:
         kind = _kind(model)
         if kind is not None and not kinds_begun:
             out += ["## `dictionaries`", "A mapping of names to dictionaries, each of one of these kinds."]

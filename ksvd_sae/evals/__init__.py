@@ -69,7 +69,7 @@ class Evaluation(Strict):
     )
 
     @model_validator(mode="after")
-    def _each_seed_once(self) -> "EvaluationConfig":
+    def _each_seed_once(self) -> "Evaluation":
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"evaluation.seeds: {self.seeds} names a seed twice")
         return self
@@ -101,7 +101,10 @@ class Evaluation(Strict):
 
 
 if TYPE_CHECKING:
-    _OfText = _OfImages = Strict
+
+    class _OfText(Strict): ...
+
+    class _OfImages(Strict): ...
 else:
     _OfText, _OfImages = _sections("text"), _sections("images")
 

@@ -141,7 +141,7 @@ class TextRunConfig(RunConfig):
         return self.text.name
 
     @model_validator(mode="after")
-    def _hook(self) -> "RunConfig":
+    def _hook(self) -> "TextRunConfig":
         """What an eval cannot do at a hook is said before anything is harvested."""
         hook = self.model.hook
         asked = [section.name for section in self.evaluation.evals() if not section.can_be_had_at(hook)]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import JsonValue
+from torch import Tensor
 
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import Heldout, Measured
@@ -26,7 +27,7 @@ def preservation(config: "ProbePreservationEval", sae: Any, heldout: Heldout) ->
     """See ``ProbePreservationEval``."""
     images, statistics = heldout.images, heldout.shards.statistics
     label_I, train, test = _split(config, heldout)
-    own, rebuilt = [], []
+    own, rebuilt = list[Tensor](), list[Tensor]()
     for coded in coded_images(sae, images):
         # Where nothing is left of an image, its mean is that of all.
         n_I1 = coded.present_IP.sum(dim=1, keepdim=True).clamp(min=1)

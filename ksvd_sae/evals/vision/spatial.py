@@ -54,7 +54,7 @@ def localization(config: "SpatialEval", sae: Any, heldout: Heldout) -> Measured:
 def morans_i(code_IPF: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """(I, F): Moran's I of each latent on each image, and whether its code varies there at all."""
     centred_IPF = code_IPF - code_IPF.mean(dim=1, keepdim=True)
-    plane = centred_IPF.transpose(1, 2).unflatten(2, (rows, columns))
+    plane = centred_IPF.transpose(1, 2).reshape(len(code_IPF), -1, rows, columns)
     # The sum over three by three, without the patch itself; no neighbours beyond the edge.
     around = avg_pool2d(plane, 3, stride=1, padding=1, divisor_override=1) - plane
     n_pairs = 2 * (rows * (columns - 1) + columns * (rows - 1) + 2 * (rows - 1) * (columns - 1))
