@@ -86,7 +86,8 @@ def config_keys() -> str:
         if kind is not None and not kinds_begun:
             out += ["## `dictionaries`", "A mapping of names to dictionaries, each of one of these kinds."]
             kinds_begun = True
-        title = f"`kind: {kind}`" if kind else f"`{path}`" if path else "A run"
+        whole = "A run on text" if model is TextRunConfig else "A run on images"
+        title = f"`kind: {kind}`" if kind else f"`{path}`" if path else whole
         out += [f"{'###' if kind or '.' in path else '##'} {title} {{#{_anchor(model)}}}", inspect.getdoc(model) or ""]
         fields = {name: field for name, field in model.model_fields.items() if name != "kind" or kind is None}
         rows = [

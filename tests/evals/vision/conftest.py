@@ -1,10 +1,13 @@
 """Held-out images of a planted dictionary: some atoms lie in patches of ground, some are of one class alone."""
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,13 +51,14 @@ def heldout_of(folder: Path, x_IPD: Tensor, labels: list[str | None]) -> Heldout
     shuffled = x_ND[place_N]
     write_harvest(folder, {"made": "by hand"}, [x_ND], [shuffled[:500], shuffled[500:]])
     save_file({PLACES: place_N}, folder / PLACES_FILE)
-    import json
-
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["grid"] = {"rows": ROWS, "columns": COLUMNS, "others": 0}
     manifest["parts"]["heldout"] |= {"n_images": len(x_IPD), "places_sha256": file_sha256(folder / PLACES_FILE)}
     write_json(folder / MANIFEST, manifest)
+    png = io.BytesIO()
+    Image.new("RGB", (4 * COLUMNS, 4 * ROWS), (90, 120, 60)).save(png, "PNG")
     rows: dict[str, Any] = {"name": [f"{i}.png" for i in range(len(x_IPD))], "label": labels}
+    rows["png"] = [png.getvalue()] * len(x_IPD)
     pyarrow.parquet.write_table(pyarrow.table(rows), folder / IMAGES_FILE)
     return Heldout("planted-heldout", ActivationShards.open(folder, "heldout"), None)
 
