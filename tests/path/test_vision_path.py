@@ -37,7 +37,7 @@ def shrunk(config: str) -> dict[str, str]:
         "harvest.heldout_tokens": "12000",
         "harvest.batch_images": "8",
         "harvest.shard_tokens": "4096",
-        **{f"dictionaries.{name}.n_atoms": "64" for name in names if name != "pca"},
+        **{f"dictionaries.{name}.n_atoms": "96" if "16k" in name else "64" for name in names if name != "pca"},
         **{f"dictionaries.{name}.batch_samples": "2048" for name in names if name not in ("pca", "random")},
         **{f"dictionaries.{name}.passes": "2" for name in names if name.endswith("sae")},
         **{f"dictionaries.{name}.groups": "[16, 48]" for name in groups},
