@@ -146,7 +146,7 @@ class TextRunConfig(RunConfig):
         hook = self.model.hook
         asked = [section.name for section in self.evaluation.evals() if not section.can_be_had_at(hook)]
         if asked:
-            able = ", ".join(kind.name for kind in EVALS if kind.can_be_had_at(hook))
+            able = ", ".join(kind.name for kind in EVALS if kind.reads != "images" and kind.can_be_had_at(hook))
             switches = ", ".join(f"evaluation.{name}: null" for name in asked)
             raise ValueError(
                 f"model.hook: {', '.join(asked)} cannot be had at {hook!r}; set {switches} "
