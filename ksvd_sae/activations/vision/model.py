@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,8 +109,9 @@ class ImageReader:
             raise ConfigError(
                 f"model.also: {config.name!r} has no registers", cure="leave them out, or take a model with registers"
             )
-        # What the final norm reads, and what it gives, is then of this block.
-        self.model.encoder.layer = self.model.encoder.layer[: config.layer + 1]
+        # What the final norm reads, and what it gives, is then of this block. A ViT of transformers 5 has no encoder.
+        holder, name = (self.model, "layers") if hasattr(self.model, "layers") else (self.model.encoder, "layer")
+        setattr(holder, name, getattr(holder, name)[: config.layer + 1])
         self.model = self.model.to(device).eval()
         self._patch: int = own.patch_size
         self._grid: Grid | None = None
@@ -185,7 +187,8 @@ def _loaded(config: VisionModelConfig) -> tuple[Any, Any]:
         if kind not in _TYPES:
             raise ConfigError(f"model {config.name!r} is of a kind that is not read", got=kind, limit=", ".join(_TYPES))
         # Pillow's resizing, as the models were trained with: the faster one gives other pixels.
-        processor = AutoImageProcessor.from_pretrained(config.name, use_fast=False, **options)
+        by_pillow = {"use_fast": False} if version("transformers").startswith("4.") else {"backend": "pil"}
+        processor = AutoImageProcessor.from_pretrained(config.name, **by_pillow, **options)
         dtype = getattr(torch, config.dtype)
         model, info = AutoModel.from_pretrained(
             config.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
