@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 # Rows that tell one batch from another.
-_PROBE_ROWS = 16
+PROBE_ROWS = 16
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 
@@ -42,7 +42,7 @@ def digest(tensor: Tensor | None) -> str | None:
 
 def probe(batch_BD: Tensor) -> str:
     """A batch's first rows as a digest: enough to notice other data, or another order."""
-    return str(digest(batch_BD[:_PROBE_ROWS]))
+    return str(digest(batch_BD[:PROBE_ROWS]))
 
 
 def save_checkpoint(path: Path, state: TrainingState, fingerprint: Fingerprint) -> None:
@@ -149,9 +149,12 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
     )
 
 
-def check_probe(state: TrainingState, batch_BD: Tensor) -> None:
-    """Raise ManifestError if a resumed pass does not begin as it did before."""
-    if state.pass_probe != probe(batch_BD):
+def check_probe(state: TrainingState, found: str) -> None:
+    """Raise ManifestError if a resumed pass does not begin as it did before.
+
+    Args: found: probe of its first batch.
+    """
+    if state.pass_probe != found:
         raise ManifestError(
             f"resuming from a checkpoint: the samples of pass {state.pass_index} do not begin as they did",
             cause="a stream that gives other batches each time, or other data of the same size",
