@@ -44,9 +44,9 @@ CASES: dict[str, Callable[[], tuple[Tensor, LearnerOptions]]] = {
     "weighted": lambda: (samples(1201), options(weighting=weighting_by_std(torch.linspace(0.5, 2, 16)))),
     "nonnegative": lambda: (samples(1201), options(coding=Coding(3, nonnegative=True), update="two_sweeps")),
     "kept apart": lambda: (samples(1201), options(coherence=0.5)),
-    # Atoms that begin as the same sample are redrawn.
-    "redrawn": lambda: (samples(301).repeat(4, 1), options(n_atoms=100, redraw="data")),
-    "redrawn from residuals": lambda: (samples(301).repeat(4, 1), options(n_atoms=100)),
+    # Random atoms, of which some are far from all samples.
+    "redrawn": lambda: (samples(1201), options(100, Coding(1), init="random", passes=4, redraw="data")),
+    "redrawn from residuals": lambda: (samples(1201), options(100, Coding(1), init="random", passes=4)),
     "a rank with no data": lambda: (samples(41), options(n_atoms=8, batch_samples=2, init="random", passes=1)),
     "a rank of zeros": lambda: (samples(1201, zeros=500), options(batch_samples=1201, passes=2)),
     "tiny numbers": lambda: (samples(1201) * 1e-9, options()),

@@ -79,7 +79,7 @@ def test_the_cases_are_what_they_say() -> None:
     """Some atoms are redrawn where they are said to be, and a process has no rows where it is said to have none."""
     for name in ("redrawn", "redrawn from residuals"):
         x_ND, options = ranks_worker.CASES[name]()
-        assert sum(line.redrawn for line in DictionaryLearner(options, device="cpu").fit(x_ND).log) > 20
+        assert sum(line.redrawn for line in DictionaryLearner(options, device="cpu").fit(x_ND).log) >= 8
     assert [Ranks(rank, 3).part(2) for rank in range(3)] == [slice(0, 0), slice(0, 1), slice(1, 2)]
 
 
