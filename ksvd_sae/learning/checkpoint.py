@@ -22,11 +22,11 @@ from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.drift import Drift
 from ksvd_sae.learning.training import BatchLog, TrainingState
-from ksvd_sae.store import atomic_path
+from ksvd_sae.store import atomic_path, checksum
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 # Rows that tell one batch from another.
 PROBE_ROWS = 16
 
@@ -77,7 +77,7 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: Fingerprint) 
         "log": [asdict(line) for line in state.log],
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"training": json.dumps(facts)})
+        save_file(tensors, temporary, metadata={"training": json.dumps(facts), "checksum": _checksum(facts, tensors)})
 
 
 def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState) -> TrainingState:
@@ -91,9 +91,13 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
     where = f"resuming from {path}"
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["training"])
+            metadata = file.metadata()
+            facts = json.loads(metadata["training"])
             # Copies: what is mapped from a file is aligned as the file has it, and products may differ in the last bit.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        # Of another format, another version's.
+        if facts["format"] == FORMAT and metadata["checksum"] != _checksum(facts, tensors):
+            raise ValueError("its checksum is not that of what it holds")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ManifestError(
             f"{where}: {type(error).__name__}: {error}",
@@ -147,6 +151,12 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
         passed_over=facts.get("passed_over", 0),
         drift=drift,
     )
+
+
+def _checksum(facts: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of all that a checkpoint holds."""
+    bytes_of = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    return checksum([json.loads(json.dumps(facts)), bytes_of])
 
 
 def check_probe(state: TrainingState, found: str) -> None:

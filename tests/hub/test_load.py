@@ -22,6 +22,7 @@ from ksvd_sae.hub.upload import upload
 from ksvd_sae.hub.write import write_folder
 from tests.hub.conftest import HOOK, REPO, at_endpoint
 from tests.hub.server import Hub
+from tests.test_dictionary import rewrite
 from tests.tiny_saes import tiny_dictionary
 
 SAE_ID = f"{HOOK}/d/split"
@@ -206,6 +207,7 @@ def test_forged_atoms(copy: Path, value: float) -> None:
         held = load_file(folder / "atoms.safetensors")
         held["atoms"][0, 0] = value
         save_file(held, folder / "atoms.safetensors")
+        rewrite(folder)
 
     forge(copy, change)
     with pytest.raises(DictionaryError, match="not of unit norm"):
@@ -217,6 +219,7 @@ def test_a_forged_centre(copy: Path) -> None:
         held = load_file(folder / "atoms.safetensors")
         held["centre"][0] = float("inf")
         save_file(held, folder / "atoms.safetensors")
+        rewrite(folder)
 
     forge(copy, change)
     with pytest.raises(DictionaryError, match="the centre holds NaN or infinity"):
