@@ -9,7 +9,7 @@ BROWSER ?= optional
 HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
 
-.PHONY: demo test docs slow transformers-5 browser format clean
+.PHONY: demo test docs test-long transformers-5 browser format clean
 
 demo: $(STAMP)
 	$(BIN)/ksvd-sae run demo
@@ -41,8 +41,10 @@ browser:
 	fi
 	chromium --version && chromedriver --version
 
-slow: $(STAMP)
-	$(BIN)/pytest -m slow
+# Minutes to hours; their counts go to results/reliability.json.
+test-long: $(STAMP)
+	$(BIN)/pytest -m "slow or not slow" --reliability tests/survival
+	$(BIN)/pytest -m slow --ignore tests/survival
 
 # constraints.txt names transformers 4; this runs what loads and scores models with the newest 5, which it adds beside.
 NEWEST := $(CURDIR)/$(VENV)/transformers-5

@@ -77,7 +77,8 @@ class DictionaryLearner:
             memory (see ``kept_on_device``).
         log_path: JSONL file with a line a batch (see BatchLog); starts empty with each ``fit`` that does not resume.
         checkpoint_path: file that holds where training stands, for ``fit(..., resume=True)``; gone after the end.
-        checkpoint_every: batches between checkpoints; None writes one after each pass.
+        checkpoint_every: batches between checkpoints; None writes one after each pass. A KeyboardInterrupt writes one
+            too.
         on_batch: called with each BatchLog (progress bars).
         ranks: the processes that learn this dictionary together (ranks.py): each calls ``fit`` with the same samples
             and options, takes its part of every batch, and ends with the same dictionary; log and checkpoint are rank
@@ -354,6 +355,8 @@ class _Fit:
         self.checkpoint_path = None if learner.checkpoint_path is None else Path(learner.checkpoint_path)
         self.device = resolve_device(learner.device)
         self.source: SampleSource | StreamSource = source
+        # All as it was after the last whole batch.
+        self.after_batch: TrainingState | None = None
         if isinstance(source, StreamSource):
             learner._check_alone("a stream")
             self._check_stream(source)
@@ -365,8 +368,14 @@ class _Fit:
         self._begin(resume)
         learner = self.learner
         first_pass = 0 if learner.state is None else learner.state.pass_index
-        for pass_index in range(first_pass, self.options.passes):
-            self._learn_pass(pass_index)
+        try:
+            for pass_index in range(first_pass, self.options.passes):
+                self._learn_pass(pass_index)
+        except KeyboardInterrupt:
+            # Wherever in a batch it came.
+            if self.after_batch is not None:
+                self._save(self.after_batch)
+            raise
         if self.checkpoint_path is not None and self.ranks.rank == 0:
             self.checkpoint_path.unlink(missing_ok=True)
 
@@ -449,8 +458,9 @@ class _Fit:
                     state.batches_done, state.pass_probe, state.passed_over = number + 1, first, already + passed_over
                 if state is None or not learned:
                     continue
+                self.after_batch = state.copy()
                 if learner.checkpoint_every is not None and len(state.log) % learner.checkpoint_every == 0:
-                    self._save()
+                    self._save(state)
                 if learner.on_batch is not None:
                     learner.on_batch(state.log[-1])
         if passed_over:
@@ -467,12 +477,13 @@ class _Fit:
             )
         state = learner.state
         state.pass_index, state.batches_done, state.pass_probe = pass_index + 1, 0, ""
+        self.after_batch = state.copy()
         if learner.checkpoint_every is None:
-            self._save()
+            self._save(state)
 
-    def _save(self) -> None:
+    def _save(self, state: TrainingState) -> None:
         if self.checkpoint_path is not None and self.ranks.rank == 0:
-            save_checkpoint(self.checkpoint_path, self.learner._fitted[0], self._fingerprint)
+            save_checkpoint(self.checkpoint_path, state, self._fingerprint)
 
     def _batches(self, pass_index: int) -> Generator[Tensor, None, None]:
         """Of several processes, this one's part of each."""

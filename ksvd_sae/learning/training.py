@@ -230,6 +230,10 @@ class TrainingState:
     passed_over: int = 0
     drift: Drift | None = None
 
+    def copy(self) -> "TrainingState":
+        """That stays as it is while training goes on: of tensors none is changed in place."""
+        return replace(self, generator=self.generator.clone_state(), log=list(self.log))
+
 
 @dataclass(frozen=True)
 class Batch:
