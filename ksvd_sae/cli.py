@@ -53,8 +53,8 @@ CellsOption = Annotated[
     typer.Option(
         "--cells",
         metavar="KEY=VALUE,...",
-        help="only the dictionaries with these m (n_atoms), k and dictionary (name without them), e.g. m=4096,k=20,k=40; "
-        "tables have the others too once they are finished",
+        help="only dictionaries of these m (n_atoms), k and dictionary (their names without), e.g. m=4096,k=20,k=40; "
+        "tables have all others that are finished too",
     ),
 ]
 ResultsOption = Annotated[Path, typer.Option("--results", help="folder that gets results/<name>/")]

@@ -1,10 +1,9 @@
 """Matryoshka DB-KSVD (arXiv 2505.18441): disjoint groups of atoms, each for what the groups before it leave.
 
 Notation: group g has m_g atoms, the rows of ``atoms_MD`` after those of the groups before it; it codes the residual
-that they leave, r_{g−1}, with at most ⌈k / groups⌉ of its atoms (or shares that add up to k), and
-r_g = r_{g−1} − z_g·atoms_g. In training every group is a K-SVD of its own with r_{g−1} as its samples, so the rows up to
-the end of any group are a dictionary by themselves, as good as that many rows with that many nonzeros can be: the first
-atoms are the general ones.
+that they leave, r_{g−1}, with its share of k (at most ⌈k / groups⌉ of its atoms), and r_g = r_{g−1} − z_g·atoms_g. In
+training every group is a K-SVD of its own with r_{g−1} as its samples, so the rows up to the end of any group are a
+dictionary by themselves, as good as that many rows with that many nonzeros can be: the first are the general ones.
 
 The paper learns so and codes by plain matching pursuit over the whole dictionary when it evaluates. Both are here:
 coders 'mp' and 'matryoshka' of a ``Coding`` with groups.

@@ -22,9 +22,12 @@ _EXAMPLE = "--cells m=4096,k=20,k=40"
 
 
 class Grid(Strict):
-    """Sizes and budgets of dictionaries. One that leaves out ``n_atoms`` or ``k``, where its kind must have it, is there
-    once for each value, as ``NAME-m4096-k20``, and so is what takes its atoms from it. An entry of ``dictionaries`` by
-    such a name changes that cell alone; null leaves it out."""
+    """Sizes and budgets of dictionaries.
+
+    A dictionary that leaves out ``n_atoms`` or ``k``, where its kind must have it, is there once for each value, as
+    ``NAME-m4096-k20``, and so is what takes its atoms from it. An entry of ``dictionaries`` by such a name changes that
+    cell alone; null leaves it out.
+    """
 
     m: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list, description="values of n_atoms")
     k: list[Annotated[int, Field(gt=0)]] = Field(default_factory=list, description="values of k")
@@ -96,7 +99,7 @@ def chosen(dictionaries: Mapping[str, Method], wanted: str) -> set[str]:
                 limit=f"keys: {', '.join(_KEYS)}",
                 cure=f"e.g. {_EXAMPLE}",
             )
-        known = list(dict.fromkeys(cell[key] for cell in cells.values() if cell[key] is not None))
+        known = list(dict.fromkeys(own for cell in cells.values() if (own := cell[key]) is not None))
         if value not in known:
             near = get_close_matches(value, known, n=1)
             raise ConfigError(
