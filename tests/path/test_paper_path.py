@@ -30,7 +30,7 @@ MODELS = {"gemma-2-2b": tiny_models.small_gemma_2_2b, "pythia-160m": lambda home
 SMALLER = {
     **SHRUNK,
     "device": "cpu",
-    "grid": "{m: [256, 512], k: [4, 8, 16]}",
+    "grid": "{m: [512, 768], k: [4, 8, 16]}",
     "model.dtype": "float32",
     "harvest.dtype": "float32",
     "evaluation.ravel": "null",
@@ -81,8 +81,8 @@ def test_cells_of_the_grid_one_after_another(gemma: PaperRun) -> None:
     learned = scores.loc[[name for name in cell if "ksvd" in name or "matryoshka" in name], ("heldout", "fvu")]
     assert (learned < scores.loc["random-m512-k8", ("heldout", "fvu")]).all()
 
-    second = gemma("dictionary=matryoshka,m=256,k=4")
-    assert set(second["dictionary"]) == {*cell, "matryoshka-m256-k4"}
+    second = gemma("dictionary=matryoshka,m=768,k=4")
+    assert set(second["dictionary"]) == {*cell, "matryoshka-m768-k4"}
     again = second[second["dictionary"].isin(cell)].reset_index(drop=True)
     pd.testing.assert_frame_equal(again, first, check_like=True)
     assert "published SAEs of this model and hook have" in (gemma.results / "comparison.md").read_text()

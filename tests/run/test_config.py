@@ -217,8 +217,8 @@ class TestWrongValue:
         ("options", "words"),
         [
             ({}, r"exact_budgets are those of groups; give groups"),
-            ({"groups": [64, 64, 128], "k": 2}, r"every group to have a share"),
-            ({"groups": [64, 64, 128], "train_k": 2}, r"every group to have a share"),
+            ({"groups": [64, 64, 128], "k": 2}, r"Matryoshka groups: k is too small for every group"),
+            ({"groups": [64, 64, 128], "train_k": 2}, r"Matryoshka groups: k is too small for every group"),
         ],
     )
     def test_exact_budgets(self, options: dict[str, Any], words: str) -> None:

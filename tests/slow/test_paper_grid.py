@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600), *WARNINGS]
 def test_the_whole_grid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with one_thread():
         table = PaperRun(name, tmp_path, monkeypatch, SMALLER)()
-    cells = {f"{kind}-m{m}-k{k}" for kind in KINDS if kind != "pca" for m in (256, 512) for k in (4, 8, 16)}
+    cells = {f"{kind}-m{m}-k{k}" for kind in KINDS if kind != "pca" for m in (512, 768) for k in (4, 8, 16)}
     assert set(table["dictionary"]) == {*cells, "pca-k4", "pca-k8", "pca-k16"}
     evals = {"heldout", "core", "sparse_probing", "sparse_probing_sae_probes", "scr", "training"}
     assert set(table["eval"]) == evals
@@ -28,5 +28,5 @@ def test_the_whole_grid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # More atoms a token are less error, at either size.
     fvu = table[table["metric"] == "fvu"].set_index("dictionary")["value"]
     for kind in ("db-ksvd", "matryoshka", "db-ksvd-tuned", "matryoshka-tuned"):
-        for m in (256, 512):
+        for m in (512, 768):
             assert fvu[f"{kind}-m{m}-k4"] > fvu[f"{kind}-m{m}-k8"] > fvu[f"{kind}-m{m}-k16"], (kind, m)
