@@ -118,6 +118,14 @@ class TestRoundTrip:
         assert torch.equal(loaded.weighting.matrix, weighting.matrix)
         assert torch.equal(loaded.weighting.inverse, weighting.inverse)
 
+    def test_exact_budgets(self, tmp_path: Path) -> None:
+        for exact in (False, True):
+            coding = Coding(3, "matryoshka", groups=(4, 5), exact_budgets=exact)
+            replace(example("matryoshka"), coding=coding).save(tmp_path)
+            assert Dictionary.load(tmp_path).coding == coding
+            # Files of dictionaries without it are as they were before there was a choice.
+            assert ("exact_budgets" in (tmp_path / CONFIG_FILE).read_text()) is exact
+
     @pytest.mark.parametrize(
         ("of_format", "coding"),
         [

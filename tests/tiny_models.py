@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -123,6 +124,47 @@ def pythia_160m(home: Path) -> Path:
     """A tiny GPT-NeoX under the name EleutherAI/pythia-160m-deduped in the HF_HOME ``home``; returns its snapshot."""
     snapshot = _snapshot(home, PYTHIA)
     neox_model().save_pretrained(snapshot)
+    byte_pair_tokenizer().save_pretrained(snapshot)
+    return snapshot
+
+
+def small_gemma_2_2b(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small Gemma2ForCausalLM under the name google/gemma-2-2b in the HF_HOME ``home``; returns its snapshot.
+
+    TransformerLens knows the real one's sizes by its name; in this process it is told these.
+    """
+    from transformer_lens import loading_from_pretrained
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    # Blocks beyond the YAML's blocks.12.
+    n_layers, heads = 14, {"num_attention_heads": N_HEADS, "num_key_value_heads": 2, "head_dim": 8}
+    config = Gemma2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=D_MODEL,
+        intermediate_size=4 * D_MODEL,
+        num_hidden_layers=n_layers,
+        max_position_embeddings=N_CONTEXT,
+        query_pre_attn_scalar=8,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        architectures=["Gemma2ForCausalLM"],
+        **heads,
+    )
+    sizes = {"d_model": D_MODEL, "d_head": 8, "n_heads": N_HEADS, "n_key_value_heads": 2, "d_mlp": 4 * D_MODEL}
+    sizes |= {"n_layers": n_layers, "n_ctx": N_CONTEXT, "d_vocab": VOCABULARY_SIZE}
+    convert = loading_from_pretrained.convert_hf_model_config
+
+    def smaller(model_name: str, **options: Any) -> dict[str, Any]:
+        found = convert(model_name, **options)
+        return {**found, **sizes, "attn_types": found["attn_types"][:n_layers]} if model_name == GEMMA_2 else found
+
+    monkeypatch.setattr(loading_from_pretrained, "convert_hf_model_config", smaller)
+    snapshot = _snapshot(home, GEMMA_2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Gemma2ForCausalLM(config).eval().save_pretrained(snapshot)
     byte_pair_tokenizer().save_pretrained(snapshot)
     return snapshot
 

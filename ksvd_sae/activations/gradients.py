@@ -98,7 +98,7 @@ class GradientMoments:
 
 @torch.enable_grad()
 def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations and gradients, (n, d_in) float32 each (float64 if the model is), of the tokens that are not special.
+    """Activations and gradients, (n, d_in) float32 each (float64 if the model is), of the tokens that are kept.
 
     The rows are the ones that ``reader.read`` gives. The loss is the sum of −ln p over the targets of each context that
     are not special. A token's gradient counts what it does to the tokens after it too; the last token of a
@@ -122,8 +122,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
         with model.hooks(fwd_hooks=[(reader.hook, start_graph)]):
             final_BLD = before_unembedding(model, tokens_BL)
         reader.check_rows(leaves, tokens_BL)
-        ordinary_BL = reader.ordinary(tokens_BL)
-        predicted_BL = ordinary_BL[:, 1:]
+        predicted_BL = reader.ordinary(tokens_BL)[:, 1:]
         targets_N = tokens_BL[:, 1:][predicted_BL]
         pull_BLD = torch.zeros_like(final_BLD)
         final_ND = final_BLD.detach()[:, :-1][predicted_BL]
@@ -138,7 +137,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
             cure="use a hook of the residual stream, an MLP or attention output; remove other hooks from the model",
         )
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    x_ND, g_ND = (t.detach().flatten(2)[ordinary_BL].to(wide) for t in (leaves[0], gradient))
+    x_ND, g_ND = (t.detach().flatten(2)[reader.kept(tokens_BL)].to(wide) for t in (leaves[0], gradient))
     n_broken = int((~torch.isfinite(g_ND).all(dim=1)).sum())
     if n_broken:
         raise ActivationError(

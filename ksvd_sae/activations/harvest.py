@@ -71,6 +71,9 @@ class HarvestConfig(GradientConfig):
         "auto",
         description="whether contexts begin with a BOS; auto: as TransformerLens says the model was trained",
     )
+    keep_special_tokens: bool = Field(
+        False, description="keep BOS and other special tokens among the samples, as the paper's script does"
+    )
     outlier_factor: float | None = Field(
         4.0, gt=1.0, description="leave out tokens with a norm above this multiple of the median; null keeps all"
     )
@@ -96,6 +99,7 @@ class Harvest:
         # Gradients have a key of their own: asking for more must not collect the activations again. And what came later
         # changes no key where it is not given.
         without = GRADIENT_SETTINGS | ({"prepend_bos"} if self.config.prepend_bos == "auto" else set())
+        without |= set() if self.config.keep_special_tokens else {"keep_special_tokens"}
         return {
             # Weights by their content, wherever they lie.
             "model": self.model.model_dump(mode="json", exclude={"weights", "revision"}),
@@ -277,7 +281,7 @@ def _split_inside(
     split = Split.after(_n_contexts(heldout), drawn, tokenizer, packing)
     n_tokens = 0
     for tokens_L in _training_contexts(harvest, reader, split, drawn, bos):
-        n_tokens += int(reader.ordinary(tokens_L[None].to(reader.model.cfg.device)).sum())
+        n_tokens += int(reader.kept(tokens_L[None].to(reader.model.cfg.device)).sum())
         if n_tokens >= config.train_tokens:
             break
     where = f"the held-out part keeps {_n_tokens(heldout):,} tokens: {split}; training has all that follows"

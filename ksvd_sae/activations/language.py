@@ -198,11 +198,14 @@ def _whole(tokens: Tensor) -> bool:
 
 
 class ActivationReader:
-    """Runs contexts up to the hook's layer and keeps the activations of ordinary tokens."""
+    """Runs contexts up to the hook's layer and keeps the activations of ordinary tokens.
 
-    def __init__(self, model: "HookedTransformer", hook: str):
+    Args: keep_special: keep those of special tokens too.
+    """
+
+    def __init__(self, model: "HookedTransformer", hook: str, keep_special: bool = False):
         check_hook(model, hook)
-        self.model, self.hook = model, hook
+        self.model, self.hook, self._keep_special = model, hook, keep_special
         layer = hook_layer(hook)
         # Hooks outside the blocks (embed, final norm) need the whole model or none of it: let it run through.
         # (contexts, heads, to, from): its shape alone does not tell heads from tokens.
@@ -213,7 +216,7 @@ class ActivationReader:
 
     @torch.no_grad()
     def read(self, tokens_BL: Tensor) -> Tensor:
-        """(n, d_in) float32 activations of the tokens that are not special, in reading order.
+        """(n, d_in) float32 activations of the tokens that are kept, in reading order.
 
         Heads, if the hook has them, are flattened into d_in.
         Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token,
@@ -231,11 +234,11 @@ class ActivationReader:
         )
         self.check_rows(kept, tokens_BL)
         x_BLD = kept[0].flatten(2).float()
-        ordinary_BL = self.ordinary(tokens_BL)
-        x_ND = x_BLD[ordinary_BL]
+        kept_BL = self.kept(tokens_BL)
+        x_ND = x_BLD[kept_BL]
         finite_N = torch.isfinite(x_ND).all(dim=1)
         if not bool(finite_N.all()):
-            context, position = ordinary_BL.nonzero()[int((~finite_N).int().argmax())].tolist()
+            context, position = kept_BL.nonzero()[int((~finite_N).int().argmax())].tolist()
             raise ActivationError(
                 f"harvest: {int((~finite_N).sum())} of {len(x_ND)} activations of {self.hook} hold NaN or infinity",
                 got=f"first at context {context} of the batch, position {position}",
@@ -245,8 +248,12 @@ class ActivationReader:
         return x_ND
 
     def ordinary(self, tokens_BL: Tensor) -> Tensor:
-        """True where a token is kept: not BOS, EOS, padding or another special one."""
+        """True where a token is not BOS, EOS, padding or another special one."""
         return ~torch.isin(tokens_BL, self._special)
+
+    def kept(self, tokens_BL: Tensor) -> Tensor:
+        """True where ``read`` gives a token's activation."""
+        return torch.ones_like(tokens_BL, dtype=torch.bool) if self._keep_special else self.ordinary(tokens_BL)
 
     def check_rows(self, fired: list[Tensor], tokens_BL: Tensor) -> None:
         """Raise HookError if what the hook gave in a pass is not one row a token."""

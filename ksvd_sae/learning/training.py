@@ -368,6 +368,7 @@ def _coded(batch: Batch, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[
     }
     k = options.train_k or coding.k
     if coding.groups is not None:
+        options_of_mp["exact_budgets"] = coding.exact_budgets
         return stages(batch.x_BD, atoms_MD, coding.groups, k, checked=True, **options_of_mp)
     code, _ = pursued(batch.x_BD, atoms_MD, k, energy_B=batch.energy_B, **options_of_mp)
     return [Stage(slice(0, len(atoms_MD)), batch.x_BD, code)]

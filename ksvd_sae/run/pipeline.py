@@ -25,10 +25,19 @@ from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist, scoring_versions
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.methods.base import Method, Source, TrainingSetting
+from ksvd_sae.run.cells import chosen
 from ksvd_sae.run.config import RunConfig, view_name
 from ksvd_sae.run.replicas import Replica, replicas, source_training
 from ksvd_sae.run.trained import TrainedDictionary
-from ksvd_sae.store import cache_dir, content_hash, is_finished, read_manifest, sole_writer, write_manifest
+from ksvd_sae.store import (
+    MANIFEST,
+    cache_dir,
+    content_hash,
+    is_finished,
+    read_manifest,
+    sole_writer,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
@@ -83,6 +92,30 @@ class Run:
             ) from error
         self.config.model.prepare()
 
+    def part(self, cells: str) -> "Run":
+        """The run of some of its dictionaries, and of all others that are finished, so that tables have both.
+
+        Args: cells: see ``chosen``.
+        """
+        wanted, names = chosen(self.config.dictionaries, cells), self.config.dictionaries
+        finished = self._finished() - wanted
+        logger.info("cells: %d dictionaries of %d, beside %d that are finished", len(wanted), len(names), len(finished))
+        return Run(self.config.only(wanted | finished), self.results.parent, self.cache)
+
+    def _finished(self) -> set[str]:
+        """Dictionaries that a finished evaluation has scores of, by the evals of this run."""
+
+        def apart(key: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+            return key["dictionaries"], content_hash({name: key[name] for name in key if name != "dictionaries"})
+
+        (wanted, ours), done = apart(self._evaluation_key), set[str]()
+        for folder in self.evaluations.glob(f"{self.config.name}-*"):
+            if (folder / MANIFEST).exists():
+                scored, theirs = apart(read_manifest(folder, EVALUATE_STAGE)["key"])
+                done |= {label for label in wanted if theirs == ours and scored.get(label) == wanted[label]}
+        left = {r.name for r in replicas(self.config) if r.label not in done or not self._is_trained(r.method)}
+        return self.config.dictionaries.keys() - left
+
     # ------------------------------------------------------------ harvest
 
     @cached_property
@@ -108,7 +141,7 @@ class Run:
     def _reader(self) -> ActivationReader:
         model = load_model(self.config.model, self.device)
         check_contexts(model, self._context_lengths())
-        return ActivationReader(model, self.config.model.hook)
+        return ActivationReader(model, self.config.model.hook, self.config.harvest.keep_special_tokens)
 
     def _context_lengths(self) -> dict[str, int]:
         """Tokens of a context, by key: of the harvest, and of every eval that is to run."""

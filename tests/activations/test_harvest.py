@@ -68,9 +68,9 @@ class Reader:
         x_BLD[..., POSITION] = torch.arange(tokens_BL.shape[1])
         x_BLD[..., CONTEXT] = (tokens_BL * torch.arange(1, tokens_BL.shape[1] + 1)).sum(dim=1, keepdim=True) % 7919
         x_BLD[tokens_BL % WORDS == LOUD] *= 100
-        return x_BLD[self.ordinary(tokens_BL)]
+        return x_BLD[self.kept(tokens_BL)]
 
-    def ordinary(self, tokens_BL: Tensor) -> Tensor:
+    def kept(self, tokens_BL: Tensor) -> Tensor:
         return tokens_BL != BOS
 
 
@@ -540,10 +540,16 @@ def test_a_harvest_from_before_goes_on_as_it_began(tmp_path: Path) -> None:
 
 def test_only_what_is_asked_for_is_in_the_key() -> None:
     """What was harvested before there was a choice is found again."""
-    choices: tuple[dict[str, Any], ...] = ({}, {"prepend_bos": True}, {"prepend_bos": False})
+    choices: tuple[dict[str, Any], ...] = (
+        {},
+        {"prepend_bos": True},
+        {"prepend_bos": False},
+        {"keep_special_tokens": True},
+    )
     keys = [harvest_of(None, **choice).key for choice in choices]
-    assert "prepend_bos" not in keys[0]["harvest"]
-    assert len(set(map(content_hash, keys))) == 3
+    assert not {"prepend_bos", "keep_special_tokens"} & keys[0]["harvest"].keys()
+    assert len(set(map(content_hash, keys))) == len(choices)
+    assert harvest_of(None, keep_special_tokens=False).key == keys[0]
 
 
 @pytest.mark.parametrize(("wanted", "bos"), [("auto", False), (False, False), (True, True)])
