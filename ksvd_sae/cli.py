@@ -66,6 +66,33 @@ def _stage(config: Path, overrides: list[str] | None, results: Path, verbose: bo
         steps(run)
 
 
+@app.command(epilog="Example: ksvd-sae plan demo --set harvest.train_tokens=8192")
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    results: ResultsOption = Path("results"),
+    verbose: VerboseOption = False,
+) -> None:
+    """What the run will take on this machine: time, memory and disk of each stage that is not done. Runs none."""
+
+    def steps(run: "Run") -> None:
+        from ksvd_sae.report.plan import plan_table
+        from ksvd_sae.run.plan import Planner
+
+        if not verbose:
+            # Of trainings that are tried out.
+            logging.getLogger("ksvd_sae").setLevel(logging.WARNING)
+        made = Planner(run).plan()
+        if as_json:
+            typer.echo(made.model_dump_json(indent=2))
+        else:
+            _out.print(plan_table(made))
+        made.check()
+
+    _stage(config, overrides, results, verbose, steps)
+
+
 @app.command(epilog="Example: ksvd-sae harvest demo")
 def harvest(
     config: ConfigArgument,

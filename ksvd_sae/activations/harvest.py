@@ -211,6 +211,12 @@ def _read_parts(folder: Path, part: str) -> list[dict[str, Any]]:
     return entries
 
 
+def collected_tokens(folder: Path) -> dict[str, int]:
+    """Tokens of each part that an unfinished harvest has collected."""
+    found = {part: sorted((folder / "raw").glob(f"{part}-*.json")) for part in PARTS}
+    return {part: sum(json.loads(path.read_text())["n_samples"] for path in paths) for part, paths in found.items()}
+
+
 def _n_tokens(entries: list[dict[str, Any]]) -> int:
     return sum(entry["n_samples"] for entry in entries)
 

@@ -32,7 +32,7 @@ fields are explained in `ksvd_sae/bench/rows.py`). Measured by `ksvd-sae bench a
 fewer than the case's where an implementation is too slow for all of them; its seconds are then scaled up. **FVU**:
 Σ‖y − ŷ‖² / Σ‖y − ȳ‖², lower is better. **of floor**: the least time that the matrix products and the memory traffic of
 the job take at the rates measured in the same run, over the time taken (`ksvd_sae/bench/ceilings.py`). **peak MiB**:
-memory that a call needs on top of its input (`ksvd_sae/bench/memory.py`)."""
+memory that a call needs on top of its input (`ksvd_sae/memory.py`)."""
 
 
 def render(folder: Path) -> str:
