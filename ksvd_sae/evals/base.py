@@ -267,8 +267,11 @@ class Eval(Strict, ABC):
         Raises: EvaluationError naming every panelist without a result, and why; finished results stay.
         """
 
-    def work(self, heldout_tokens: int) -> Work | None:
-        """What it has to do; None where nobody has counted. Args: heldout_tokens: that the run harvests."""
+    def work(self, heldout_tokens: int, trainings: int) -> Work | None:
+        """What it has to do; None where nobody has counted.
+
+        Args: heldout_tokens: that the run harvests. trainings: of each dictionary.
+        """
         return None
 
     def is_scored(self, content: str, output: Path, heldout: Heldout | None) -> bool:

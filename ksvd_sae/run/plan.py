@@ -416,7 +416,7 @@ class Planner:
         return [*stages, last.model_copy(update={"host_bytes": host, "device_bytes": device})]
 
     def work(self, section: Eval) -> Work | None:
-        return section.work(self.config.harvest.heldout_tokens)
+        return section.work(self.config.harvest.heldout_tokens, max(1, len(self.config.training_seeds)))
 
     def _eval(self, section: Eval, finished: bool) -> Stage:
         seed = "" if section.own_seed is None or not self.config.evaluation.seeds else f", seed {section.own_seed}"
@@ -442,10 +442,13 @@ class Planner:
             )
             seconds += self._loading(section) + read * model.read_s + rest * model.rest_s + predicted * model.predict_s
             amount = f"{read + rest:,.0f} tokens, {amount}"
-        for replica in left:
-            rates = self.rates(replica)
-            if isinstance(rates, TrainingRates):
-                seconds += work.coded_each * rates.code_s
+        if work.coded_each:
+            known = [rates for rates in map(self.rates, left) if isinstance(rates, TrainingRates)]
+            if not known and not asks:
+                return self._unknown(name, amount, "how fast dictionaries code is not known")
+            seconds += work.coded_each * sum(rates.code_s for rates in known)
+            if len(known) < n:
+                notes.append(f"without the codes of {n - len(known)} that are not known")
         if guessed > 0.1 * seconds:
             notes.append(f"{guessed:.0f} s of it are in proportion to the demo's, not measured")
         host, device = (0, 0) if model is None or not asks else self._memory(model, 0)

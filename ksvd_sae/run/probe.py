@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations.gradients import GradientMoments, read_gradients
-from ksvd_sae.activations.language import ActivationReader, hook_layer
+from ksvd_sae.activations.language import ActivationReader, check_model_name, hook_layer
 from ksvd_sae.activations.shards import ActivationShards, shard_name, write_harvest, write_shard
-from ksvd_sae.activations.splicing import Unembedding, before_unembedding
+from ksvd_sae.activations.splicing import LOGITS_AT_ONCE, Unembedding, before_unembedding
 from ksvd_sae.memory import peak_growth
 from ksvd_sae.methods.base import Method, Source
 from ksvd_sae.run.pipeline import Run
@@ -28,7 +28,9 @@ from ksvd_sae.run.replicas import source_training
 # Of one measured piece, and of what is learned in one: some seconds on a core.
 _SECONDS, _OPERATIONS = 2.0, 3e10
 # Rows that are coded, and predicted from, to know how fast.
-_CODED, _PREDICTED = 1024, 64
+_CODED = 1024
+# To learn from, where batches are smaller.
+_ROWS = 8192
 _T = TypeVar("_T")
 clock = time.perf_counter
 
@@ -103,6 +105,8 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
 
     Raises: as ``load_model``.
     """
+    # Imported once in a process: no part of a load.
+    check_model_name(run.config.model.name)
     config, device = run.config.harvest, run.device
     host = torch.device("cpu")
     (reader, load_s), load_mib = peak_growth(lambda: timed(run.reader, device), host)
@@ -119,8 +123,9 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
         whole_s = _per_item(lambda: before_unembedding(model, tokens_BL[:1].to(device)), length, device)
         layers = (hook_layer(reader.hook) or 0) + 1
         rest_s = max(whole_s - read_s, read_s * (model.cfg.n_layers / layers - 1) / 2)
-        final_ND = before_unembedding(model, tokens_BL[:1].to(device)).flatten(0, 1)[:_PREDICTED]
         unembedding = Unembedding(model)
+        some_BL = tokens_BL[: -(-unembedding.rows_at_once(LOGITS_AT_ONCE) // length)].to(device)
+        final_ND = before_unembedding(model, some_BL).flatten(0, 1)[: unembedding.rows_at_once(LOGITS_AT_ONCE)]
         predict_s = _per_item(lambda: unembedding.logits(final_ND).float().log_softmax(-1), len(final_ND), device)
     if config.gradient_tokens:
         gradient_s = _per_item(lambda: read_gradients(reader, tokens_BL[:1]), length, device)
@@ -152,7 +157,11 @@ class Trainings:
         d_in, source = self.rows_ND.shape[1], source_training(self.run.config, method)
         small = _within(method, d_in)
         small_source = None if source is None else _within(source, d_in)
-        batch = max(small.batch(n_samples), 2 * (small.size or 1))
+        # Enough of small batches to tell their time from what comes before and after.
+        many = min(
+            _ROWS, 8 * small.batch(n_samples), int(_OPERATIONS / max(1.0, small.operations(1 << 16, d_in) / (1 << 16)))
+        )
+        batch = max(small.batch(n_samples), 2 * (small.size or 1), many)
         with tempfile.TemporaryDirectory(dir=self.run.cache, prefix=".plan-") as name:
             folder = Path(name)
             shards = self._shards(folder / "shards", 2 * batch)
@@ -166,7 +175,7 @@ class Trainings:
             disk_bytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
             code_s = self._coding(small, made, taken)
         # Of what is done for a batch, whatever comes before and after is not done twice.
-        per_batch_s = min(max(more_s - one_s, 0.5 * one_s), one_s)
+        per_batch_s = min(max(more_s - one_s, 0.25 * one_s), one_s)
         passes = getattr(method, "passes", 1)
         ratio = method.operations(n_samples * passes, d_in) / max(1.0, small.operations(batch, d_in))
         grown = method.floats(d_in) / max(1.0, small.floats(d_in))

@@ -86,7 +86,7 @@ class AbsorptionEval(SeededEval):
         "to 10 times smaller"
     }
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         words = self.vocabulary_sample or _WORDS
         tested = words / 5
         return Work(

@@ -64,7 +64,7 @@ class CoreEval(Eval):
 
         return run_core(panel, self, setting, output)
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         spliced, read = (
             n * self.batch_contexts * self.context_tokens for n in (self.reconstruction_batches, self.sparsity_batches)
         )

@@ -42,7 +42,7 @@ class HeldoutEval(MeasuredHere):
     def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
         return {"harvest": heldout.harvest_hash, "version": _VERSION}
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         return Work(coded_each=heldout_tokens)
 
     def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:

@@ -81,7 +81,7 @@ class LossEval(MeasuredHere):
             "gradients": heldout.gradients_hash,
         }
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         tokens = self.contexts * self.context_tokens
         # Once for the panel as it is, and with zeros.
         return Work(

@@ -110,10 +110,10 @@ class RavelEval(SeededEval):
             )
         return self
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         asked = len(self.attributes) * (self.downsample or _ALL_PROMPTS)
-        # As many pairs to isolate as to cause; a pair is two prompts. Those to train on go there and back.
-        prompts = 4 * self.pairs_per_attribute * sum(map(len, self.attributes.values()))
+        # As many pairs to isolate as to cause; what is put in is kept. Those to train on go there and back.
+        prompts = 2 * self.pairs_per_attribute * sum(map(len, self.attributes.values()))
         trained, tested = self.epochs * self.train_fraction * prompts, (1 - self.train_fraction) * prompts
         return Work(
             read=asked * (_PROMPT_TOKENS + self.n_generated_tokens),

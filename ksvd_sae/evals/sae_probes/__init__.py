@@ -47,7 +47,7 @@ class SaeProbesEval(SeededEval):
         for k, latents in ((1, "single best latent"), (5, "five best latents"))
     )
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         from sae_probes import DATASETS
         from sae_probes.utils_data import read_numbered_dataset_df
 

@@ -69,7 +69,7 @@ class ScrEval(AblationEval):
     )
     published: ClassVar = {**AblationEval.published, "pairs": None}
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
         pairs = ScrAndTppEvalConfig().column1_vals_lookup if self.pairs is None else self.pairs

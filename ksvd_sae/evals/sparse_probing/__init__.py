@@ -56,7 +56,7 @@ class SparseProbingEval(SeededEval):
 
         return run_sparse_probing(panel, self, setting, output)
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
         from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
 

@@ -42,8 +42,8 @@ class StabilityEval(Eval):
         ),
     )
 
-    def work(self, heldout_tokens: int) -> Work:
-        return Work(other_each_s=self.demo_seconds)
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        return Work(other_each_s=(trainings - 1) * self.demo_seconds)
 
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         files, metrics, n = {}, {}, {}

@@ -35,7 +35,7 @@ class TppEval(AblationEval):
 
         return run_tpp(panel, self, setting, output)
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
         from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
 

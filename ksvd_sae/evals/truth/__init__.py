@@ -90,7 +90,7 @@ class TruthEval(MeasuredHere, SeededEval):
         results = super().run([one for one in panel if one.learned_on is not None], setting, output)
         return EvalResults(self.name, f"world {self.world}", results.n, results.files, results.metrics, self.own_seed)
 
-    def work(self, heldout_tokens: int) -> Work:
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
         # Trainings there: as in the tiny world, by features, dimensions and samples.
         size = _SIZES[self.world] * self.train_samples / 20_000
         return Work(other_s=_TINY_S * size, other_each_s=_TINY_S * size * (1 + self.twice))
