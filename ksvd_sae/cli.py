@@ -388,6 +388,7 @@ class Suite(str, Enum):
     UPDATE = "update"
     TRAIN = "train"
     SCALING = "scaling"
+    HARVEST = "harvest"
     EVALS = "evals"
     ALL = "all"
     TABLE = "table"
@@ -396,7 +397,7 @@ class Suite(str, Enum):
 @app.command(epilog="Example: ksvd-sae bench coding --data planted --peers none")
 def bench(
     suite: Annotated[
-        Suite, typer.Argument(help="what to measure (all: without evals); table prints what has been measured")
+        Suite, typer.Argument(help="what to measure (all: without harvest, evals); table prints what has been measured")
     ],
     data: Annotated[
         str, typer.Option(help="activations (of CONFIG's finished harvest), imported (its TopK SAE's atoms) or planted")

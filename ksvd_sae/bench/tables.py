@@ -26,7 +26,7 @@ _ORDER = (*SUITES, "gpu")
 INTRO = """# Benchmarks
 
 Written by `ksvd-sae bench table --write` from the rows in this folder (`*.jsonl`, one object a measurement; their
-fields are explained in `ksvd_sae/bench/rows.py`). Measured by `ksvd-sae bench all` and `ksvd-sae bench evals`.
+fields are explained in `ksvd_sae/bench/rows.py`). Measured by `ksvd-sae bench all`, `harvest` and `evals`.
 
 **seconds**: median of the repeats, with the 20 and 80 % quantiles; the implementations take turns. **samples timed**:
 fewer than the case's where an implementation is too slow for all of them; its seconds are then scaled up. **FVU**:
@@ -213,6 +213,29 @@ def _evals(rows: list[Row]) -> list[str]:
     return [where, markdown_table(head, body, head[1:])]
 
 
+def _harvest(rows: list[Row]) -> list[str]:
+    """Tokens a second of harvests, and of bare passes up to the hook's layer."""
+    head = ["implementation", "what", "dtype", "device", "tokens/s ↑", "seconds ↓", "of the fastest bare pass"]
+    parts = []
+    for case in _cases(rows):
+        body = [
+            [
+                f"**{row['impl']}**" if row["impl"] == OURS else row["impl"],
+                *(row[name] for name in ("config", "dtype", "device")),
+                f"{row['samples_per_s']:,.0f}",
+                _number(row["median_s"]),
+                _share(row),
+            ]
+            for row in sorted(case, key=lambda row: -row["samples_per_s"])
+        ]
+        first = case[0]
+        where = f"{first['n']:,} tokens of {first['data']} in batches of {first['batch_contexts']} contexts, on "
+        where += f"{first['cpu']} with {first['threads']} threads; commit {first['commit']}. Ours reads, shuffles, "
+        where += "writes and hashes; bare passes keep nothing."
+        parts += [f"### {first['case']}", where, markdown_table(head, body, head[4:])]
+    return parts
+
+
 def _exponent(x: Sequence[float], y: Sequence[float | None]) -> str:
     known = [value for value in y if value]
     fitted = slope(x, known) if len(known) == len(y) else None
@@ -305,6 +328,7 @@ _SECTIONS: dict[str, Callable[[list[Row]], list[str]]] = {
     "update": _update,
     "train": _train,
     "scaling": _scaling,
+    "harvest": _harvest,
     "evals": _evals,
     "gpu": _gpu,
 }

@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 How = Literal["done", "measured", "arithmetic", "not known"]
 # Of every run's tables, plots and report, and of each dictionary's part in them and in the evals' result files.
 _RESULT_BYTES, _RESULT_BYTES_EACH = 4 << 20, 1 << 20
-# Bytes of a shard that are there twice while it is put together, and of what is gathered from it.
-_SHARD_COPIES = 3
+# Of a shard: batches, what is put together of them, and the one before, which is being written.
+_SHARD_COPIES = 4
 # Of a dictionary's examples, tables and plots.
 _REPORT_S = 1.5
 

@@ -183,7 +183,7 @@ def test_too_little_memory_for_a_training_is_refused_with_a_batch_that_fits(plan
 
 def test_too_little_memory_for_the_model_asks_for_half_its_bytes(planned: Any) -> None:
     plan = planned(config(), memory=int(0.7 * GIB))
-    with pytest.raises(MemorySpaceError, match="model.dtype=bfloat16"):
+    with pytest.raises(MemorySpaceError, match=r"model\.dtype=bfloat16"):
         plan.check()
 
 
