@@ -135,7 +135,7 @@ def _transformers(harvest: Harvest, device: torch.device) -> Callable[[Tensor], 
     own = harvest.model.own_weights()
     place = harvest.model.name if own is None else str(own.folder)
     whole = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, harvest.model.dtype))
-    inner = whole.base_model.eval().to(device)
+    inner = whole.get_decoder().eval().to(device)
     layers = (hook_layer(harvest.model.hook) or 0) + 1
     (name,) = (n for n, child in inner.named_children() if isinstance(child, torch.nn.ModuleList))
     setattr(inner, name, getattr(inner, name)[:layers])
