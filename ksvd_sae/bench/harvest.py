@@ -135,8 +135,12 @@ def _transformers(harvest: Harvest, device: torch.device) -> Callable[[Tensor], 
     own = harvest.model.own_weights()
     place = harvest.model.name if own is None else str(own.folder)
     whole = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, harvest.model.dtype))
-    inner = whole.get_decoder().eval().to(device)
-    layers = (hook_layer(harvest.model.hook) or 0) + 1
-    (name,) = (n for n, child in inner.named_children() if isinstance(child, torch.nn.ModuleList))
-    setattr(inner, name, getattr(inner, name)[:layers])
+    layers = whole.config.get_text_config().num_hidden_layers
+    inner, name = next(
+        (module, name)
+        for module in whole.eval().to(device).modules()
+        for name, child in module.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child) == layers
+    )
+    setattr(inner, name, getattr(inner, name)[: (hook_layer(harvest.model.hook) or 0) + 1])
     return partial(inner, use_cache=False)
