@@ -6,8 +6,9 @@ harvests run, and of transformers' with the layers behind the hook's cut off. Th
 'of floor' is the part of its throughput that a harvest reaches. A model on a GPU must fit twice.
 """
 
+import random
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ksvd_sae.activations.harvest import Harvest, run_harvest
-from ksvd_sae.activations.language import ActivationReader, hook_layer, load_model
+from ksvd_sae.activations.documents import Document
+from ksvd_sae.activations.harvest import Harvest, HarvestConfig, run_harvest
+from ksvd_sae.activations.language import ActivationReader, ModelConfig, hook_layer, load_model
+from ksvd_sae.activations.text import TextConfig
 from ksvd_sae.bench.measure import Job, Measured, limited_threads, measure
 from ksvd_sae.bench.rows import OURS, Who, row
 from ksvd_sae.bench.settings import Outcome, Settings
@@ -26,6 +29,8 @@ from ksvd_sae.errors import ConfigError
 TRANSFORMER_LENS, TRANSFORMERS = "transformer-lens", "transformers"
 _TOKENS, _SMALL_TOKENS = 16_384, 512
 _REPEATS = 3
+_WORDS = [f"w{i}" for i in range(1000)]
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass
@@ -61,6 +66,56 @@ def run(settings: Settings) -> Outcome:
     bare = {TRANSFORMER_LENS: _transformer_lens(reader), TRANSFORMERS: _transformers(wanted, settings.device)}
     with limited_threads(settings.threads):
         return beside(reader, wanted, bare, settings)
+
+
+@dataclass(frozen=True)
+class _MadeUp(Harvest):
+    """Of words drawn at random, without end."""
+
+    def texts(self) -> Iterator[Document]:
+        draw = random.Random(self.seed)
+        while True:
+            yield " ".join(draw.choices(_WORDS, k=1000))
+
+
+def on_random_weights(device: torch.device, *, small: bool) -> Outcome:
+    """The same without the Hub: Gemma-2-2B's first 13 layers in bfloat16 with random weights, which take as long."""
+    from transformer_lens import HookedTransformer
+    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
+
+    layers, tokens, batch = (2, 512, 4) if small else (13, 262_144, 64)
+    cfg = get_pretrained_model_config("google/gemma-2-2b", device=str(device), dtype=torch.bfloat16)
+    cfg.n_layers, cfg.attn_types = layers, (cfg.attn_types or [])[:layers]
+    if small:
+        cfg.d_model, cfg.d_mlp, cfg.n_heads, cfg.d_head, cfg.n_key_value_heads, cfg.d_vocab = 32, 64, 2, 16, 1, 1024
+        cfg.d_vocab_out, cfg.rotary_dim, cfg.n_ctx = 1024, 16, 256
+    cfg.tokenizer_name, cfg.init_weights, cfg.initializer_range = None, True, 0.02
+    model = HookedTransformer(cfg).eval()
+    # Not at once: TransformerLens would load it again, by its name.
+    model.tokenizer = _words()
+    hook = f"blocks.{layers - 1}.hook_resid_post"
+    config = HarvestConfig(
+        train_tokens=tokens,
+        heldout_tokens=tokens // 8,
+        batch_contexts=batch,
+        shard_tokens=max(1, tokens // 4),
+        dtype="bfloat16",
+        outlier_factor=None,
+    )
+    given = ModelConfig(name="google/gemma-2-2b", hook=hook, dtype="bfloat16")
+    harvest = _MadeUp(given, TextConfig(source="hub", dataset="random words"), config, seed=0)
+    reader = ActivationReader(model, hook)
+    return beside(reader, harvest, {TRANSFORMER_LENS: _transformer_lens(reader)}, Settings(device=device))
+
+
+def _words() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<bos>", *_WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<bos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict.fromkeys(_ROLES, "<bos>"))
 
 
 def beside(
