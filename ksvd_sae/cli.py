@@ -82,6 +82,33 @@ def _stage(
         steps(run if cells is None else run.part(cells))
 
 
+@app.command(epilog="Example: ksvd-sae plan demo --set harvest.train_tokens=8192")
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    results: ResultsOption = Path("results"),
+    verbose: VerboseOption = False,
+) -> None:
+    """What the run will take on this machine: time, memory and disk of each stage that is not done. Runs none."""
+
+    def steps(run: "Run") -> None:
+        from ksvd_sae.report.plan import plan_table
+        from ksvd_sae.run.plan import Planner
+
+        if not verbose:
+            # Of trainings that are tried out.
+            logging.getLogger("ksvd_sae").setLevel(logging.WARNING)
+        made = Planner(run).plan()
+        if as_json:
+            typer.echo(made.model_dump_json(indent=2))
+        else:
+            _out.print(plan_table(made))
+        made.check()
+
+    _stage(config, overrides, results, verbose, steps)
+
+
 @app.command(epilog="Example: ksvd-sae harvest demo")
 def harvest(
     config: ConfigArgument,
@@ -381,6 +408,7 @@ class Suite(str, Enum):
     UPDATE = "update"
     TRAIN = "train"
     SCALING = "scaling"
+    HARVEST = "harvest"
     EVALS = "evals"
     ALL = "all"
     TABLE = "table"
@@ -389,7 +417,7 @@ class Suite(str, Enum):
 @app.command(epilog="Example: ksvd-sae bench coding --data planted --peers none")
 def bench(
     suite: Annotated[
-        Suite, typer.Argument(help="what to measure (all: without evals); table prints what has been measured")
+        Suite, typer.Argument(help="what to measure (all: without harvest, evals); table prints what has been measured")
     ],
     data: Annotated[
         str, typer.Option(help="activations (of CONFIG's finished harvest), imported (its TopK SAE's atoms) or planted")

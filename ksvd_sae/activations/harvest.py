@@ -13,6 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import chain, count, islice
@@ -58,6 +59,8 @@ _KEY_FILE = "key.json"
 _CONTEXTS_FILE = "contexts.json"
 # Among the raw parts, where the split is inside documents: it holds however often the harvest is stopped.
 _SPLIT_FILE = "split.json"
+# Shards that are written and hashed at a time, beside the one that is gathered.
+_WRITERS = 2
 
 
 class HarvestConfig(GradientConfig):
@@ -215,6 +218,12 @@ def _read_parts(folder: Path, part: str) -> list[dict[str, Any]]:
     return entries
 
 
+def collected_tokens(folder: Path) -> dict[str, int]:
+    """Tokens of each part that an unfinished harvest has collected."""
+    found = {part: sorted((folder / "raw").glob(f"{part}-*.json")) for part in PARTS}
+    return {part: sum(json.loads(path.read_text())["n_samples"] for path in paths) for part, paths in found.items()}
+
+
 def _n_tokens(entries: list[dict[str, Any]]) -> int:
     return sum(entry["n_samples"] for entry in entries)
 
@@ -332,28 +341,36 @@ def _fill_part(
     done = collected[part]
     for _ in islice(stream, _n_contexts(done)):
         pass
-    while _n_tokens(done) < wanted[part]:
-        limit = min(config.shard_tokens, wanted[part] - _n_tokens(done))
-        left = sum(wanted.values()) - sum(map(_n_tokens, collected.values()))
-        entry = _collect_part(config, folder, part, len(done), stream, reader, limit, left, advance)
-        if entry is None:
-            return False
-        done.append(entry)
+    # Writing and hashing take as long as a GPU's reading: each part is written while the next is read.
+    with ThreadPoolExecutor(1) as writer:
+        writing: Future[dict[str, Any]] | None = None
+        while _n_tokens(done) < wanted[part]:
+            limit = min(config.shard_tokens, wanted[part] - _n_tokens(done))
+            left = sum(wanted.values()) - sum(map(_n_tokens, collected.values()))
+            rows = _collect_part(config, folder, stream, reader, limit, left, advance)
+            if writing is not None:
+                done[-1] = writing.result()
+            if rows is None:
+                return False
+            x_ND, n_contexts = rows
+            writing = writer.submit(_write_part, folder, part, len(done), x_ND, n_contexts)
+            done.append({"n_samples": len(x_ND), "n_contexts": n_contexts})
+        if writing is not None:
+            done[-1] = writing.result()
     return True
 
 
 def _collect_part(
     config: HarvestConfig,
     folder: Path,
-    part: str,
-    index: int,
     stream: Iterator[Tensor],
     reader: ActivationReader,
     wanted_tokens: int,
     left_tokens: int,
     advance: Advance,
-) -> dict[str, Any] | None:
-    """Whole batches of contexts until ``wanted_tokens`` are there, as one raw part; None if the text is over."""
+) -> tuple[Tensor, int] | None:
+    """Activations of whole batches of contexts until ``wanted_tokens`` are there, and how many contexts; None if the
+    text is over."""
     rows: list[Tensor] = []
     dtype = getattr(torch, config.dtype)
     n_tokens = n_contexts = 0
@@ -361,7 +378,8 @@ def _collect_part(
         batch = list(islice(stream, config.batch_contexts))
         if not batch:
             return None
-        x_ND = reader.read(torch.stack(batch)).cpu().to(dtype)
+        # Half the bytes, where they are stored as bfloat16, before they leave the device.
+        x_ND = reader.read(torch.stack(batch)).to(dtype).cpu()
         if not rows:
             # All that is still to come, raw and shuffled: better to stop now than after an hour.
             size = 2 * left_tokens * x_ND.shape[1] * x_ND.element_size()
@@ -369,8 +387,12 @@ def _collect_part(
         rows.append(x_ND)
         n_tokens, n_contexts = n_tokens + len(x_ND), n_contexts + len(batch)
         advance(len(x_ND))
+    return torch.cat(rows), n_contexts
+
+
+def _write_part(folder: Path, part: str, index: int, x_ND: Tensor, n_contexts: int) -> dict[str, Any]:
     path = folder / "raw" / f"{part}-{index:05d}.safetensors"
-    entry = {**write_shard(path, torch.cat(rows)), "n_contexts": n_contexts}
+    entry = {**write_shard(path, x_ND), "n_contexts": n_contexts}
     write_json(path.with_suffix(".json"), entry)
     return entry
 
@@ -423,14 +445,18 @@ def _write_shuffled(
     where = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
     generator = torch.Generator().manual_seed(harvest.seed + PARTS.index(part))
     where = where[torch.randperm(len(where), generator=generator)]
-    entries = []
-    for index, start in enumerate(range(0, len(where), harvest.config.shard_tokens)):
-        wanted = where[start : start + harvest.config.shard_tokens]
-        shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
-        for source in torch.unique(wanted[:, 0]).tolist():
-            slots = (wanted[:, 0] == source).nonzero().flatten()
-            shard_ND[slots] = raw[source][wanted[slots, 1]]
-        if running is not None:
-            running.add(shard_ND)
-        entries.append(write_shard(folder / part / shard_name(index), shard_ND))
-    return {"n_samples": len(where), "shards": entries}
+    writing: list[Future[dict[str, Any]]] = []
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        for index, start in enumerate(range(0, len(where), harvest.config.shard_tokens)):
+            wanted = where[start : start + harvest.config.shard_tokens]
+            shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
+            for source in torch.unique(wanted[:, 0]).tolist():
+                slots = (wanted[:, 0] == source).nonzero().flatten()
+                shard_ND[slots] = raw[source][wanted[slots, 1]]
+            # Sums depend on their order.
+            if running is not None:
+                running.add(shard_ND)
+            if index >= _WRITERS:
+                writing[index - _WRITERS].result()
+            writing.append(writers.submit(write_shard, folder / part / shard_name(index), shard_ND))
+        return {"n_samples": len(where), "shards": [shard.result() for shard in writing]}

@@ -122,6 +122,14 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
             return new
         return new.model_copy(update={"train_k": max(1, round(new.k * self.train_k / self.k))})
 
+    def batch(self, n_samples: int) -> int:
+        return min(n_samples, self.batch_samples or max(1024, 4 * self.n_atoms))
+
+    def operations(self, n_samples: int, d_in: int) -> float:
+        """Products and sums with the atoms, a row of the Gram matrix a pick, and of each batch the Gram matrix."""
+        of_a_sample = self.n_atoms * (2 * d_in + self.k)
+        return n_samples * (of_a_sample + 2 * self.n_atoms**2 * d_in / self.batch(n_samples))
+
     def check(self, harvest: HarvestConfig) -> None:
         super().check(harvest)
         if (self.train_k or 0) > self.k:

@@ -24,7 +24,7 @@ from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist, scoring_versions
 from ksvd_sae.evals.llm_cache import TensorCache
-from ksvd_sae.methods.base import Method, Source, TrainingSetting
+from ksvd_sae.methods.base import Method, Source, TrainingSetting, View
 from ksvd_sae.run.cells import chosen
 from ksvd_sae.run.config import RunConfig, view_name
 from ksvd_sae.run.replicas import Replica, replicas, source_training
@@ -134,11 +134,11 @@ class Run:
         """
         model = self.config.model
         for method in self.config.dictionaries.values():
-            if not self._is_trained(method):
+            if not self.is_trained(method):
                 method.check_elsewhere(model.name, model.hook)
-        return run_harvest(self.config.harvested, self.harvest_folder, self._reader)
+        return run_harvest(self.config.harvested, self.harvest_folder, self.reader)
 
-    def _reader(self) -> ActivationReader:
+    def reader(self) -> ActivationReader:
         model = load_model(self.config.model, self.device)
         check_contexts(model, self._context_lengths())
         return ActivationReader(model, self.config.model.hook, self.config.harvest.keep_special_tokens)
@@ -186,7 +186,7 @@ class Run:
             key["of"] = content_hash(self._training(source, None)[1])
         return self.cache / "dictionaries" / f"{method.kind}-{content_hash(key)}", key
 
-    def _is_trained(self, method: Method) -> bool:
+    def is_trained(self, method: Method) -> bool:
         folder, key = self._training(method, source_training(self.config, method))
         return is_finished(folder, TRAIN_STAGE, key)
 
@@ -224,10 +224,10 @@ class Run:
         manifest = read_manifest(folder, TRAIN_STAGE, key)
         return TrainedDictionary(replica.name, replica.method, folder, manifest, replica.seed, replica.label)
 
-    def content(self, replica: Replica) -> str:
+    def content(self, replica: Replica, view: View = "signed") -> str:
         """Hash of a dictionary as it codes, known before it is trained."""
         key = self._training(replica.method, source_training(self.config, replica.method))[1]
-        return TrainedDictionary.content_of(content_hash(key), replica.method, "signed")
+        return TrainedDictionary.content_of(content_hash(key), replica.method, view)
 
     def trained_seconds(self, replica: Replica) -> float | None:
         """What it took to learn the atoms, whoever's they are; None where nobody did here."""
@@ -409,7 +409,7 @@ class Run:
     @cached_property
     def eval_setting(self) -> EvalSetting:
         """What evals read and where they keep what can be used again."""
-        evaluation, asked = self.config.evaluation, bool(self.config.harvest.gradient_tokens)
+        evaluation = self.config.evaluation
         data_folder, data_hash = self._local_data()
         return EvalSetting(
             model_name=self.config.model.name,
@@ -422,13 +422,18 @@ class Run:
             prepend_bos=self._prepend_bos,
             cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
             memory_bytes=int(evaluation.llm_memory_gb * 1e9),
-            heldout=Heldout(
-                self.heldout_name,
-                self.shards("heldout"),
-                self._reader,
-                self.gradient_moments if asked else None,
-                content_hash(self._gradients_key) if asked else None,
-            ),
+            heldout=self.heldout(),
+        )
+
+    def heldout(self) -> Heldout:
+        """What no dictionary learns from; ManifestError before it is harvested."""
+        asked = bool(self.config.harvest.gradient_tokens)
+        return Heldout(
+            self.heldout_name,
+            self.shards("heldout"),
+            self.reader,
+            self.gradient_moments if asked else None,
+            content_hash(self._gradients_key) if asked else None,
         )
 
     @property
@@ -470,6 +475,9 @@ class Run:
     @property
     def _evaluation_folder(self) -> Path:
         return self.evaluations / f"{self.config.name}-{content_hash(self._evaluation_key)}"
+
+    def is_evaluated(self) -> bool:
+        return is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key)
 
     def evaluated(self) -> dict[str, Any]:
         """Manifest of the finished evaluation; ManifestError if there is none."""

@@ -406,6 +406,22 @@ def test_broken_activations_stop_the_harvest_and_keep_what_was_whole(tmp_path: P
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_disk_is_what_is_stored_and_a_hundredth_at_most(tmp_path: Path, dtype: str) -> None:
+    wide = 512
+
+    class Wide(Reader):
+        def read(self, tokens_BL: Tensor) -> Tensor:
+            return super().read(tokens_BL).repeat(1, -(-wide // D_IN))[:, :wide]
+
+    texts = numbered_texts(1000)
+    shards = run(tmp_path, Wide(), texts, dtype=dtype, train_tokens=6000, shard_tokens=2048)
+    stored = sum(ActivationShards.open(tmp_path, part).n_samples for part in ("train", "heldout"))
+    n_bytes = stored * wide * getattr(torch, dtype).itemsize
+    taken = sum(path.stat().st_size for path in shards.folder.rglob("*") if path.is_file())
+    assert n_bytes < taken < 1.01 * n_bytes
+
+
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a harvest will need must be free at its start: one batch is read, nothing is written."""
     reader = Reader()
