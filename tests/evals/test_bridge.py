@@ -4,6 +4,8 @@
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +18,11 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions import convert_gemma_weights, convert_gpt2_weights
 
-from ksvd_sae.activations.gradients import read_gradients
-from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.gradients import gradients_key, open_gradients, read_gradients
+from ksvd_sae.activations.harvest import HarvestConfig, run_harvest
+from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.splicing import RunsFromHook, Unembedding
-from ksvd_sae.activations.text import contexts
+from ksvd_sae.activations.text import TextConfig, contexts
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import EvaluationError, HookError
 from ksvd_sae.evals.atoms.logit_lens import logit_lens
@@ -27,7 +30,9 @@ from ksvd_sae.evals.atoms.token_texts import TokenTexts
 from ksvd_sae.evals.loss.splice import SpliceEvaluator
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.sae import sae_from_dictionary
+from ksvd_sae.store import content_hash
 from tests import tiny_models
+from tests.activations.conftest import GivenTexts
 from tests.strategies import generator, unit_atoms
 from tests.tiny_saes import one_thread
 from tests.tolerances import GRADIENT, HOOK_AGAINST_TRANSFORMERS, SPLICED_LOSS
@@ -111,6 +116,27 @@ def test_a_reader_stops_a_bridge_behind_its_layer(pair: Pair) -> None:
         block.register_forward_hook(lambda *_, layer=layer: ran.append(layer))
     ActivationReader(pair.bridge, "blocks.0.hook_resid_mid").read(pair.tokens_BL)
     assert ran == [0]
+
+
+def test_a_harvest_and_its_gradients(pair: Pair, tmp_path: Path) -> None:
+    """The same contexts, with the same BOS; the shards are shuffled alike."""
+    sizes = {"train_tokens": 300, "heldout_tokens": 100, "context_tokens": 16, "shard_tokens": 200}
+    harvest = GivenTexts(
+        ModelConfig(name="tiny", hook=RESIDUAL),
+        TextConfig(source="hub", dataset="none"),
+        HarvestConfig(**sizes, gradient_tokens=100, outlier_factor=None),
+        0,
+        tuple(tiny_models.documents(40)),
+    )
+    found, wanted = (
+        run_harvest(harvest, tmp_path / name, partial(ActivationReader, getattr(pair, name), RESIDUAL))
+        for name in ("bridge", "hooked")
+    )
+    assert found.prepend_bos == wanted.prepend_bos
+    same(found.tensor(), wanted.tensor(), HOOK_AGAINST_TRANSFORMERS)
+    key = gradients_key(content_hash(harvest.key), harvest.config)
+    moments, wanted_moments = (open_gradients(shards.folder, key) for shards in (found, wanted))
+    same(moments.outer_DD, wanted_moments.outer_DD, 10 * GRADIENT[torch.float32])
 
 
 @pytest.mark.parametrize("hook", HOOKS)
