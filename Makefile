@@ -9,7 +9,7 @@ BROWSER ?= optional
 HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
 
-.PHONY: demo test docs slow transformers-4 browser format clean
+.PHONY: demo test docs slow transformers-4 other-python browser format clean
 
 demo: $(STAMP)
 	$(BIN)/ksvd-sae run demo
@@ -51,6 +51,15 @@ transformers-4: $(STAMP)
 		'transformer-lens==3.2.*' 'huggingface_hub==0.36.*' 'tokenizers==0.22.*'
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" \
 		tests/activations tests/evals tests/hub tests/offline tests/path tests/run/test_published_run.py
+
+# With PYTHON=...: the tests that another Python is likely to tell apart. Its environment, 7 GB, is deleted after.
+OTHER := $(VENV)/other-python
+other-python:
+	@$(PYTHON) -c 'import sys; print("Python", sys.version)'
+	@trap 'rm -rf $(OTHER)' EXIT; set -ex; \
+		$(MAKE) VENV=$(OTHER) $(OTHER)/.installed; \
+		$(OTHER)/bin/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" $(OTHER_TESTS)
+OTHER_TESTS := tests/activations tests/learning tests/methods tests/path tests/run $(wildcard tests/test_*.py)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
