@@ -84,6 +84,62 @@ def neox_model(seed: int = 0) -> Any:
     return GPTNeoXForCausalLM(config).eval()
 
 
+def gpt2_model() -> Any:
+    """A GPT2LMHeadModel of some 40,000 random weights, float32."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY_SIZE,
+        n_positions=64,
+        n_embd=24,
+        n_layer=3,
+        n_head=3,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _unlike_fresh(GPT2LMHeadModel(config))
+
+
+def gemma_2_model() -> Any:
+    """A Gemma2ForCausalLM of the sizes of ``hooked_gemma_2``."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        # TransformerLens' default, and its scale of scores.
+        rms_norm_eps=1e-5,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _unlike_fresh(Gemma2ForCausalLM(config))
+
+
+@torch.no_grad()
+def _unlike_fresh(model: nn.Module) -> Any:
+    """Gains and biases as if they had been learned: fresh ones are 1 and 0, whatever is made of them."""
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.add_(0.2 * torch.randn_like(weight))
+    return model.eval()
+
+
 def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int = 0, model_class: Any = None) -> Any:
     """A HookedTransformer built as Gemma-2 is, of some 40,000 random weights: RMS norms before and after, soft caps of
     scores and logits, gated MLPs, rotary positions, grouped keys, every other layer local."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from ksvd_sae.activations.documents import Document
 from ksvd_sae.activations.language import ActivationReader, check_tokens
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.activations.splicing import Unembedding, before_unembedding
+from ksvd_sae.activations.splicing import Unembedding, before_unembedding, check_changes
 from ksvd_sae.activations.text import contexts
 from ksvd_sae.errors import ActivationError, HookError, ManifestError, ShapeError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
@@ -34,7 +34,7 @@ from ksvd_sae.store import MANIFEST, atomic_path, content_hash, file_sha256, rea
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from ksvd_sae.activations.language import AnyModel
 
 logger = logging.getLogger(__name__)
 STAGE = "gradients"
@@ -104,12 +104,13 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
     are not special. A token's gradient counts what it does to the tokens after it too; the last token of a
     context, after which nothing is predicted, has gradient 0.
 
-    Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token or
-        the loss does not depend on it, ActivationError on NaN or infinity.
+    Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token,
+        the loss does not depend on it or ``check_changes`` refuses it, ActivationError on NaN or infinity.
     Numerics: forward and backward pass in the model's dtype, the loss from the logits on in float32 at least.
     Cost: the graph starts at the hook and has no parameters in it; logits are made a chunk of tokens at a time.
     """
     model = reader.model
+    check_changes(model, reader.hook)
     check_tokens(model, tokens_BL, "gradients")
     tokens_BL = tokens_BL.to(model.cfg.device)
     leaves: list[Tensor] = []
@@ -149,7 +150,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
 
 
 @contextmanager
-def _frozen(model: "HookedTransformer") -> Iterator[None]:
+def _frozen(model: "AnyModel") -> Iterator[None]:
     """No parameter requires a gradient meanwhile: autograd then records nothing before the hook."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learned:

@@ -113,7 +113,7 @@ class Run:
             if (folder / MANIFEST).exists():
                 scored, theirs = apart(read_manifest(folder, EVALUATE_STAGE)["key"])
                 done |= {label for label in wanted if theirs == ours and scored.get(label) == wanted[label]}
-        left = {r.name for r in replicas(self.config) if r.label not in done or not self._is_trained(r.method)}
+        left = {r.name for r in replicas(self.config) if r.label not in done or not self.is_trained(r.method)}
         return self.config.dictionaries.keys() - left
 
     # ------------------------------------------------------------ harvest
