@@ -1,6 +1,8 @@
 """Several processes learn what one does: the same dictionary but for rounding, whatever part of the data each has."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
@@ -138,3 +141,19 @@ class TestRefused:
 
 def test_without_a_group_a_process_is_alone() -> None:
     assert Ranks.of_process_group() == ALONE
+
+
+def test_the_page(tmp_path: Path) -> None:
+    """docs/processes.md under torchrun."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "processes.md").read_text(), re.DOTALL)
+    (tmp_path / "learn.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "learn.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert Dictionary.load(tmp_path / "dictionary").atoms_MD.shape == (64, 32)
+    lines = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert lines[-1]["samples_seen"] == 40_000
+    assert lines[-1]["fvu"] < lines[0]["fvu"]
