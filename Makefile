@@ -9,7 +9,7 @@ BROWSER ?= optional
 HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
 
-.PHONY: demo test docs slow transformers-5 browser format clean
+.PHONY: demo test docs test-long transformers-4 other-python browser format clean
 
 demo: $(STAMP)
 	$(BIN)/ksvd-sae run demo
@@ -41,17 +41,27 @@ browser:
 	fi
 	chromium --version && chromedriver --version
 
-slow: $(STAMP)
-	$(BIN)/pytest -m slow
+# Minutes to hours; their counts go to results/reliability.json.
+test-long: $(STAMP)
+	$(BIN)/pytest -m "slow or not slow" --reliability tests/survival
+	$(BIN)/pytest -m slow --ignore tests/survival
 
-# constraints.txt names transformers 4; this runs what loads and scores models with the newest 5, which it adds beside.
-NEWEST := $(CURDIR)/$(VENV)/transformers-5
-transformers-5: $(STAMP)
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(NEWEST) 'transformers>=5,<6' \
-		'huggingface_hub>=1,<3' tokenizers hf_xet httpx2 httpcore2 truststore httpx httpcore h11 anyio sniffio \
-		shellingham typer_slim
-	PYTHONPATH=$(NEWEST) $(BIN)/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" \
-		tests/activations tests/evals tests/offline tests/path tests/run/test_published_run.py
+# constraints.txt names the newest; this runs what loads and scores models with the oldest allowed, which it adds beside.
+OLDEST := $(CURDIR)/$(VENV)/transformers-4
+transformers-4: $(STAMP)
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(OLDEST) 'transformers==4.57.*' \
+		'transformer-lens==3.2.*' 'huggingface_hub==0.36.*' 'tokenizers==0.22.*'
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" \
+		tests/activations tests/evals tests/hub tests/offline tests/path tests/run/test_published_run.py
+
+# With PYTHON=...: the tests that another Python is likely to tell apart. Its environment, 7 GB, is deleted after.
+OTHER := $(VENV)/other-python
+other-python:
+	@$(PYTHON) -c 'import sys; print("Python", sys.version)'
+	@trap 'rm -rf $(OTHER)' EXIT; set -ex; \
+		$(MAKE) VENV=$(OTHER) $(OTHER)/.installed; \
+		$(OTHER)/bin/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" $(OTHER_TESTS)
+OTHER_TESTS := tests/activations tests/learning tests/methods tests/path tests/run $(wildcard tests/test_*.py)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -48,11 +48,27 @@ ConfigArgument = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. harvest.train_tokens=8192")
 ]
+CellsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cells",
+        metavar="KEY=VALUE,...",
+        help="only dictionaries of these m (n_atoms), k and dictionary (their names without), e.g. m=4096,k=20,k=40; "
+        "tables have all others that are finished too",
+    ),
+]
 ResultsOption = Annotated[Path, typer.Option("--results", help="folder that gets results/<name>/")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="debug log and tracebacks")]
 
 
-def _stage(config: Path, overrides: list[str] | None, results: Path, verbose: bool, steps: Callable[..., None]) -> None:
+def _stage(
+    config: Path,
+    overrides: list[str] | None,
+    results: Path,
+    verbose: bool,
+    steps: Callable[..., None],
+    cells: str | None = None,
+) -> None:
     """Load the config, prepare the model's place, run ``steps`` on the Run; our errors end with exit code 1."""
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
@@ -63,7 +79,34 @@ def _stage(config: Path, overrides: list[str] | None, results: Path, verbose: bo
         keep_freed_memory()
         run = Run(load_config(config, overrides or ()), results)
         run.prepare()
-        steps(run)
+        steps(run if cells is None else run.part(cells))
+
+
+@app.command(epilog="Example: ksvd-sae plan demo --set harvest.train_tokens=8192")
+def plan(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
+    results: ResultsOption = Path("results"),
+    verbose: VerboseOption = False,
+) -> None:
+    """What the run will take on this machine: time, memory and disk of each stage that is not done. Runs none."""
+
+    def steps(run: "Run") -> None:
+        from ksvd_sae.report.plan import plan_table
+        from ksvd_sae.run.plan import Planner
+
+        if not verbose:
+            # Of trainings that are tried out.
+            logging.getLogger("ksvd_sae").setLevel(logging.WARNING)
+        made = Planner(run).plan()
+        if as_json:
+            typer.echo(made.model_dump_json(indent=2))
+        else:
+            _out.print(plan_table(made))
+        made.check()
+
+    _stage(config, overrides, results, verbose, steps)
 
 
 @app.command(epilog="Example: ksvd-sae harvest demo")
@@ -86,6 +129,7 @@ def harvest(
 def train(
     config: ConfigArgument,
     overrides: SetOption = None,
+    cells: CellsOption = None,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
@@ -95,13 +139,14 @@ def train(
         for trained in run.train():
             _out.print(f"{trained.name}: {trained.folder}")
 
-    _stage(config, overrides, results, verbose, steps)
+    _stage(config, overrides, results, verbose, steps, cells)
 
 
 @app.command(epilog="Example: ksvd-sae evaluate demo")
 def evaluate(
     config: ConfigArgument,
     overrides: SetOption = None,
+    cells: CellsOption = None,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
@@ -111,24 +156,26 @@ def evaluate(
         manifest = run.evaluate()
         _out.print(f"{len(manifest['rows'])} scores; `ksvd-sae compare` makes the tables")
 
-    _stage(config, overrides, results, verbose, steps)
+    _stage(config, overrides, results, verbose, steps, cells)
 
 
 @app.command(epilog="Example: ksvd-sae compare demo")
 def compare(
     config: ConfigArgument,
     overrides: SetOption = None,
+    cells: CellsOption = None,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
     """Write the tables, plots and report of a finished evaluation, and print the table."""
-    _stage(config, overrides, results, verbose, _print_comparison)
+    _stage(config, overrides, results, verbose, _print_comparison, cells)
 
 
 @app.command(epilog="Example: ksvd-sae run demo")
 def run(
     config: ConfigArgument,
     overrides: SetOption = None,
+    cells: CellsOption = None,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
@@ -144,7 +191,7 @@ def run(
         _err.print(f"[bold]train, evaluate[/bold] done in {took_s:.0f} s", highlight=False)
         _print_comparison(run)
 
-    _stage(config, overrides, results, verbose, steps)
+    _stage(config, overrides, results, verbose, steps, cells)
 
 
 @app.command(epilog="Example: ksvd-sae study study-engine")
@@ -361,6 +408,7 @@ class Suite(str, Enum):
     UPDATE = "update"
     TRAIN = "train"
     SCALING = "scaling"
+    HARVEST = "harvest"
     EVALS = "evals"
     ALL = "all"
     TABLE = "table"
@@ -369,7 +417,7 @@ class Suite(str, Enum):
 @app.command(epilog="Example: ksvd-sae bench coding --data planted --peers none")
 def bench(
     suite: Annotated[
-        Suite, typer.Argument(help="what to measure (all: without evals); table prints what has been measured")
+        Suite, typer.Argument(help="what to measure (all: without harvest, evals); table prints what has been measured")
     ],
     data: Annotated[
         str, typer.Option(help="activations (of CONFIG's finished harvest), imported (its TopK SAE's atoms) or planted")

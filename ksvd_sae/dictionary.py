@@ -19,12 +19,12 @@ from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.sources import as_batch, reshaped
 from ksvd_sae.learning.weighting import Weighting
-from ksvd_sae.store import atomic_path, write_json
+from ksvd_sae.store import atomic_path, checksum, file_sha256, write_json
 
 ATOMS_FILE = "atoms.safetensors"
 CONFIG_FILE = "dictionary.json"
 # 2: weighting, groups and non-negative codes; files of 1 have none of them.
-FORMAT = 2
+FORMAT = 3
 
 
 class Learned(Protocol):
@@ -164,7 +164,8 @@ class Dictionary:
             tensors["weighting_inverse"] = self.weighting.inverse.contiguous().cpu()
         with atomic_path(folder / ATOMS_FILE) as temporary:
             save_file(tensors, temporary)
-        write_json(folder / CONFIG_FILE, {"format": FORMAT, **self.coding.as_json(), "provenance": provenance})
+        config = {"format": FORMAT, **self.coding.as_json(), "provenance": provenance}
+        write_json(folder / CONFIG_FILE, {**config, "checksum": _checksum(config, folder)})
 
     @classmethod
     def load(cls, folder: Path | str, device: str | torch.device = "cpu") -> "Dictionary":
@@ -184,6 +185,14 @@ class Dictionary:
                     limit=f"format {FORMAT}",
                     cure="upgrade ksvd-sae",
                 )
+            # Before format 3 there was none.
+            known = config.pop("checksum", None)
+            if (known is not None or config["format"] >= 3) and known != _checksum(config, folder):
+                raise DictionaryError(
+                    f"loading dictionary {folder}: {CONFIG_FILE} and {ATOMS_FILE} are not as they were saved together",
+                    cause="a file that was altered or damaged, or that is of another dictionary",
+                    cure="copy both again, or train again; Dictionary.load, dataclasses.replace and save make changes",
+                )
             maps = [tensors[name].clone() for name in ("weighting", "weighting_inverse") if name in tensors]
             return cls(
                 # Copies: a tensor mapped from a file is aligned as the file has it, and products of unaligned
@@ -202,6 +211,11 @@ class Dictionary:
                 cause="not a dictionary's folder, or a truncated file",
                 cure="give the folder that `ksvd-sae train` wrote, or train again",
             ) from error
+
+
+def _checksum(config: dict[str, Any], folder: Path) -> str:
+    """Of both files."""
+    return checksum([config, file_sha256(folder / ATOMS_FILE)])
 
 
 def _floating(rows: Any, name: str) -> Tensor:

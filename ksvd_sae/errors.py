@@ -18,6 +18,7 @@
     ├── ManifestError          a folder made by another config, or no folder of ours
     ├── ResultsError           a run's raw.zip that is missing, damaged or not ours, or has no place to go
     ├── DiskSpaceError         too little room for what is about to be written
+    ├── MemorySpaceError       too little memory for what is planned
     ├── HubError               the Hub cannot be reached, or lacks what was asked for
     ├── MissingExtraError      an optional dependency that is not installed (also an ImportError)
     ├── UpstreamError          a library that is not what this package replaces parts of
@@ -105,7 +106,13 @@ class ResultsError(KsvdSaeError): ...
 class DiskSpaceError(KsvdSaeError): ...
 
 
+class MemorySpaceError(KsvdSaeError): ...
+
+
 class HubError(KsvdSaeError): ...
+
+
+class ProcessError(KsvdSaeError): ...
 
 
 class MissingExtraError(KsvdSaeError, ImportError): ...

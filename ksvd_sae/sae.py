@@ -66,9 +66,9 @@ ARCHITECTURE_ON_DISK = "db_ksvd (run `import ksvd_sae` first, from the package k
 class DBKSVDSAEConfig(SAEConfig):
     """What SAELens stores beside the weights.
 
-    k, coder, rtol, max_steps, nonnegative, groups, tau, tau_absolute: the fields of ``coding``. One by one, because of
-        a cfg.json SAELens hands on the keys that are fields of this class, and drops all others before any code of ours
-        runs.
+    k, coder, rtol, max_steps, nonnegative, groups, tau, tau_absolute, exact_budgets: the fields of ``coding``. One by
+        one, because of a cfg.json SAELens hands on the keys that are fields of this class, and drops all others before
+        any code of ours runs.
     weighting: 'none', or the shape of the map that is applied before coding: 'diagonal' or 'full'.
     split: whether latents are [f₊, f₋]; d_sae is then twice the number of atoms, while k and groups count atoms.
     """
@@ -81,6 +81,7 @@ class DBKSVDSAEConfig(SAEConfig):
     groups: list[int] | None = None
     tau: float = 0.0
     tau_absolute: float = 0.0
+    exact_budgets: bool = False
     weighting: Literal["none", "diagonal", "full"] = "none"
     split: bool = False
 

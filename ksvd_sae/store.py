@@ -45,6 +45,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("KSVD_SAE_CACHE") or Path.home() / ".cache" / "ksvd_sae")
 
 
+def checksum(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON, by which a file tells that it was altered."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def content_hash(value: Any) -> str:
     """First 12 hex digits of the SHA-256 of a value's canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
@@ -111,7 +116,11 @@ def commit() -> str:
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary file beside ``target`` that takes its place only if the block ends well."""
+    """A temporary file beside ``target`` that takes its place only if the block ends well.
+
+    It is on disk before it takes the place, and the place is before this returns: what follows from it may count on it,
+    whatever dies.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
@@ -119,9 +128,20 @@ def atomic_path(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
+        _on_disk(temporary)
         os.replace(temporary, target)
+        _on_disk(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _on_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, have left the system's memory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -185,7 +205,8 @@ def write_manifest(folder: Path, stage: str, key: dict[str, Any], **facts: Any) 
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **facts,
     }
-    write_json(folder / MANIFEST, manifest)
+    manifest = json.loads(json.dumps(manifest))
+    write_json(folder / MANIFEST, {**manifest, "checksum": checksum(manifest)})
     return manifest
 
 
@@ -213,6 +234,13 @@ def read_manifest(folder: Path, stage: str, key: dict[str, Any] | None = None) -
     if not isinstance(manifest, dict):
         raise ManifestError(
             f"reading {path}: not a manifest", cause="the file was altered", cure=f"delete {folder} and run again"
+        )
+    known = manifest.pop("checksum", None)
+    if known is not None and known != checksum(manifest):
+        raise ManifestError(
+            f"reading {path}: its checksum is not that of what it says",
+            cause="the file was altered, or a disk or copy damaged it",
+            cure="move the folder away and run again",
         )
     if manifest.get("stage") != stage:
         raise ManifestError(

@@ -20,6 +20,10 @@ settings.register_profile("ksvd_sae", deadline=None, derandomize=True, max_examp
 settings.load_profile("ksvd_sae")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", action="store_true", help="write the counts to results/reliability.json")
+
+
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> ActivationShards:
     """2,000 training and 500 held-out samples of one planted dictionary; read only."""

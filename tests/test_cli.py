@@ -209,6 +209,17 @@ def test_wrong_value(tmp_path: Path, key: str, value: Any, expected: list[str]) 
         assert part in message
 
 
+@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "run"])
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [("k=5", "no dictionary of this config has k=5"), ("n=4", "keys: dictionary, m, k"), ("k", "e.g. --cells m=")],
+)
+def test_cells_that_are_not_there(tmp_path: Path, command: str, cells: str, expected: str) -> None:
+    message = said(command, changed(tmp_path / "tiny.yaml", "seed", 1), "--cells", cells)
+    assert "ConfigError" in message
+    assert expected in message
+
+
 @pytest.mark.parametrize("content", [b"model: [unclosed", b"- a\n- b\n", b"", b"\xff\xfe\x00\x01"], ids=str)
 def test_file_that_is_no_config(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "odd.yaml").write_bytes(content)

@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ksvd_sae import dictionary as module
-from ksvd_sae.dictionary import ATOMS_FILE, CONFIG_FILE, FORMAT, Dictionary
+from ksvd_sae.dictionary import ATOMS_FILE, CONFIG_FILE, FORMAT, Dictionary, _checksum
 from ksvd_sae.errors import ConfigError, DictionaryError, NotFittedError, ShapeError
 from ksvd_sae.estimator import DoubleBatchKSVD
 from ksvd_sae.learning.code import Code
@@ -52,9 +52,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def rewrite(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    (folder / CONFIG_FILE).write_text(json.dumps({**config, **changes}))
+def rewrite(folder: Path, *without: str, **changes: Any) -> None:
+    """Change the folder's config, and seal both files again."""
+    config = {**json.loads((folder / CONFIG_FILE).read_text()), **changes}
+    config = {key: value for key, value in config.items() if key not in (*without, "checksum")}
+    if config["format"] >= 3:
+        config["checksum"] = _checksum(config, folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
 class TestWeighted:
@@ -114,6 +118,14 @@ class TestRoundTrip:
         assert torch.equal(loaded.weighting.matrix, weighting.matrix)
         assert torch.equal(loaded.weighting.inverse, weighting.inverse)
 
+    def test_exact_budgets(self, tmp_path: Path) -> None:
+        for exact in (False, True):
+            coding = Coding(3, "matryoshka", groups=(4, 5), exact_budgets=exact)
+            replace(example("matryoshka"), coding=coding).save(tmp_path)
+            assert Dictionary.load(tmp_path).coding == coding
+            # Files of dictionaries without it are as they were before there was a choice.
+            assert ("exact_budgets" in (tmp_path / CONFIG_FILE).read_text()) is exact
+
     @pytest.mark.parametrize(
         ("of_format", "coding"),
         [
@@ -134,9 +146,7 @@ class TestRoundTrip:
 
     @pytest.mark.parametrize("key", ["k", "coder", "rtol", "max_steps"])
     def test_nothing_that_was_always_there_is_made_up(self, folder: Path, key: str) -> None:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        del config[key]
-        (folder / CONFIG_FILE).write_text(json.dumps(config))
+        rewrite(folder, key)
         with pytest.raises(DictionaryError, match=rf"(?s){key}.*cure"):
             Dictionary.load(folder)
 
@@ -184,6 +194,12 @@ class TestLoadErrors:
         whole = (folder / CONFIG_FILE).read_text()
         (folder / CONFIG_FILE).write_text(whole[: int(share * len(whole))])
         with pytest.raises(DictionaryError, match=r"(?s)saved.*truncated.*cure"):
+            Dictionary.load(folder)
+
+    def test_files_of_two_dictionaries(self, folder: Path, tmp_path: Path) -> None:
+        replace(example(), centre_D=torch.ones(6)).save(tmp_path / "other")
+        (tmp_path / "other" / ATOMS_FILE).replace(folder / ATOMS_FILE)
+        with pytest.raises(DictionaryError, match=r"(?s)not as they were saved together.*cure"):
             Dictionary.load(folder)
 
     @pytest.mark.parametrize("name", [ATOMS_FILE, CONFIG_FILE])
@@ -242,6 +258,7 @@ class TestLoadErrors:
         self, folder: Path, tensors: dict[str, Tensor], error: type[Exception], words: str
     ) -> None:
         save_file(tensors, folder / ATOMS_FILE)
+        rewrite(folder)
         with pytest.raises(error, match=words):
             Dictionary.load(folder)
 
@@ -373,7 +390,7 @@ class TestArguments:
         assert Dictionary.load(tmp_path / "saved").provenance["loss"] == 0.5
 
     def test_nan_of_before_it_was_refused_loads(self, folder: Path) -> None:
-        rewrite(folder, provenance={"loss": float("nan")})
+        rewrite(folder, format=2, provenance={"loss": float("nan")})
         assert Dictionary.load(folder).provenance == {"loss": "NaN"}
 
     @pytest.mark.parametrize("place", [3, b"here", None, ""], ids=repr)

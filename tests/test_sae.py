@@ -304,6 +304,20 @@ def test_coders_that_read_no_gram_matrix_have_none(coder: AnyCoder) -> None:
     assert sae._prepared.gram_MM is None
 
 
+def test_exact_budgets_are_on_disk(tmp_path: Path) -> None:
+    coding = Coding(5, "matryoshka", groups=(8, 16), exact_budgets=True)
+    dictionary = replace(tiny_dictionary(), coding=coding)
+    sae, x_BD = sae_from_dictionary(dictionary, model_name=MODEL_NAME, hook_name=HOOK), samples(50)
+    codes_BM = sae.encode(x_BD)
+    assert int((codes_BM[:, :8] != 0).sum(dim=1).max()) == 3
+    assert int((codes_BM[:, 8:] != 0).sum(dim=1).max()) == 2
+    assert codes_BM.grad_fn is not None
+    sae.save_model(tmp_path)
+    loaded = SAE.load_from_disk(tmp_path)
+    assert loaded.cfg.coding == coding
+    assert torch.equal(loaded.encode(x_BD), codes_BM)
+
+
 @pytest.mark.parametrize("coder", ["mp", "mp_refit", "omp", "ormp"])
 def test_rows_of_any_norm_and_their_fold(coder: Coder) -> None:
     """As SAELens tests its own: latents differ by the norms, reconstructions do not."""

@@ -152,6 +152,17 @@ class TestManifest:
         with pytest.raises(ManifestError, match=r"(?s)reading .*cure"):
             read_manifest(tmp_path, "harvest", KEY)
 
+    def test_an_altered_fact(self, tmp_path: Path) -> None:
+        """Manifests of before there were checksums are read."""
+        write_manifest(tmp_path, "harvest", KEY, tokens=100)
+        changed = {**json.loads((tmp_path / MANIFEST).read_text()), "tokens": 101}
+        (tmp_path / MANIFEST).write_text(json.dumps(changed))
+        with pytest.raises(ManifestError, match=r"(?s)checksum is not that of what it says.*cure"):
+            read_manifest(tmp_path, "harvest", KEY)
+        del changed["checksum"]
+        (tmp_path / MANIFEST).write_text(json.dumps(changed))
+        assert read_manifest(tmp_path, "harvest", KEY)["tokens"] == 101
+
     def test_another_stage(self, tmp_path: Path) -> None:
         write_manifest(tmp_path, "train", KEY)
         with pytest.raises(ManifestError, match=r"(?s)another stage.*got: train.*limit: harvest.*cure"):

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -83,6 +84,62 @@ def neox_model(seed: int = 0) -> Any:
     return GPTNeoXForCausalLM(config).eval()
 
 
+def gpt2_model() -> Any:
+    """A GPT2LMHeadModel of some 40,000 random weights, float32."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY_SIZE,
+        n_positions=64,
+        n_embd=24,
+        n_layer=3,
+        n_head=3,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _unlike_fresh(GPT2LMHeadModel(config))
+
+
+def gemma_2_model() -> Any:
+    """A Gemma2ForCausalLM of the sizes of ``hooked_gemma_2``."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        sliding_window=8,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        # TransformerLens' default, and its scale of scores.
+        rms_norm_eps=1e-5,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return _unlike_fresh(Gemma2ForCausalLM(config))
+
+
+@torch.no_grad()
+def _unlike_fresh(model: nn.Module) -> Any:
+    """Gains and biases as if they had been learned: fresh ones are 1 and 0, whatever is made of them."""
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.add_(0.2 * torch.randn_like(weight))
+    return model.eval()
+
+
 def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int = 0, model_class: Any = None) -> Any:
     """A HookedTransformer built as Gemma-2 is, of some 40,000 random weights: RMS norms before and after, soft caps of
     scores and logits, gated MLPs, rotary positions, grouped keys, every other layer local."""
@@ -123,6 +180,47 @@ def pythia_160m(home: Path) -> Path:
     """A tiny GPT-NeoX under the name EleutherAI/pythia-160m-deduped in the HF_HOME ``home``; returns its snapshot."""
     snapshot = snapshot_of(home, PYTHIA)
     neox_model().save_pretrained(snapshot)
+    byte_pair_tokenizer().save_pretrained(snapshot)
+    return snapshot
+
+
+def small_gemma_2_2b(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small Gemma2ForCausalLM under the name google/gemma-2-2b in the HF_HOME ``home``; returns its snapshot.
+
+    TransformerLens knows the real one's sizes by its name; in this process it is told these.
+    """
+    from transformer_lens import loading_from_pretrained
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    # Blocks beyond the YAML's blocks.12.
+    n_layers, heads = 14, {"num_attention_heads": N_HEADS, "num_key_value_heads": 2, "head_dim": 8}
+    config = Gemma2Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=D_MODEL,
+        intermediate_size=4 * D_MODEL,
+        num_hidden_layers=n_layers,
+        max_position_embeddings=N_CONTEXT,
+        query_pre_attn_scalar=8,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        architectures=["Gemma2ForCausalLM"],
+        **heads,
+    )
+    sizes = {"d_model": D_MODEL, "d_head": 8, "n_heads": N_HEADS, "n_key_value_heads": 2, "d_mlp": 4 * D_MODEL}
+    sizes |= {"n_layers": n_layers, "n_ctx": N_CONTEXT, "d_vocab": VOCABULARY_SIZE}
+    convert = loading_from_pretrained.convert_hf_model_config
+
+    def smaller(model_name: str, **options: Any) -> dict[str, Any]:
+        found = convert(model_name, **options)
+        return {**found, **sizes, "attn_types": found["attn_types"][:n_layers]} if model_name == GEMMA_2 else found
+
+    monkeypatch.setattr(loading_from_pretrained, "convert_hf_model_config", smaller)
+    snapshot = snapshot_of(home, GEMMA_2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        Gemma2ForCausalLM(config).eval().save_pretrained(snapshot)
     byte_pair_tokenizer().save_pretrained(snapshot)
     return snapshot
 

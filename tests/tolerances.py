@@ -154,3 +154,9 @@ PEER_FVU = 2e-3
 PEER_UPDATE_FVU = 1e-3
 # The memory meter: an array of this many MiB is seen to within what the interpreter takes beside it.
 TEMPORARY_MIB, RSS_MIB = 64, 8
+
+# --- Several processes ------------------------------------------------------------------------------
+# Sums over samples in parts are rounded otherwise, 1e-7 of them; each batch codes with what the one before it learned,
+# and where two atoms tie for a sample, the sample takes the other. 1 − cos grows with the square of the turn.
+RANKS_COSINE = 1e-6
+RANKS_FVU = 1e-4

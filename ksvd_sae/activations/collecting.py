@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,6 +29,8 @@ from ksvd_sae.strict import Strict
 logger = logging.getLogger(__name__)
 PARTS = ("heldout", "train")
 _KEY_FILE = "key.json"
+# Shards that are written and hashed at a time, beside the one that is gathered.
+_WRITERS = 2
 T = TypeVar("T")
 
 
@@ -137,25 +140,33 @@ class Collection:
         done = self._parts[part]
         for _ in islice(stream, self.n_units(part)):
             pass
-        while self.n_tokens(part) < self._wanted[part]:
-            limit = min(self.config.shard_tokens, self._wanted[part] - self.n_tokens(part))
-            entry = self._collect_part(part, len(done), limit, stream, batch, read, advance)
-            if entry is None:
-                return False
-            done.append(entry)
+        # Writing and hashing take as long as a GPU's reading: each part is written while the next is read.
+        with ThreadPoolExecutor(1) as writer:
+            writing: Future[dict[str, Any]] | None = None
+            while self.n_tokens(part) < self._wanted[part]:
+                limit = min(self.config.shard_tokens, self._wanted[part] - self.n_tokens(part))
+                rows = self._collect_part(limit, stream, batch, read, advance)
+                if writing is not None:
+                    done[-1] = writing.result()
+                if rows is None:
+                    return False
+                x_ND, n_units = rows
+                writing = writer.submit(self._write_part, part, len(done), x_ND, n_units)
+                done.append({"n_samples": len(x_ND), self._unit: n_units})
+            if writing is not None:
+                done[-1] = writing.result()
         return True
 
     def _collect_part(
         self,
-        part: str,
-        index: int,
         wanted_tokens: int,
         stream: Iterator[T],
         batch: int,
         read: Callable[[list[T]], Tensor],
         advance: Advance,
-    ) -> dict[str, Any] | None:
-        """Whole batches until ``wanted_tokens`` are there, as one raw part; None if the stream is over."""
+    ) -> tuple[Tensor, int] | None:
+        """Activations of whole batches until ``wanted_tokens`` are there, and of how many units; None if the stream is
+        over."""
         rows: list[Tensor] = []
         dtype, left_tokens = getattr(torch, self.config.dtype), self.wanted_tokens - self.n_tokens()
         n_tokens = n_units = 0
@@ -163,7 +174,8 @@ class Collection:
             units = list(islice(stream, batch))
             if not units:
                 return None
-            x_ND = read(units).cpu().to(dtype)
+            # Half the bytes, where they are stored as bfloat16, before they leave the device.
+            x_ND = read(units).to(dtype).cpu()
             if not rows:
                 # All that is still to come, raw and shuffled: better to stop now than after an hour.
                 size = 2 * left_tokens * x_ND.shape[1] * x_ND.element_size()
@@ -171,8 +183,11 @@ class Collection:
             rows.append(x_ND)
             n_tokens, n_units = n_tokens + len(x_ND), n_units + len(units)
             advance(len(x_ND))
+        return torch.cat(rows), n_units
+
+    def _write_part(self, part: str, index: int, x_ND: Tensor, n_units: int) -> dict[str, Any]:
         path = self.raw / f"{part}-{index:05d}.safetensors"
-        entry = {**write_shard(path, torch.cat(rows)), self._unit: n_units}
+        entry = {**write_shard(path, x_ND), self._unit: n_units}
         write_json(path.with_suffix(".json"), entry)
         return entry
 
@@ -228,14 +243,18 @@ class Collection:
 
         Args: where: raw part, and row in it, of each sample.
         """
-        entries = []
-        for index, start in enumerate(range(0, len(where), self.config.shard_tokens)):
-            wanted = where[start : start + self.config.shard_tokens]
-            shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
-            for source in torch.unique(wanted[:, 0]).tolist():
-                slots = (wanted[:, 0] == source).nonzero().flatten()
-                shard_ND[slots] = raw[source][wanted[slots, 1]]
-            if running is not None:
-                running.add(shard_ND)
-            entries.append(write_shard(self.folder / part / shard_name(index), shard_ND))
-        return {"n_samples": len(where), "shards": entries}
+        writing: list[Future[dict[str, Any]]] = []
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            for index, start in enumerate(range(0, len(where), self.config.shard_tokens)):
+                wanted = where[start : start + self.config.shard_tokens]
+                shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
+                for source in torch.unique(wanted[:, 0]).tolist():
+                    slots = (wanted[:, 0] == source).nonzero().flatten()
+                    shard_ND[slots] = raw[source][wanted[slots, 1]]
+                # Sums depend on their order.
+                if running is not None:
+                    running.add(shard_ND)
+                if index >= _WRITERS:
+                    writing[index - _WRITERS].result()
+                writing.append(writers.submit(write_shard, self.folder / part / shard_name(index), shard_ND))
+            return {"n_samples": len(where), "shards": [shard.result() for shard in writing]}

@@ -26,7 +26,7 @@ from torch import Tensor
 from ksvd_sae.activations.documents import Document
 from ksvd_sae.activations.language import ActivationReader, check_tokens
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.activations.splicing import Unembedding, before_unembedding
+from ksvd_sae.activations.splicing import Unembedding, before_unembedding, check_changes
 from ksvd_sae.activations.text import contexts
 from ksvd_sae.errors import ActivationError, HookError, ManifestError, ShapeError, ShardError, TextError
 from ksvd_sae.progress import Advance, progress
@@ -34,7 +34,7 @@ from ksvd_sae.store import MANIFEST, atomic_path, content_hash, file_sha256, rea
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from ksvd_sae.activations.language import AnyModel
 
 logger = logging.getLogger(__name__)
 STAGE = "gradients"
@@ -98,18 +98,19 @@ class GradientMoments:
 
 @torch.enable_grad()
 def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations and gradients, (n, d_in) float32 each (float64 if the model is), of the tokens that are not special.
+    """Activations and gradients, (n, d_in) float32 each (float64 if the model is), of the tokens that are kept.
 
     The rows are the ones that ``reader.read`` gives. The loss is the sum of −ln p over the targets of each context that
     are not special. A token's gradient counts what it does to the tokens after it too; the last token of a
     context, after which nothing is predicted, has gradient 0.
 
-    Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token or
-        the loss does not depend on it, ActivationError on NaN or infinity.
+    Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token,
+        the loss does not depend on it or ``check_changes`` refuses it, ActivationError on NaN or infinity.
     Numerics: forward and backward pass in the model's dtype, the loss from the logits on in float32 at least.
     Cost: the graph starts at the hook and has no parameters in it; logits are made a chunk of tokens at a time.
     """
     model = reader.model
+    check_changes(model, reader.hook)
     check_tokens(model, tokens_BL, "gradients")
     tokens_BL = tokens_BL.to(model.cfg.device)
     leaves: list[Tensor] = []
@@ -122,8 +123,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
         with model.hooks(fwd_hooks=[(reader.hook, start_graph)]):
             final_BLD = before_unembedding(model, tokens_BL)
         reader.check_rows(leaves, tokens_BL)
-        ordinary_BL = reader.ordinary(tokens_BL)
-        predicted_BL = ordinary_BL[:, 1:]
+        predicted_BL = reader.ordinary(tokens_BL)[:, 1:]
         targets_N = tokens_BL[:, 1:][predicted_BL]
         pull_BLD = torch.zeros_like(final_BLD)
         final_ND = final_BLD.detach()[:, :-1][predicted_BL]
@@ -138,7 +138,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
             cure="use a hook of the residual stream, an MLP or attention output; remove other hooks from the model",
         )
     wide = torch.promote_types(gradient.dtype, torch.float32)
-    x_ND, g_ND = (t.detach().flatten(2)[ordinary_BL].to(wide) for t in (leaves[0], gradient))
+    x_ND, g_ND = (t.detach().flatten(2)[reader.kept(tokens_BL)].to(wide) for t in (leaves[0], gradient))
     n_broken = int((~torch.isfinite(g_ND).all(dim=1)).sum())
     if n_broken:
         raise ActivationError(
@@ -150,7 +150,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
 
 
 @contextmanager
-def _frozen(model: "HookedTransformer") -> Iterator[None]:
+def _frozen(model: "AnyModel") -> Iterator[None]:
     """No parameter requires a gradient meanwhile: autograd then records nothing before the hook."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learned:

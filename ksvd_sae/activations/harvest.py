@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ksvd_sae.activations.collecting import CollectingConfig, Collection, collected
+from ksvd_sae.activations.collecting import PARTS, CollectingConfig, Collection, collected
 from ksvd_sae.activations.documents import Document, Readable, TokenIds, readable, write_documents
 from ksvd_sae.activations.gradients import GRADIENT_SETTINGS, GradientConfig, run_gradients
 from ksvd_sae.activations.language import ActivationReader, ModelConfig
@@ -47,6 +47,9 @@ class HarvestConfig(CollectingConfig, GradientConfig):
         "auto",
         description="whether contexts begin with a BOS; auto: as TransformerLens says the model was trained",
     )
+    keep_special_tokens: bool = Field(
+        False, description="keep BOS and other special tokens among the samples, as the paper's script does"
+    )
 
     @property
     def has_gradients(self) -> bool:
@@ -72,6 +75,7 @@ class Harvest:
         # Gradients have a key of their own: asking for more must not collect the activations again. And what came later
         # changes no key where it is not given.
         without = GRADIENT_SETTINGS | ({"prepend_bos"} if self.config.prepend_bos == "auto" else set())
+        without |= set() if self.config.keep_special_tokens else {"keep_special_tokens"}
         return {
             # Weights by their content, wherever they lie.
             "model": self.model.model_dump(mode="json", exclude={"weights", "revision"}),
@@ -158,6 +162,12 @@ def _begin_with_bos(folder: Path) -> bool:
     return not path.exists() or bool(json.loads(path.read_text())["prepend_bos"])
 
 
+def collected_tokens(folder: Path) -> dict[str, int]:
+    """Tokens of each part that an unfinished harvest has collected."""
+    found = {part: sorted((folder / "raw").glob(f"{part}-*.json")) for part in PARTS}
+    return {part: sum(json.loads(path.read_text())["n_samples"] for path in paths) for part, paths in found.items()}
+
+
 def _collect(harvest: Harvest, reader: ActivationReader, collection: Collection) -> None:
     folder = collection.folder
     tokenizer, length, bos = reader.model.tokenizer, harvest.config.context_tokens, _begin_with_bos(folder)
@@ -214,7 +224,7 @@ def _split_inside(harvest: Harvest, collection: Collection, reader: ActivationRe
     split = Split.after(collection.n_units("heldout"), drawn, tokenizer, packing)
     n_tokens = 0
     for tokens_L in _training_contexts(harvest, reader, split, drawn, bos):
-        n_tokens += int(reader.ordinary(tokens_L[None].to(reader.model.cfg.device)).sum())
+        n_tokens += int(reader.kept(tokens_L[None].to(reader.model.cfg.device)).sum())
         if n_tokens >= config.train_tokens:
             break
     where = f"the held-out part keeps {collection.n_tokens('heldout'):,} tokens: {split}; training has all that follows"

@@ -5,7 +5,7 @@ import logging
 import re
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -19,6 +19,9 @@ from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
+
+    AnyModel: TypeAlias = HookedTransformer | TransformerBridge
 
 logger = logging.getLogger(__name__)
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -123,6 +126,13 @@ def check_model_name(name: str) -> None:
         ) from error
 
 
+def is_bridge(model: Any) -> bool:
+    """Whether this is TransformerLens' bridge to a model of transformers, and no model of its own."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return isinstance(model, TransformerBridge)
+
+
 def hook_layer(hook: str) -> int | None:
     """The block that a hook name lies in, None for hooks outside the blocks."""
     block = re.match(r"blocks\.(\d+)\.", hook)
@@ -138,9 +148,11 @@ def has_heads(hook: str) -> bool:
     return _HEADS.fullmatch(hook.rpartition(".")[2]) is not None
 
 
-def check_hook(model: "HookedTransformer", hook: str) -> None:
-    """Raise HookError for a hook name that the model lacks, with the nearest that it has."""
+def check_hook(model: "AnyModel", hook: str) -> None:
+    """Raise HookError for a hook name that the model lacks, with the nearest that it has; or one that is off."""
     if hook in model.hook_dict:
+        if is_bridge(model):
+            _check_on(model, hook)
         return
     near = difflib.get_close_matches(hook, list(model.hook_dict), n=3, cutoff=0.3)
     raise HookError(
@@ -150,7 +162,17 @@ def check_hook(model: "HookedTransformer", hook: str) -> None:
     )
 
 
-def check_contexts(model: "HookedTransformer", lengths: Mapping[str, int]) -> None:
+def _check_on(model: "AnyModel", hook: str) -> None:
+    """Of hooks that a setting switches on, a bridge says so where they are used."""
+    try:
+        with model.hooks(fwd_hooks=[(hook, lambda activation, hook: None)]):
+            pass
+    except ValueError as error:
+        cure = "switch it on, or use a hook of the residual stream, an MLP or attention output"
+        raise HookError(f"hook {hook!r} is switched off: {error}", cure=cure) from error
+
+
+def check_contexts(model: "AnyModel", lengths: Mapping[str, int]) -> None:
     """Raise ConfigError for contexts that are longer than what the model reads.
 
     Learned positions end there with an error of torch's; rotary ones go on, to where the model was never trained.
@@ -170,7 +192,7 @@ def check_contexts(model: "HookedTransformer", lengths: Mapping[str, int]) -> No
             )
 
 
-def check_tokens(model: "HookedTransformer", tokens_BL: Tensor, what: str, least: int = 1) -> None:
+def check_tokens(model: "AnyModel", tokens_BL: Tensor, what: str, least: int = 1) -> None:
     """Raise ShapeError for what is no contexts of the model's token ids.
 
     Args: least: tokens of a context.
@@ -198,11 +220,14 @@ def _whole(tokens: Tensor) -> bool:
 
 
 class ActivationReader:
-    """Runs contexts up to the hook's layer and keeps the activations of ordinary tokens."""
+    """Runs contexts up to the hook's layer and keeps the activations of ordinary tokens.
 
-    def __init__(self, model: "HookedTransformer", hook: str):
+    Args: keep_special: keep those of special tokens too.
+    """
+
+    def __init__(self, model: "AnyModel", hook: str, keep_special: bool = False):
         check_hook(model, hook)
-        self.model, self.hook = model, hook
+        self.model, self.hook, self._keep_special = model, hook, keep_special
         layer = hook_layer(hook)
         # Hooks outside the blocks (embed, final norm) need the whole model or none of it: let it run through.
         # (contexts, heads, to, from): its shape alone does not tell heads from tokens.
@@ -213,7 +238,7 @@ class ActivationReader:
 
     @torch.no_grad()
     def read(self, tokens_BL: Tensor) -> Tensor:
-        """(n, d_in) float32 activations of the tokens that are not special, in reading order.
+        """(n, d_in) float32 activations of the tokens that are kept, in reading order.
 
         Heads, if the hook has them, are flattened into d_in.
         Raises: ShapeError (no contexts of ids that the model has), HookError if the hook does not give one row a token,
@@ -231,11 +256,11 @@ class ActivationReader:
         )
         self.check_rows(kept, tokens_BL)
         x_BLD = kept[0].flatten(2).float()
-        ordinary_BL = self.ordinary(tokens_BL)
-        x_ND = x_BLD[ordinary_BL]
+        kept_BL = self.kept(tokens_BL)
+        x_ND = x_BLD[kept_BL]
         finite_N = torch.isfinite(x_ND).all(dim=1)
         if not bool(finite_N.all()):
-            context, position = ordinary_BL.nonzero()[int((~finite_N).int().argmax())].tolist()
+            context, position = kept_BL.nonzero()[int((~finite_N).int().argmax())].tolist()
             raise ActivationError(
                 f"harvest: {int((~finite_N).sum())} of {len(x_ND)} activations of {self.hook} hold NaN or infinity",
                 got=f"first at context {context} of the batch, position {position}",
@@ -245,8 +270,12 @@ class ActivationReader:
         return x_ND
 
     def ordinary(self, tokens_BL: Tensor) -> Tensor:
-        """True where a token is kept: not BOS, EOS, padding or another special one."""
+        """True where a token is not BOS, EOS, padding or another special one."""
         return ~torch.isin(tokens_BL, self._special)
+
+    def kept(self, tokens_BL: Tensor) -> Tensor:
+        """True where ``read`` gives a token's activation."""
+        return torch.ones_like(tokens_BL, dtype=torch.bool) if self._keep_special else self.ordinary(tokens_BL)
 
     def check_rows(self, fired: list[Tensor], tokens_BL: Tensor) -> None:
         """Raise HookError if what the hook gave in a pass is not one row a token."""

@@ -10,32 +10,62 @@ Notation: B contexts, L positions, D model dimensions, N predictions, n of a chu
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from ksvd_sae.activations.language import hook_layer
+from ksvd_sae.activations.language import check_hook, hook_layer, is_bridge
+from ksvd_sae.errors import EvaluationError, HookError
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from ksvd_sae.activations.language import AnyModel
 
 # 268 MB in float32, some three of which exist at once. For Gemma's vocabulary that is 256 rows; products with 128 or 64
 # take 1.3 and 1.6 times as long a row (one CPU core).
 LOGITS_AT_ONCE = 2**26
+# Of the largest: in 16 bits products of other shapes are rounded otherwise.
+_SAME_LOGITS = 2**-5
+# Bridges whose unembedding is known to be what it is taken for.
+_CHECKED: WeakSet[Any] = WeakSet()
+
+# What a bridge's unembedding gets.
+_UNEMBEDDED = "unembed.hook_in"
 
 # ---------------------------------------------------------------- runs
 
 
-def before_unembedding(model: "HookedTransformer", start: Tensor, first_layer: int = 0, **options: Any) -> Tensor:
+def before_unembedding(model: "AnyModel", start: Tensor, first_layer: int = 0, **options: Any) -> Tensor:
     """(B, L, D) that the unembedding gets.
 
-    Args: start: tokens (B, L), or the residual stream (B, L, D) at ``first_layer``.
+    Args: start: tokens (B, L), or the residual stream (B, L, D) at ``first_layer``; a bridge starts from tokens only.
+    Raises: HookError: a bridge to a model without an unembedding.
     """
+    if is_bridge(model):
+        return _bridge_before_unembedding(model, start)
     starts = {"start_at_layer": first_layer} if start.is_floating_point() else {}
     final_BLD: Tensor = model(start, stop_at_layer=model.cfg.n_layers, **starts, **options)
     return final_BLD if model.cfg.normalization_type is None else model.ln_final(final_BLD)
+
+
+class _ReachedError(Exception):
+    """Ends a bridge's run: transformers offers no other way."""
+
+
+def _bridge_before_unembedding(model: "AnyModel", tokens_BL: Tensor) -> Tensor:
+    check_hook(model, _UNEMBEDDED)
+    reached: list[Tensor] = []
+
+    def stop(final_BLD: Tensor, hook: Any) -> None:
+        reached.append(final_BLD)
+        raise _ReachedError
+
+    with suppress(_ReachedError), model.hooks(fwd_hooks=[(_UNEMBEDDED, stop)]):
+        model(tokens_BL, return_type=None)
+    return reached[0]
 
 
 @dataclass(frozen=True)
@@ -51,16 +81,29 @@ class Started:
     options: dict[str, Any]
 
 
+def check_changes(model: "AnyModel", hook: str) -> None:
+    """Raise HookError for a hook of which a bridge gives the activation, but not what follows from a change of it."""
+    if is_bridge(model) and hook.endswith(".hook_resid_mid"):
+        raise HookError(
+            f"hook {hook!r}: a bridge reads it, and cannot change it",
+            cause="there it is what goes into the second norm; the residual stream passes by",
+            cure="use the layer's hook_resid_post or hook_resid_pre, or a HookedTransformer",
+        )
+
+
 class RunsFromHook:
     """Runs of one model that differ only in the activation at one hook.
 
     From a hook of the residual stream the run goes on with the next layer, from another inside a block with that block,
-    from the embedding at the start.
+    from the embedding at the start. A bridge cannot go on in the middle: its runs are whole, with the same results.
+
+    Raises: as ``check_changes``.
     """
 
-    def __init__(self, model: "HookedTransformer", hook: str):
+    def __init__(self, model: "AnyModel", hook: str):
+        check_changes(model, hook)
         self.model, self.hook = model, hook
-        self._layer, self._direct = _resume(hook, model.cfg.n_layers)
+        self._layer, self._direct = (None, False) if is_bridge(model) else _resume(hook, model.cfg.n_layers)
 
     @torch.no_grad()
     def first(self, tokens_BL: Tensor) -> tuple[Started, Tensor | None, Tensor]:
@@ -76,11 +119,9 @@ class RunsFromHook:
 
         model = self.model
         with model.hooks(fwd_hooks=[(self.hook, keep)]):
-            embedded_BLD, _, shortformer, mask = model.input_to_embed(tokens_BL)
-            options = {"shortformer_pos_embed": shortformer, "attention_mask": mask}
-            start_BLD = embedded_BLD
+            start_BLD, options = self._start(tokens_BL)
             if self._layer is not None:
-                start_BLD = model(embedded_BLD, start_at_layer=0, stop_at_layer=self._layer, **options)
+                start_BLD = model(start_BLD, start_at_layer=0, stop_at_layer=self._layer, **options)
             final_BLD = before_unembedding(model, start_BLD, self._layer or 0, **options)
         started = Started(tokens_BL, None if self._layer is None else start_BLD, options)
         return started, kept[0] if kept else None, final_BLD
@@ -94,8 +135,15 @@ class RunsFromHook:
         with self.model.hooks(fwd_hooks=[(self.hook, lambda activation, hook: change(activation))]):
             start_BLD = started.start_BLD
             if start_BLD is None:
-                start_BLD = self.model.input_to_embed(started.tokens_BL)[0]
+                start_BLD, _ = self._start(started.tokens_BL)
             return self._finish(start_BLD, started)
+
+    def _start(self, tokens_BL: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What the model's forward gets first, and what it is to be told besides."""
+        if is_bridge(self.model):
+            return tokens_BL, {}
+        embedded_BLD, _, shortformer, mask = self.model.input_to_embed(tokens_BL)
+        return embedded_BLD, {"shortformer_pos_embed": shortformer, "attention_mask": mask}
 
     def _finish(self, start_BLD: Tensor, started: Started) -> Tensor:
         return before_unembedding(self.model, start_BLD, self._layer or 0, **started.options)
@@ -115,11 +163,31 @@ def _resume(hook: str, n_layers: int) -> tuple[int | None, bool]:
 
 
 class Unembedding:
-    """From what the unembedding gets to logits, as the model's forward makes them."""
+    """From what the unembedding gets to logits, as the model's forward makes them.
 
-    def __init__(self, model: "HookedTransformer"):
+    Raises: EvaluationError: a bridge's forward makes them in another way.
+    """
+
+    def __init__(self, model: "AnyModel"):
         self._model = model
         self._space = model.W_U.new_empty(0)
+        if is_bridge(model) and model not in _CHECKED:
+            self._check()
+            _CHECKED.add(model)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Compare with the forward: some models of transformers scale logits in ways of their own."""
+        tokens_BL = torch.arange(min(4, self._model.cfg.d_vocab), device=self._model.cfg.device)[None]
+        theirs_LV: Tensor = self._model(tokens_BL)[0].float()
+        off = (self.logits(before_unembedding(self._model, tokens_BL)[0]).float() - theirs_LV).abs().max()
+        if not float(off) <= _SAME_LOGITS * float(theirs_LV.abs().max()):
+            raise EvaluationError(
+                f"model {self._model.cfg.model_name!r}: its logits are not W_U·x + b_U, softly capped",
+                got=f"{float(off):.3g} off, of {float(theirs_LV.abs().max()):.3g}",
+                cause="a model that scales its logits, or one in which NaN or infinity arises",
+                cure="a HookedTransformer, if TransformerLens has the model; activations can be read all the same",
+            )
 
     def logits(self, rows_nD: Tensor) -> Tensor:
         """(n, V); in memory that the next call overwrites, unless a gradient is asked for."""
@@ -225,7 +293,7 @@ class NextTokenLosses(Generic[KeptT]):
 
     def __init__(
         self,
-        model: "HookedTransformer",
+        model: "AnyModel",
         arithmetic: Arithmetic[KeptT],
         memory_bytes: int,
         rows_at_once: int | None = None,

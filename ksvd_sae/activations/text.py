@@ -18,7 +18,7 @@ from ksvd_sae.offline import bbc_news
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from ksvd_sae.activations.language import AnyModel
 
 _TOKENISER_BATCH = 64
 # Of such a batch at once: documents can be books.
@@ -162,7 +162,7 @@ def has_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer.convert_ids_to_tokens(bos) == tokenizer.bos_token
 
 
-def prepends_bos(wanted: bool | Literal["auto"], model: "HookedTransformer") -> bool:
+def prepends_bos(wanted: bool | Literal["auto"], model: "AnyModel") -> bool:
     """Whether contexts of a model begin with a BOS: as wanted, or 'auto', as TransformerLens says it was trained.
 
     Raises: TextError if a BOS is wanted and the tokenizer has none.

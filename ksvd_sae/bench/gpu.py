@@ -16,6 +16,8 @@ check at size   the same as check at the real shapes against float64 on the GPU,
 stages          ``stage``: each stage of a batch by itself, with what the model (gpu_model.py) says of it
 launches        ``launch``: warps, register limits and Gram types of the pursuit; the best go to launches.json beside
                 the rows, which, copied to learning/kernels/, the launcher reads
+harvest         Gemma-2-2B's layers up to the hook on random weights: a harvest beside the bare pass, where
+                TransformerLens is
 profile         the thirty most expensive kernels of a batch and its waits, in gpu-profile.txt
 counters        hardware counters of one launch each by ncu, where there is one, in gpu-counters.txt
 tests           ``pytest -m gpu``, where there is a pytest
@@ -34,6 +36,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -66,20 +69,23 @@ SMALL = (Shape("small", 512, 48, 96, 5), Shape("small-wide", 512, 12, 96, 5))
 _BATCHES, _SMALL_BATCHES, _PASSES = 40, 3, 3
 # Samples that a check at the real shapes looks at.
 _CHECKED = 2048
+# Of the rows that bench/harvest.py gives.
+HARVEST_CASE = "google/gemma-2-2b blocks.12.hook_resid_post"
 
 
 @dataclass(frozen=True)
 class Goal:
     """What a row of some suite, case and method must reach; the fastest of its precisions counts.
 
-    most_s: seconds that the row's n samples may take.
+    most_s: seconds that the row's n samples may take. of_floor: part of its floor's speed that it must reach.
     """
 
     what: str
     suite: str
     case: str
     config: str
-    most_s: float
+    most_s: float = float("inf")
+    of_floor: float = 0.0
 
 
 GOALS = (
@@ -89,6 +95,7 @@ GOALS = (
     Goal("2.6 million samples × 3 passes ≤ 2 s", "train", "gemma-2-2b-4k", "db-ksvd", 2.0),
     Goal("m = 16,384, k = 80: coding of a batch ≤ 60 ms", "coding", "gemma-2-2b-16k", "mp", 0.060),
     Goal("m = 16,384, k = 80, same data ≤ 12 s", "train", "gemma-2-2b-16k", "db-ksvd", 12.0),
+    Goal("harvest, written ≥ 70 % of the bare model's pass", "harvest", HARVEST_CASE, "harvest", of_floor=0.7),
 )
 
 
@@ -424,6 +431,18 @@ class Bench:
             path.write_text(json.dumps(known, indent=1) + "\n")
             print(f"launches: the best are in {path}; copied to {pursuit_triton.LAUNCHES}, they are used", flush=True)
 
+    def harvest(self) -> None:
+        if find_spec("transformer_lens") is None:
+            print("harvest: no transformer_lens here", flush=True)
+            return
+        from ksvd_sae.bench.harvest import on_random_weights
+
+        rows = on_random_weights(self.device, small=self.shapes == SMALL).rows
+        append(self.output, rows)
+        for fields in rows:
+            share = f"{fields['floor_s'] / fields['median_s']:.0%} of the fastest bare pass"
+            print(f"harvest  {fields['impl']:<17} {fields['samples_per_s']:>10,.0f} tokens/s  {share}", flush=True)
+
     def profile(self, shape: Shape, precision: Precision) -> None:
         """Where the time of a batch goes, kernel by kernel, and how often the host waits."""
         x_BD, _ = self.problem(shape)
@@ -498,6 +517,7 @@ def steps(bench: Bench, left_s: Callable[[], float]) -> Iterator[Step]:
     yield "profile", 15, partial(bench.profile, narrow, "bfloat16")
     yield "check at size", 30, lambda: check_at_size(narrow, bench.device)
     yield "wide train", 45, partial(bench.train, wide, "bfloat16")
+    yield "harvest", 60, bench.harvest
     yield "ceilings", 15, bench.ceilings
     yield "launches", 60, partial(bench.launches, narrow)
     yield "wide launches", 60, partial(bench.launches, wide)

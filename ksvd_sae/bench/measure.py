@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ksvd_sae.bench.memory import peak_growth
 from ksvd_sae.bench.rows import OURS, Who
+from ksvd_sae.memory import peak_growth
 
 logger = logging.getLogger(__name__)
 # Two on few samples (what is compiled and loaded on first use; a guess of the speed), one under the memory meter.

@@ -85,8 +85,8 @@ class Settings:
 
 # The suites in the order that `bench all` runs them.
 ALL = ("coding", "update", "train", "scaling")
-# And one that needs a trained panel, and as long as the rest together.
-SUITES = (*ALL, "evals")
+# And those that need a language model; evals a trained panel, too, and as long as the rest together.
+SUITES = (*ALL, "harvest", "evals")
 
 
 @dataclass

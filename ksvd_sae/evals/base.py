@@ -213,6 +213,30 @@ class EvalResults:
         return self.n[panelist] if isinstance(self.n, dict) else self.n
 
 
+@dataclass(frozen=True)
+class Work:
+    """What an eval has to do, counted, once for a panel and for each of its dictionaries.
+
+    A plan multiplies it by the rates that it measures, and adds loading the model.
+
+    read: tokens that the model reads up to the hook. rest: tokens that go on from there; there and back counts thrice.
+    predicted: tokens whose next one's distribution is computed. coded: activations that a dictionary codes.
+    kept: activations of the model that stay on disk.
+    other_s: seconds of what is none of these, such as probes: as the demo took them on one core, in proportion.
+    """
+
+    read: float = 0
+    rest: float = 0
+    predicted: float = 0
+    kept: float = 0
+    other_s: float = 0
+    read_each: float = 0
+    rest_each: float = 0
+    predicted_each: float = 0
+    coded_each: float = 0
+    other_each_s: float = 0
+
+
 class Eval(Strict, ABC):
     """One eval: what a YAML says of it, and all that is done with that.
 
@@ -259,6 +283,25 @@ class Eval(Strict, ABC):
         Args: output: folder that holds a folder of results for each eval.
         Raises: EvaluationError naming every panelist without a result, and why; finished results stay.
         """
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work | None:
+        """What it has to do; None where nobody has counted.
+
+        Args: heldout_tokens: that the run harvests. trainings: of each dictionary.
+        """
+        return None
+
+    def is_scored(self, content: str, output: Path, heldout: Heldout | None) -> bool:
+        """Whether a dictionary has a result of these settings; data and versions are looked at when it runs.
+
+        Args: content: hash of what the dictionary is. output: as for ``run``. heldout: None before the harvest.
+        """
+        for path in (output / self.name).rglob(f"*-{content}_*.json"):
+            followed = json.loads(path.read_text()).get("follows_from", {}).get("config", {})
+            settings = self.model_dump(mode="json")
+            if followed and all(settings.get(name) == value for name, value in followed.items()):
+                return True
+        return False
 
     def write_data(self, folder: Path) -> None:
         """Write the data sets of ours that it reads, each into a folder of its name."""
@@ -308,6 +351,14 @@ class MeasuredHere(Eval):
         """What a result follows from, beside the dictionary."""
         return {"config": self.model_dump(mode="json"), "harvest": heldout.harvest_hash}
 
+    def is_scored(self, content: str, output: Path, heldout: Heldout | None) -> bool:
+        if heldout is None:
+            return False
+        return any((output / self.name).glob(f"*-{content_hash(self._key(content, heldout))}.json"))
+
+    def _key(self, content: str, heldout: Heldout) -> dict[str, JsonValue]:
+        return {"eval": self.name, "dictionary": content, **self.follows_from(heldout)}
+
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         heldout = setting.heldout
         if heldout is None:
@@ -315,8 +366,8 @@ class MeasuredHere(Eval):
         files, metrics, n = {}, {}, {}
         failures: list[EvaluationError] = []
         for panelist in panel:
-            key = {"eval": self.name, "dictionary": panelist.content, **self.follows_from(heldout)}
-            path = output / self.name / f"{panelist.name}-{content_hash(key)}.json"
+            key = content_hash(self._key(panelist.content, heldout))
+            path = output / self.name / f"{panelist.name}-{key}.json"
             if not path.exists() and not copy_of_other_name(path):
                 logger.info("%s of %s", self.name, panelist.name)
                 try:

@@ -15,8 +15,8 @@ Three ways, all of which leave the error of the batch no higher than it was:
     d_j ← d_j + Δ_j, where Δ_j is the least-squares step of atom j after those before it have moved: block coordinate
     descent, a block an atom. With G = XᵀE and A = XᵀX that is Δ_j = (G_j − Σ_{i<j} A_ji Δ_i) / H_j with H_j = A_jj: one
     triangular solve for all of them. G and A are sums over samples (``SweepSums``) and all that the sweep needs, so
-    several processes can each sum over their part. An atom that few samples use fits their noise; so it counts as
-    ``held`` samples as it was: H_j = A_jj (1 + held / |Ω_j|). The error falls by Σ_j (2H_j − A_jj) ‖Δ_j‖².
+    several processes can each sum over their part (ranks.py). An atom that few samples use fits their noise; so it
+    counts as ``held`` samples as it was: H_j = A_jj (1 + held / |Ω_j|). The error falls by Σ_j (2H_j − A_jj) ‖Δ_j‖².
 
 ``two_sweeps``
     A sweep, the coefficients that then fit best on the same supports (``exact`` fits them atom by atom), and a sweep.
@@ -38,6 +38,7 @@ from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.kernels import batch_triton
 from ksvd_sae.learning.least_squares import refit_code
 from ksvd_sae.learning.products import has_bfloat16, multiplied, products
+from ksvd_sae.learning.ranks import ALONE, Ranks
 
 # Nonzeros summed in one go: enough to keep the second stage small, few enough for all of a GPU to be busy.
 _PIECE = 256
@@ -105,6 +106,10 @@ class MovedAtoms:
     scale_M: Tensor
     error: Tensor
 
+    def agreed(self, ranks: Ranks) -> "MovedAtoms":
+        """As rank 0 has them."""
+        return MovedAtoms(ranks.agreed(self.atoms_MD), ranks.agreed(self.scale_M), ranks.agreed(self.error))
+
 
 @dataclass(frozen=True)
 class SweepSums:
@@ -130,9 +135,23 @@ class SweepSums:
 
         return SweepSums(self.energy_M + other.energy_M, self.usage_M + other.usage_M, self.error + other.error, block)
 
+    def total(self, ranks: Ranks) -> "SweepSums":
+        """Those of all processes, whose parts of the batch these are. Sent round: M·(D + rows) numbers, where rows are
+        those of the triangle that are solved for at a time (all, if fewer than 2²⁶ / M)."""
+
+        def block(first: int, last: int, step_MD: Tensor) -> tuple[Tensor, Tensor]:
+            gradient_ND, own_NN = self.block(first, last, step_MD)
+            return ranks.total(gradient_ND), ranks.total(own_NN)
+
+        if ranks.size == 1:
+            return self
+        return SweepSums(ranks.total(self.energy_M), ranks.total(self.usage_M), ranks.total(self.error), block)
+
 
 @torch.no_grad()
-def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: float = HELD) -> AtomUpdate:
+def update_atoms_sweep(
+    x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: float = HELD, ranks: Ranks = ALONE
+) -> AtomUpdate:
     """Move the atoms one after the other, each to where the error is least; see the module's docstring.
 
     Args:
@@ -140,6 +159,7 @@ def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: floa
         code: its code under ``atoms_MD``.
         atoms_MD: unit rows.
         held: samples that an atom counts for as it was; 0 lets it follow the batch alone.
+        ranks: of the processes whose parts of one batch these are.
     Returns: AtomUpdate; error_after ≤ error_before up to rounding. On CUDA the residual is given in bfloat16, and the
         errors but for its rounding.
     Cost: 2·B·K·D multiply-adds that gather rows of D floats, B·K² that gather single ones, and M²·D/2 of a triangular
@@ -147,7 +167,8 @@ def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: floa
         M > 4·D B·M·2·D, of matrix products in bfloat16, for which the codes are written out: 2·B·M bytes.
     """
     residual_BD, sums = sweep_sums(x_BD, code, atoms_MD)
-    moved = sweep(atoms_MD, sums, held)
+    sums = sums.total(ranks)
+    moved = sweep(atoms_MD, sums, held).agreed(ranks)
     return AtomUpdate(
         atoms_MD=moved.atoms_MD,
         code=Code(code.values_BK * moved.scale_M[code.support_BK.long()], code.support_BK),
@@ -159,16 +180,18 @@ def update_atoms_sweep(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, held: floa
 
 
 @torch.no_grad()
-def update_atoms_two_sweeps(x_BD: Tensor, code: Code, atoms_MD: Tensor, *, nonnegative: bool = False) -> AtomUpdate:
+def update_atoms_two_sweeps(
+    x_BD: Tensor, code: Code, atoms_MD: Tensor, *, nonnegative: bool = False, ranks: Ranks = ALONE
+) -> AtomUpdate:
     """Two sweeps, with a refit of the code between them; see the module's docstring.
 
     Args: nonnegative: keep the coefficients ≥ 0, as the code given has them. Others, Returns: as
         ``update_atoms_sweep``.
     Cost: twice that of ``update_atoms_sweep``, and that of ``refit_code``.
     """
-    first = update_atoms_sweep(x_BD, code, atoms_MD)
+    first = update_atoms_sweep(x_BD, code, atoms_MD, ranks=ranks)
     refitted = refit_code(x_BD, first.code, first.atoms_MD, nonnegative=nonnegative)
-    second = update_atoms_sweep(x_BD, refitted, first.atoms_MD)
+    second = update_atoms_sweep(x_BD, refitted, first.atoms_MD, ranks=ranks)
     errors = torch.stack([first.errors[0], second.errors[1]])
     return replace(second, residual_BD=first.residual_BD, errors=errors)
 

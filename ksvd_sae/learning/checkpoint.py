@@ -22,13 +22,13 @@ from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.drift import Drift
 from ksvd_sae.learning.training import BatchLog, TrainingState
-from ksvd_sae.store import atomic_path
+from ksvd_sae.store import atomic_path, checksum
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 # Rows that tell one batch from another.
-_PROBE_ROWS = 16
+PROBE_ROWS = 16
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 
@@ -42,7 +42,7 @@ def digest(tensor: Tensor | None) -> str | None:
 
 def probe(batch_BD: Tensor) -> str:
     """A batch's first rows as a digest: enough to notice other data, or another order."""
-    return str(digest(batch_BD[:_PROBE_ROWS]))
+    return str(digest(batch_BD[:PROBE_ROWS]))
 
 
 def save_checkpoint(path: Path, state: TrainingState, fingerprint: Fingerprint) -> None:
@@ -77,7 +77,7 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: Fingerprint) 
         "log": [asdict(line) for line in state.log],
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"training": json.dumps(facts)})
+        save_file(tensors, temporary, metadata={"training": json.dumps(facts), "checksum": _checksum(facts, tensors)})
 
 
 def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState) -> TrainingState:
@@ -91,9 +91,13 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
     where = f"resuming from {path}"
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["training"])
+            metadata = file.metadata()
+            facts = json.loads(metadata["training"])
             # Copies: what is mapped from a file is aligned as the file has it, and products may differ in the last bit.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        # Of another format, another version's.
+        if facts["format"] == FORMAT and metadata["checksum"] != _checksum(facts, tensors):
+            raise ValueError("its checksum is not that of what it holds")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ManifestError(
             f"{where}: {type(error).__name__}: {error}",
@@ -149,9 +153,18 @@ def load_checkpoint(path: Path, fingerprint: Fingerprint, started: TrainingState
     )
 
 
-def check_probe(state: TrainingState, batch_BD: Tensor) -> None:
-    """Raise ManifestError if a resumed pass does not begin as it did before."""
-    if state.pass_probe != probe(batch_BD):
+def _checksum(facts: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Of all that a checkpoint holds."""
+    bytes_of = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    return checksum([json.loads(json.dumps(facts)), bytes_of])
+
+
+def check_probe(state: TrainingState, found: str) -> None:
+    """Raise ManifestError if a resumed pass does not begin as it did before.
+
+    Args: found: probe of its first batch.
+    """
+    if state.pass_probe != found:
         raise ManifestError(
             f"resuming from a checkpoint: the samples of pass {state.pass_index} do not begin as they did",
             cause="a stream that gives other batches each time, or other data of the same size",

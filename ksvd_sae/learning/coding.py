@@ -28,6 +28,7 @@ class Coding:
         coder: 'mp', 'mp_refit', 'omp', 'ormp', 'projection', or 'matryoshka' (group by group).
         rtol, max_steps, nonnegative, tau, tau_absolute: see ``matching_pursuit``.
         groups: sizes of the groups of a Matryoshka dictionary; the coder 'matryoshka' needs them, others ignore them.
+        exact_budgets: their shares of k add up to it, rather than being rounded up.
     Numbers may be numpy's, groups any sequence; Python's own types are kept.
     Raises: InputTypeError (a ShapeError) for what is no number.
     """
@@ -40,6 +41,7 @@ class Coding:
     groups: tuple[int, ...] | None = None
     tau: float = 0.0
     tau_absolute: float = 0.0
+    exact_budgets: bool = False
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -50,7 +52,8 @@ class Coding:
             put("max_steps", whole(self.max_steps, "max_steps", "Coding"))
         for name in ("rtol", "tau", "tau_absolute"):
             put(name, number(getattr(self, name), name, "Coding"))
-        put("nonnegative", flag(self.nonnegative, "nonnegative", "Coding"))
+        for name in ("nonnegative", "exact_budgets"):
+            put(name, flag(getattr(self, name), name, "Coding"))
         if self.groups is not None:
             put("groups", _sizes(self.groups))
 
@@ -67,7 +70,7 @@ class Coding:
         if self.coder in ("projection", "ormp") and self.nonnegative:
             raise ShapeError(f"{where}: coder {self.coder!r} has signs", cure="use coder 'omp' for non-negative codes")
         if self.groups is not None:
-            check_groups(self.groups, n_atoms, self.k, d_in)
+            check_groups(self.groups, n_atoms, self.k, d_in, self.exact_budgets)
 
     def encode(self, y_BD: Tensor, atoms_MD: Tensor, gram_MM: Gram | None = None) -> Code:
         """Code centred (and weighted) samples; gram_MM as for ``matching_pursuit``."""
@@ -81,7 +84,7 @@ class Coding:
         if self.coder != "matryoshka":
             return encode(y_BD, atoms_MD, self.k, coder=self.coder, gram_MM=gram_MM, **options)
         assert self.groups is not None
-        return matryoshka_encode(y_BD, atoms_MD, self.groups, self.k, **options)
+        return matryoshka_encode(y_BD, atoms_MD, self.groups, self.k, exact_budgets=self.exact_budgets, **options)
 
     def gram(self, atoms_MD: Tensor) -> Gram | None:
         """What ``encode`` takes as gram_MM, to be made once for many samples; None for coders that read none."""
@@ -93,20 +96,24 @@ class Coding:
             return Code(y_BD @ atoms_MD.T, code.support_BK)
         if self.coder not in ("mp", "matryoshka"):
             return with_gradient(code, y_BD, atoms_MD)
-        budgets = (self.k,) if self.coder == "mp" else group_budgets(self.k, len(self.groups or ()))
+        n_groups = len(self.groups or ())
+        budgets = (self.k,) if self.coder == "mp" else group_budgets(self.k, n_groups, self.exact_budgets)
         ends = accumulate(budgets)
         steps = tuple((slice(end - n, end), self.max_steps or 4 * n) for end, n in zip(ends, budgets, strict=True))
         return with_gradient(code, y_BD, atoms_MD, steps=steps, nonnegative=self.nonnegative)
 
     def as_json(self) -> dict[str, Any]:
-        """The fields by their names, groups as a list."""
-        return {**asdict(self), "groups": None if self.groups is None else list(self.groups)}
+        """The fields by their names, groups as a list; exact_budgets only if they are, as there were once none."""
+        fields = {**asdict(self), "groups": None if self.groups is None else list(self.groups)}
+        if not self.exact_budgets:
+            del fields["exact_budgets"]
+        return fields
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Coding":
         """What ``as_json`` gave, among other keys if need be.
 
-        nonnegative, groups and the taus may be missing: files from before there were any lack them.
+        nonnegative, groups, exact_budgets and the taus may be missing: files from before there were any lack them.
         Raises: KeyError.
         """
         groups = fields.get("groups")
@@ -119,6 +126,7 @@ class Coding:
             groups=None if groups is None or not len(groups) else tuple(groups),
             tau=fields.get("tau", 0.0),
             tau_absolute=fields.get("tau_absolute", 0.0),
+            exact_budgets=fields.get("exact_budgets", False),
         )
 
 

@@ -10,7 +10,7 @@ transformer.
 
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,20 @@ from ksvd_sae.arguments import flag, path, shown, whole
 from ksvd_sae.device import resolve_device, without_autocast
 from ksvd_sae.errors import ConstantSamplesError, InputTypeError, NotFittedError, ShapeError
 from ksvd_sae.learning.averaging import Average
-from ksvd_sae.learning.checkpoint import Fingerprint, check_probe, digest, load_checkpoint, probe, save_checkpoint
+from ksvd_sae.learning.checkpoint import (
+    PROBE_ROWS,
+    Fingerprint,
+    check_probe,
+    digest,
+    load_checkpoint,
+    probe,
+    save_checkpoint,
+)
 from ksvd_sae.learning.checks import check_code
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.drift import Drift
+from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.redraw import first_atoms
 from ksvd_sae.learning.sources import (
     MappedSource,
@@ -68,8 +77,12 @@ class DictionaryLearner:
             memory (see ``kept_on_device``).
         log_path: JSONL file with a line a batch (see BatchLog); starts empty with each ``fit`` that does not resume.
         checkpoint_path: file that holds where training stands, for ``fit(..., resume=True)``; gone after the end.
-        checkpoint_every: batches between checkpoints; None writes one after each pass.
+        checkpoint_every: batches between checkpoints; None writes one after each pass. A KeyboardInterrupt writes one
+            too.
         on_batch: called with each BatchLog (progress bars).
+        ranks: the processes that learn this dictionary together (ranks.py): each calls ``fit`` with the same samples
+            and options, takes its part of every batch, and ends with the same dictionary; log and checkpoint are rank
+            0's to write.
 
     Attributes: as the arguments; ``state``, where training stands, None before the first batch was accepted.
         After fitting: ``atoms_MD`` (unit rows of the weighted space), ``centre_D``, ``samples_seen``, ``log`` (list of
@@ -90,13 +103,14 @@ class DictionaryLearner:
         checkpoint_path: Path | str | None = None,
         checkpoint_every: int | None = None,
         on_batch: Callable[[BatchLog], None] | None = None,
+        ranks: Ranks = ALONE,
     ):
         if not isinstance(options, LearnerOptions):
             cure = "LearnerOptions(n_atoms, Coding(k)); DoubleBatchKSVD takes them one by one"
             raise InputTypeError(f"{_WHERE}: options must be LearnerOptions", got=shown(options), cure=cure)
         if on_batch is not None and not callable(on_batch):
             raise InputTypeError(f"{_WHERE}: on_batch must be a function of a BatchLog", got=shown(on_batch))
-        self.options, self.device, self.on_batch = options, device, on_batch
+        self.options, self.device, self.on_batch, self.ranks = options, device, on_batch, ranks
         self.keep_on_device = None if keep_on_device is None else flag(keep_on_device, "keep_on_device", _WHERE)
         self.log_path = None if log_path is None else path(log_path, "log_path", _WHERE)
         self.checkpoint_path = None if checkpoint_path is None else path(checkpoint_path, "checkpoint_path", _WHERE)
@@ -181,6 +195,7 @@ class DictionaryLearner:
         Raises: as ``fit``; ShapeError if an option that training follows from, or the device, is not what it was.
         """
         self._check()
+        self._check_alone("partial_fit")
         batch_BD = as_batch(samples, f"{_WHERE}.partial_fit")
         if not batch_BD.numel():
             raise ShapeError(f"{_WHERE}: the batch is empty", got=str(tuple(batch_BD.shape)))
@@ -242,6 +257,17 @@ class DictionaryLearner:
             got = f"checkpoint_every={self.checkpoint_every}, checkpoint_path={self.checkpoint_path}"
             raise ShapeError("DB-KSVD: checkpoint_every must be at least 1 and needs a checkpoint_path", got=got)
         resolve_device(self.device)
+        if self.options.update == "exact":
+            self._check_alone("update='exact'")
+
+    def _check_alone(self, what: str) -> None:
+        if self.ranks.size > 1:
+            raise ShapeError(
+                f"{_WHERE}: {what} is for one process",
+                got=f"{self.ranks.size} processes",
+                cause="only sums over samples go round, which a sweep over a source of known size needs alone",
+                cure="update='sweep' or 'two_sweeps', and fit with a tensor, a mapped array or activation shards",
+            )
 
     def _started(self, centre_D: Tensor, atoms_MD: Tensor | None = None) -> TrainingState:
         device, weighting = resolve_device(self.device), self.weighting
@@ -261,18 +287,18 @@ class DictionaryLearner:
             state.drift = Drift()
         x_BD = self._mapped(raw_BD, state)
         options.check(x_BD.shape[1])
-        batch = checked_batch(x_BD)
+        batch = checked_batch(x_BD, self.ranks)
         x_BD = batch.x_BD
         drift = None if state.drift is None else state.drift.with_next(x_BD, batch.variance, batch.exponent)
         if state.atoms_MD is None:
-            state.atoms_MD = first_atoms(options.n_atoms, options.init, x_BD, state.generator)
+            state.atoms_MD = first_atoms(options.n_atoms, options.init, x_BD, state.generator, self.ranks)
         if state.idle_M is None:
             state.idle_M = torch.zeros(options.n_atoms, dtype=torch.float64, device=x_BD.device)
-        step = learn_batch(batch, state.atoms_MD, state.idle_M, options, state.generator)
+        step = learn_batch(batch, state.atoms_MD, state.idle_M, options, state.generator, self.ranks)
         state.atoms_MD, state.idle_M = step.atoms_MD, step.idle_M
         if options.average:
             state.average = (state.average or Average.of(state.atoms_MD)).with_next(step.atoms_MD, step.fresh_M)
-        state.samples_seen += len(x_BD)
+        state.samples_seen += batch.n_samples
         state.drift = drift
         line = BatchLog(
             pass_index=pass_index,
@@ -289,7 +315,7 @@ class DictionaryLearner:
         )
         state.log.append(line)
         logger.debug("%s", line)
-        if self.log_path is not None:
+        if self.log_path is not None and self.ranks.rank == 0:
             with Path(self.log_path).open("a") as file:
                 file.write(line.json())
         self.state = state
@@ -325,11 +351,14 @@ class _Fit:
     """One call of ``fit``: passes of a learner over a source, from the start or from a checkpoint."""
 
     def __init__(self, learner: DictionaryLearner, source: SampleSource | StreamSource):
-        self.learner, self.options = learner, learner.options
+        self.learner, self.options, self.ranks = learner, learner.options, learner.ranks
         self.checkpoint_path = None if learner.checkpoint_path is None else Path(learner.checkpoint_path)
         self.device = resolve_device(learner.device)
         self.source: SampleSource | StreamSource = source
+        # All as it was after the last whole batch.
+        self.after_batch: TrainingState | None = None
         if isinstance(source, StreamSource):
+            learner._check_alone("a stream")
             self._check_stream(source)
         else:
             self._check_size(source)
@@ -339,9 +368,15 @@ class _Fit:
         self._begin(resume)
         learner = self.learner
         first_pass = 0 if learner.state is None else learner.state.pass_index
-        for pass_index in range(first_pass, self.options.passes):
-            self._learn_pass(pass_index)
-        if self.checkpoint_path is not None:
+        try:
+            for pass_index in range(first_pass, self.options.passes):
+                self._learn_pass(pass_index)
+        except KeyboardInterrupt:
+            # Wherever in a batch it came.
+            if self.after_batch is not None:
+                self._save(self.after_batch)
+            raise
+        if self.checkpoint_path is not None and self.ranks.rank == 0:
             self.checkpoint_path.unlink(missing_ok=True)
 
     def _check_stream(self, source: StreamSource) -> None:
@@ -366,12 +401,17 @@ class _Fit:
         learner, path = self.learner, self.checkpoint_path
         # A stream's centre comes with its first batch.
         learner.state = None if isinstance(self.source, StreamSource) else learner._started(self.source.centre_D)
-        if path is not None and resume and path.exists():
+        # Whether all go on is rank 0's to say: the others may look later.
+        there = path is not None and resume and path.exists()
+        there = bool(self.ranks.agreed(torch.tensor(there, dtype=torch.uint8, device=self.device)))
+        if path is not None and there:
             started = learner.state or learner._started(torch.zeros(1, device="cpu"))
             learner.state = load_checkpoint(path, self._fingerprint, started)
-        elif path is not None:
+            # Rank 0 may replace it now.
+            self.ranks.total(torch.zeros(1, device=self.device))
+        elif path is not None and self.ranks.rank == 0:
             path.unlink(missing_ok=True)
-        if learner.log_path is not None:
+        if learner.log_path is not None and self.ranks.rank == 0:
             Path(learner.log_path).parent.mkdir(parents=True, exist_ok=True)
             # A run that was stopped may have logged more than its checkpoint knows of.
             Path(learner.log_path).write_text("".join(line.json() for line in learner.log))
@@ -401,24 +441,26 @@ class _Fit:
         with closing(self._batches(pass_index)) as batches:
             for number, batch_BD in enumerate(batches):
                 if number == 0:
-                    first = probe(batch_BD)
+                    first = probe(self.ranks.first(batch_BD, PROBE_ROWS))
                     if learner.state is not None and done:
-                        check_probe(learner.state, batch_BD)
+                        check_probe(learner.state, first)
                 if number < done:
                     continue
                 learned = True
                 try:
                     learner._learn(batch_BD, pass_index)
                 except ConstantSamplesError:
-                    learned, passed_over, samples = False, passed_over + 1, samples + len(batch_BD)
+                    n_samples = int(self.ranks.total(torch.tensor(len(batch_BD), device=batch_BD.device)))
+                    learned, passed_over, samples = False, passed_over + 1, samples + n_samples
                 # A stream has none before its first batch that tells something.
                 state = learner.state
                 if state is not None:
                     state.batches_done, state.pass_probe, state.passed_over = number + 1, first, already + passed_over
                 if state is None or not learned:
                     continue
+                self.after_batch = state.copy()
                 if learner.checkpoint_every is not None and len(state.log) % learner.checkpoint_every == 0:
-                    self._save()
+                    self._save(state)
                 if learner.on_batch is not None:
                     learner.on_batch(state.log[-1])
         if passed_over:
@@ -435,14 +477,16 @@ class _Fit:
             )
         state = learner.state
         state.pass_index, state.batches_done, state.pass_probe = pass_index + 1, 0, ""
+        self.after_batch = state.copy()
         if learner.checkpoint_every is None:
-            self._save()
+            self._save(state)
 
-    def _save(self) -> None:
-        if self.checkpoint_path is not None:
-            save_checkpoint(self.checkpoint_path, self.learner._fitted[0], self._fingerprint)
+    def _save(self, state: TrainingState) -> None:
+        if self.checkpoint_path is not None and self.ranks.rank == 0:
+            save_checkpoint(self.checkpoint_path, state, self._fingerprint)
 
     def _batches(self, pass_index: int) -> Generator[Tensor, None, None]:
+        """Of several processes, this one's part of each."""
         if isinstance(self.source, StreamSource):
             return prefetched(self.source.batches(), self.device)
         # Batches of nearly equal size: a short last one would see many atoms unused and redraw them.
@@ -450,8 +494,11 @@ class _Fit:
         size = -(-self.source.n_samples // n_batches)
         seed = None if pass_index == 0 else self.options.seed + pass_index
         if isinstance(self.source, TensorSource) and same_device(self.source.samples_ND.device, self.device):
-            batches = self.source.batches(size, seed=seed)  # nothing to wait for
+            batches = self._parts(self.source.batches(size, seed=seed))  # nothing to wait for
             if pass_index + 1 < self.options.passes:
                 self.source.prepare(self.options.seed + pass_index + 1)
             return batches
-        return prefetched(self.source.batches(size, seed=seed), self.device)
+        return prefetched(self._parts(self.source.batches(size, seed=seed)), self.device)
+
+    def _parts(self, batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
+        return (batch_BD[self.ranks.part(len(batch_BD))] for batch_BD in batches)

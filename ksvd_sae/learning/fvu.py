@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ConstantSamplesError, ShapeError
+from ksvd_sae.learning.ranks import ALONE, Ranks
 
 # Rows taken to float64 at a time where all samples are there at once: they stay in a CPU's cache, and keep a GPU busy.
 _ROWS = {"cpu": 1024, "cuda": 16_384}
@@ -30,8 +31,8 @@ class Variance:
         self._sum_D = self._sum_D + x_BD.sum(dim=0)
         self._squares_D = self._squares_D + x_BD.square().sum(dim=0)
 
-    def total(self, where: str) -> float:
-        """Of the samples so far.
+    def total(self, where: str, ranks: Ranks = ALONE) -> float:
+        """Of the samples so far, of all processes if there are several.
 
         Args: where: the operation, for the error.
         Raises: ConstantSamplesError if there is none: no samples, or all of them the same.
@@ -40,12 +41,14 @@ class Variance:
             sums if isinstance(sums, Tensor) else torch.zeros(1, dtype=torch.float64, device="cpu")
             for sums in (self._sum_D, self._squares_D)
         )
-        variance = float((squares_D - sum_D.square() / max(1, self.n_samples)).sum())
+        sum_D, squares_D = ranks.total(torch.stack([sum_D, squares_D]))
+        n_samples = int(ranks.total(torch.tensor(self.n_samples, device=sum_D.device)))
+        variance = float((squares_D - sum_D.square() / max(1, n_samples)).sum())
         # Not (… ≤ …): NaN must fail too.
         if not variance > _NO_VARIANCE * float(squares_D.sum()):
             raise ConstantSamplesError(
                 f"{where}: all samples given are the same: there is no variance to explain",
-                got=f"{self.n_samples} samples",
+                got=f"{n_samples} samples",
                 cause="a hook that gives constants, padding tokens, or a single sample",
                 cure="check the hook name and the text; give more samples",
             )
@@ -86,12 +89,12 @@ class FVU:
         return float(self._error) / self._variance.total(where)
 
 
-def variance(x_ND: Tensor, where: str) -> float:
+def variance(x_ND: Tensor, where: str, ranks: Ranks = ALONE) -> float:
     """Σ‖x − x̄‖² of samples that are all there; arguments and errors as ``Variance.total``."""
     stream = Variance()
     for x_BD in torch.split(x_ND, _rows(x_ND)):
         stream.add(x_BD)
-    return stream.total(where)
+    return stream.total(where, ranks)
 
 
 def fvu(x_ND: Tensor, rebuilt_ND: Tensor, where: str) -> float:

@@ -1,9 +1,9 @@
 """Matryoshka DB-KSVD (arXiv 2505.18441): disjoint groups of atoms, each for what the groups before it leave.
 
 Notation: group g has m_g atoms, the rows of ``atoms_MD`` after those of the groups before it; it codes the residual
-that they leave, r_{g−1}, with at most ⌈k / groups⌉ of its atoms, and r_g = r_{g−1} − z_g·atoms_g. In training every
-group is a K-SVD of its own with r_{g−1} as its samples, so the rows up to the end of any group are a dictionary by
-themselves, as good as that many rows with that many nonzeros can be: the first atoms are the general ones.
+that they leave, r_{g−1}, with its share of k (at most ⌈k / groups⌉ of its atoms), and r_g = r_{g−1} − z_g·atoms_g. In
+training every group is a K-SVD of its own with r_{g−1} as its samples, so the rows up to the end of any group are a
+dictionary by themselves, as good as that many rows with that many nonzeros can be: the first are the general ones.
 
 The paper learns so and codes by plain matching pursuit over the whole dictionary when it evaluates. Both are here:
 coders 'mp' and 'matryoshka' of a ``Coding`` with groups.
@@ -63,15 +63,20 @@ def group_sizes(groups: NamedGroups | Sequence[int], n_atoms: int) -> tuple[int,
     return tuple(groups)
 
 
-def group_budgets(k: int, n_groups: int) -> tuple[int, ...]:
+def group_budgets(k: int, n_groups: int, exact: bool = False) -> tuple[int, ...]:
     """Most atoms a sample of each group: ⌈k / n_groups⌉ each, as in the paper.
 
-    Rounded up, so that the sum may exceed k, by at most n_groups − 1: k = 20 in 6 groups gives 24.
+    Rounded up, so that the sum may exceed k, by at most n_groups − 1. Exact, it is k: the first groups have one more.
+
+    >>> group_budgets(20, 7), group_budgets(20, 7, exact=True)
+    ((3, 3, 3, 3, 3, 3, 3), (3, 3, 3, 3, 3, 3, 2))
     """
+    if exact:
+        return tuple(k // n_groups + (index < k % n_groups) for index in range(n_groups))
     return (-(-k // n_groups),) * n_groups
 
 
-def check_groups(groups: Sequence[int], n_atoms: int, k: int, d_in: int | None = None) -> None:
+def check_groups(groups: Sequence[int], n_atoms: int, k: int, d_in: int | None = None, exact: bool = False) -> None:
     """Raise ShapeError unless the groups share out the atoms and each can spend its budget."""
     where = "Matryoshka groups"
     if not groups or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in groups):
@@ -83,7 +88,13 @@ def check_groups(groups: Sequence[int], n_atoms: int, k: int, d_in: int | None =
             limit=f"n_atoms = {n_atoms}",
             cure=f"groups={list(paper_groups(n_atoms))} (paper_groups)",
         )
-    for size, budget in zip(groups, group_budgets(k, len(groups)), strict=True):
+    for size, budget in zip(groups, group_budgets(k, len(groups), exact), strict=True):
+        if budget < 1:
+            raise ShapeError(
+                f"{where}: k is too small for every group to have a share of it",
+                got=f"k = {k} in {len(groups)} groups",
+                cure="fewer groups, a larger k, or exact_budgets=False",
+            )
         limit = size if d_in is None else min(size, d_in)
         if budget > limit:
             raise ShapeError(
@@ -124,6 +135,7 @@ def stages(
     groups: Sequence[int],
     k: int,
     *,
+    exact_budgets: bool = False,
     max_steps: int | None = None,
     rtol: float = 0.0,
     tau: float = 0.0,
@@ -136,11 +148,11 @@ def stages(
 
     Args: checked: samples and atoms are known to be right, see ``pursued``.
     """
-    check_groups(groups, len(atoms_MD), k, x_BD.shape[1])
+    check_groups(groups, len(atoms_MD), k, x_BD.shape[1], exact_budgets)
     target_BD = x_BD
     # What is noise in a sample is noise in what a group leaves of it.
     noise_B = torch.linalg.vector_norm(x_BD, dim=1).mul_(tau).clamp_(min=tau_absolute)
-    for rows, budget in zip(group_slices(groups), group_budgets(k, len(groups)), strict=True):
+    for rows, budget in zip(group_slices(groups), group_budgets(k, len(groups), exact_budgets), strict=True):
         options: dict[str, Any] = {
             "max_steps": max_steps,
             "rtol": rtol,
@@ -174,6 +186,7 @@ def matryoshka_encode(
     groups: Sequence[int],
     k: int,
     *,
+    exact_budgets: bool = False,
     max_steps: int | None = None,
     rtol: float = 0.0,
     tau: float = 0.0,
@@ -185,6 +198,7 @@ def matryoshka_encode(
     Args:
         x_BD, atoms_MD, nonnegative: as ``matching_pursuit``.
         groups: sizes, summing to M.
+        exact_budgets: the groups share k out exactly, see ``group_budgets``.
         max_steps: most steps a sample and group; default 4 × the group's budget.
         rtol: a group stops once ‖r‖ ≤ rtol·‖what the groups before it left‖.
         tau, tau_absolute: as ``matching_pursuit``, of the whole sample.
@@ -194,4 +208,5 @@ def matryoshka_encode(
     Cost: as ``matching_pursuit``, less: every step sees one group's products only.
     """
     options: dict[str, Any] = {"max_steps": max_steps, "rtol": rtol, "tau": tau, "tau_absolute": tau_absolute}
-    return joined(list(stages(x_BD, atoms_MD, groups, k, nonnegative=nonnegative, **options)))
+    options |= {"exact_budgets": exact_budgets, "nonnegative": nonnegative}
+    return joined(list(stages(x_BD, atoms_MD, groups, k, **options)))

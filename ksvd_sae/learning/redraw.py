@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning import backends
 from ksvd_sae.learning.products import products
+from ksvd_sae.learning.ranks import ALONE, Ranks
 
 Redraw = Literal["residual", "data", "random", "none"]
 REDRAWS: tuple[Redraw, ...] = ("residual", "data", "random", "none")
@@ -81,16 +82,23 @@ def _directions(d_in: int) -> Tensor:
 
 
 def redrawn(
-    atoms_MD: Tensor, useless_M: Tensor, how: Redraw, x_BD: Tensor, residual_BD: Tensor, generator: torch.Generator
+    atoms_MD: Tensor,
+    useless_M: Tensor,
+    how: Redraw,
+    x_BD: Tensor,
+    residual_BD: Tensor,
+    generator: torch.Generator,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """The atoms with fresh ones in the place of useless ones, as far as there are any, and which are fresh, (M,) bool.
 
+    Args: ranks: of the processes whose parts of one batch these are. Others as ``draw_atoms``.
     On a GPU nobody waits for it to tell how many are useless: as many are drawn as there are atoms, and few are taken.
     """
     n = len(atoms_MD) if backends.on_gpu(x_BD.device) else int(useless_M.sum())
     if how == "none" or n == 0:
         return atoms_MD, torch.zeros_like(useless_M)
-    drawn_ND, is_drawn_N = draw_atoms(n, how, x_BD, residual_BD, generator)
+    drawn_ND, is_drawn_N = draw_atoms(n, how, x_BD, residual_BD, generator, ranks)
     # The first useless atom takes the first drawn, and so on.
     place_M = torch.cumsum(useless_M, dim=0) - 1
     fresh_M = useless_M & (place_M < len(drawn_ND))
@@ -100,7 +108,7 @@ def redrawn(
 
 
 def draw_atoms(
-    n: int, how: Redraw, x_BD: Tensor, residual_BD: Tensor, generator: torch.Generator
+    n: int, how: Redraw, x_BD: Tensor, residual_BD: Tensor, generator: torch.Generator, ranks: Ranks = ALONE
 ) -> tuple[Tensor, Tensor]:
     """Up to n unit atoms from distinct samples, and which of them are any: fewer samples may have something to give.
 
@@ -116,8 +124,9 @@ def draw_atoms(
     else:
         left_B = torch.linalg.vector_norm(residual_BD, dim=1, dtype=x_BD.dtype)
         rows_BD, weights_B = residual_BD, torch.where(left_B > _CODED * norms_B, left_B, 0).double() ** 2
-    picks = drawn_samples(weights_B, min(n, len(x_BD)), generator)
-    return normalize(rows_BD[picks].to(x_BD.dtype), dim=1), weights_B[picks] > 0
+    weights_B = ranks.joined(weights_B)
+    picks = ranks.agreed(drawn_samples(weights_B, min(n, len(weights_B)), generator))
+    return normalize(ranks.rows(rows_BD, picks).to(x_BD.dtype), dim=1), weights_B[picks] > 0
 
 
 def drawn_samples(weights_B: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -133,14 +142,14 @@ def drawn_samples(weights_B: Tensor, n: int, generator: torch.Generator) -> Tens
     return (weights_B / times_B).topk(n).indices
 
 
-def first_atoms(n_atoms: int, init: str, x_BD: Tensor, generator: torch.Generator) -> Tensor:
+def first_atoms(n_atoms: int, init: str, x_BD: Tensor, generator: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
     """The atoms that training starts from: 'data' or 'random', as in ``draw_atoms``.
 
     Raises: ShapeError where the batch has too few samples to start from.
     """
     if init == "random":
         return uniform_atoms(n_atoms, x_BD.shape[1], generator).to(x_BD.device)
-    atoms_MD = random_samples(n_atoms, x_BD, generator)
+    atoms_MD = random_samples(n_atoms, x_BD, generator, ranks)
     if len(atoms_MD) < n_atoms:
         raise ShapeError(
             "DB-KSVD: the first batch has fewer nonzero samples than atoms",
@@ -150,11 +159,11 @@ def first_atoms(n_atoms: int, init: str, x_BD: Tensor, generator: torch.Generato
     return atoms_MD
 
 
-def random_samples(n: int, x_BD: Tensor, generator: torch.Generator) -> Tensor:
+def random_samples(n: int, x_BD: Tensor, generator: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
     """Up to n distinct nonzero samples, normalised."""
-    nonzero = (torch.linalg.vector_norm(x_BD, dim=1) > 0).nonzero().flatten()
+    nonzero = (ranks.joined(torch.linalg.vector_norm(x_BD, dim=1)) > 0).nonzero().flatten()
     picks = torch.randperm(len(nonzero), generator=generator, device="cpu")[:n]
-    return normalize(x_BD[nonzero[picks.to(nonzero.device)]], dim=1)
+    return normalize(ranks.rows(x_BD, nonzero[picks.to(nonzero.device)]), dim=1)
 
 
 def uniform_atoms(n: int, d_in: int, generator: torch.Generator) -> Tensor:

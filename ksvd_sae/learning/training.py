@@ -31,6 +31,7 @@ from ksvd_sae.learning.incoherence import pushed_apart
 from ksvd_sae.learning.kernels import batch_triton
 from ksvd_sae.learning.matryoshka import Stage, stages
 from ksvd_sae.learning.products import PRECISIONS, Precision
+from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, near_duplicates, redrawn
 from ksvd_sae.learning.sparse_coding import pursued
 from ksvd_sae.learning.weighting import Weighting
@@ -229,33 +230,43 @@ class TrainingState:
     passed_over: int = 0
     drift: Drift | None = None
 
+    def copy(self) -> "TrainingState":
+        """That stays as it is while training goes on: of tensors none is changed in place."""
+        return replace(self, generator=self.generator.clone_state(), log=list(self.log))
+
 
 @dataclass(frozen=True)
 class Batch:
     """Samples that training may work on: finite, not all the same, of a scale whose squares are numbers.
 
     energy_B: ‖x‖², (B,), where it came with the look at them. variance: Σ‖x − x̄‖². exponent: x_BD is 2^−exponent times
-    the samples as they came.
+    the samples as they came. n_samples: B, where several processes each have a part of the batch that of the whole, as
+    are variance and exponent.
     """
 
     x_BD: Tensor
     energy_B: Tensor | None
     variance: float
+    n_samples: int
     exponent: int = 0
 
 
-def checked_batch(x_BD: Tensor) -> Batch:
+def checked_batch(x_BD: Tensor, ranks: Ranks = ALONE) -> Batch:
     """The samples after a look at them: on a GPU one pass over them and one wait.
 
+    Args: x_BD: a batch, or this process' part of one.
     Samples whose squares would vanish or overflow are multiplied by a power of two: exact, and atoms know no scale.
     Raises: ActivationError (NaN or infinity), ConstantSamplesError (no variance).
     """
     where = "DB-KSVD"
-    if not backends.on_gpu(x_BD.device) or batch_triton.why_not(x_BD.device, x_BD.dtype) is not None:
+    no_kernel = not backends.on_gpu(x_BD.device) or batch_triton.why_not(x_BD.device, x_BD.dtype) is not None
+    if no_kernel or ranks.size > 1:
         check_samples(x_BD, where)
-        exponent = _unfair_exponent(float(x_BD.abs().max()) if x_BD.numel() else 1.0)
+        largest_1 = x_BD.abs().max() if x_BD.numel() else x_BD.new_zeros(())
+        exponent = _unfair_exponent(float(ranks.largest(largest_1)))
         x_BD = _scaled(x_BD, exponent)
-        return Batch(x_BD, None, variance(x_BD, where), exponent)
+        n_samples = int(ranks.total(torch.tensor(len(x_BD), device=x_BD.device)))
+        return Batch(x_BD, None, variance(x_BD, where, ranks), n_samples, exponent)
     energy_B, numbers = batch_triton.statistics(x_BD)
     largest, batch_variance, energy = numbers.tolist()
     if not math.isfinite(energy):
@@ -265,7 +276,7 @@ def checked_batch(x_BD: Tensor) -> Batch:
         return replace(checked_batch(_scaled(x_BD, exponent)), exponent=exponent)
     if not batch_variance > _DOUBTFUL * energy:
         batch_variance = variance(x_BD, where)
-    return Batch(x_BD, energy_B, batch_variance)
+    return Batch(x_BD, energy_B, batch_variance, len(x_BD))
 
 
 def _unfair_exponent(largest: float) -> int:
@@ -298,9 +309,17 @@ class Step:
 
 @torch.no_grad()
 def learn_batch(
-    batch: Batch, atoms_MD: Tensor, idle_M: Tensor, options: LearnerOptions, generator: torch.Generator
+    batch: Batch,
+    atoms_MD: Tensor,
+    idle_M: Tensor,
+    options: LearnerOptions,
+    generator: torch.Generator,
+    ranks: Ranks = ALONE,
 ) -> Step:
-    """One K-SVD update from one batch, of each group on what the groups before it left."""
+    """One K-SVD update from one batch, of each group on what the groups before it left.
+
+    Args: batch: or this process' part of it.
+    """
     new_MD, new_idle_M = torch.empty_like(atoms_MD), torch.empty_like(idle_M)
     fresh_M = torch.zeros(len(atoms_MD), dtype=torch.bool, device=atoms_MD.device)
     errors: list[Tensor] = []
@@ -308,18 +327,18 @@ def learn_batch(
     counts_3 = torch.zeros(3, dtype=torch.float64, device=atoms_MD.device)
     for stage in _coded(batch, atoms_MD, options):
         rows = stage.rows
-        update = _updated(stage, atoms_MD[rows], options, generator)
+        update = _updated(stage, atoms_MD[rows], options, generator, ranks)
         unused_M, duplicate_M = update.usage_M == 0, _duplicates(update, options)
         stage_idle_M = torch.where(unused_M, idle_M[rows] + update.usage_M.double().mean(), 0)
-        useless_M = (stage_idle_M >= ENOUGH_IDLE) | duplicate_M
-        chosen = (options.redraw, stage.target_BD, update.residual_BD, generator)
+        useless_M = ranks.agreed((stage_idle_M >= ENOUGH_IDLE) | duplicate_M)
+        chosen = (options.redraw, stage.target_BD, update.residual_BD, generator, ranks)
         new_MD[rows], fresh_M[rows] = redrawn(update.atoms_MD, useless_M, *chosen)
         new_idle_M[rows] = torch.where(fresh_M[rows], 0, stage_idle_M)
         errors.append(update.errors)
-        l0 = update.usage_M.sum().float() / max(1, len(stage.code))
+        l0 = update.usage_M.sum().float() / max(1, batch.n_samples)
         counts_3 += torch.stack([l0, unused_M.sum(), duplicate_M.sum()])
     if options.coherence is not None:
-        new_MD = pushed_apart(new_MD, options.coherence, signed=not options.coding.nonnegative)
+        new_MD = ranks.agreed(pushed_apart(new_MD, options.coherence, signed=not options.coding.nonnegative))
     # All that the log wants of the device, in one wait.
     numbers = torch.cat([*errors, counts_3, fresh_M.sum()[None].double()]).tolist()
     l0, dead, duplicates, redrawn_atoms = numbers[-4:]
@@ -349,16 +368,20 @@ def _coded(batch: Batch, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[
     }
     k = options.train_k or coding.k
     if coding.groups is not None:
+        options_of_mp["exact_budgets"] = coding.exact_budgets
         return stages(batch.x_BD, atoms_MD, coding.groups, k, checked=True, **options_of_mp)
     code, _ = pursued(batch.x_BD, atoms_MD, k, energy_B=batch.energy_B, **options_of_mp)
     return [Stage(slice(0, len(atoms_MD)), batch.x_BD, code)]
 
 
-def _updated(stage: Stage, atoms_MD: Tensor, options: LearnerOptions, generator: torch.Generator) -> AtomUpdate:
+def _updated(
+    stage: Stage, atoms_MD: Tensor, options: LearnerOptions, generator: torch.Generator, ranks: Ranks
+) -> AtomUpdate:
+    given = (stage.target_BD, stage.code, atoms_MD)
     if options.update == "sweep":
-        return update_atoms_sweep(stage.target_BD, stage.code, atoms_MD)
+        return update_atoms_sweep(*given, ranks=ranks)
     if options.update == "two_sweeps":
-        return update_atoms_two_sweeps(stage.target_BD, stage.code, atoms_MD, nonnegative=options.coding.nonnegative)
+        return update_atoms_two_sweeps(*given, nonnegative=options.coding.nonnegative, ranks=ranks)
     return update_atoms_exact(
         stage.target_BD,
         stage.code,

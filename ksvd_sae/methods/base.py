@@ -273,6 +273,19 @@ class Method(Strict, ABC):
         """
         return self
 
+    def batch(self, n_samples: int) -> int:
+        """Samples that training has in hand at a time, of so many."""
+        own: int | None = getattr(self, "batch_samples", None)
+        return min(n_samples, own or 4 * (self.size or 1024))
+
+    def operations(self, n_samples: int, d_in: int) -> float:
+        """About how many multiplications learning from samples takes: one try tells the time of another size."""
+        return float(n_samples * d_in * (self.size or d_in)) if self.learns else 0.0
+
+    def floats(self, d_in: int) -> float:
+        """About how many numbers training holds: one try tells the memory of another size."""
+        return float(self.batch(1 << 62) * d_in + (self.size or d_in) * d_in)
+
     def check(self, harvest: CollectingConfig) -> None:
         """Raise ValueError where the options do not fit each other or what is harvested."""
         if self.metric.needs_gradients and not harvest.has_gradients:

@@ -14,7 +14,7 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
-from ksvd_sae.learning.matryoshka import NamedGroups, group_sizes
+from ksvd_sae.learning.matryoshka import NamedGroups, check_groups, group_sizes
 from ksvd_sae.learning.products import Precision
 from ksvd_sae.learning.redraw import Redraw
 from ksvd_sae.learning.training import Update
@@ -86,12 +86,15 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
         description="Matryoshka groups: 'paper' for 2^8, 2^8, 2^9, …, 'eighth' for an eighth of the atoms and the "
         "rest, or sizes that add up to n_atoms",
     )
+    exact_budgets: bool = Field(
+        False, description="groups have k in all; else, as in the paper, ⌈k / groups⌉ each, which may be more"
+    )
     max_steps_factor: int = Field(4, ge=1, description="MP takes at most this many times k steps")
     precision: Precision = Field("float32", description="of the products in training's coding")
 
     version: ClassVar[int] = 3
     may_vary: ClassVar[frozenset[str]] = frozenset({"k", "seed", "passes"})
-    newer: ClassVar[frozenset[str]] = Coded.newer | {"coherence", "train_k"}
+    newer: ClassVar[frozenset[str]] = Coded.newer | {"coherence", "train_k", "exact_budgets"}
     has_waypoints: ClassVar[bool] = True
     unfinished: ClassVar[frozenset[str]] = frozenset({CHECKPOINT, TRAIN_LOG})
 
@@ -119,10 +122,22 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
             return new
         return new.model_copy(update={"train_k": max(1, round(new.k * self.train_k / self.k))})
 
+    def batch(self, n_samples: int) -> int:
+        return min(n_samples, self.batch_samples or max(1024, 4 * self.n_atoms))
+
+    def operations(self, n_samples: int, d_in: int) -> float:
+        """Products and sums with the atoms, a row of the Gram matrix a pick, and of each batch the Gram matrix."""
+        of_a_sample = self.n_atoms * (2 * d_in + self.k)
+        return n_samples * (of_a_sample + 2 * self.n_atoms**2 * d_in / self.batch(n_samples))
+
     def check(self, harvest: CollectingConfig) -> None:
         super().check(harvest)
         if (self.train_k or 0) > self.k:
             raise ValueError(f"train_k = {self.train_k} is above k = {self.k}; learn with as many atoms or fewer")
+        if self.exact_budgets:
+            if self.group_sizes is None:
+                raise ValueError("exact_budgets are those of groups; give groups, or leave it out")
+            check_groups(self.group_sizes, self.n_atoms, self.train_k or self.k, exact=True)
 
     @property
     def metric(self) -> WeightingConfig:
@@ -134,7 +149,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
 
     @property
     def coding(self) -> Coding:
-        return replace(super().coding, max_steps=self.max_steps_factor * self.k)
+        return replace(super().coding, max_steps=self.max_steps_factor * self.k, exact_budgets=self.exact_budgets)
 
     def train(self, setting: TrainingSetting, folder: Path, source: Source | None) -> Facts:
         """Goes on from the checkpoint that it finds in the folder."""

@@ -122,7 +122,8 @@ def comparison_notes(config: RunConfig, split: dict[str, int] | None = None, pre
     notes = [
         f"Model {config.model.title}, hook {config.model.hook}; dictionaries learned on "
         f"{config.harvest.train_tokens:,} tokens before outliers went, scored on {other}."
-        f"{'' if prepend_bos else ' Contexts begin without a BOS.'}",
+        f"{'' if prepend_bos else ' Contexts begin without a BOS.'}"
+        f"{' BOS and other special tokens are among them.' if config.harvest.keep_special_tokens else ''}",
         "FVU is a reconstruction error, loss recovered is behaviour: the lower error is not always the better "
         "behaviour, so read both.",
         "SAEBench counts density, alive latents and l1 of signed codes by their positive part only; L0, density and "

@@ -7,7 +7,7 @@ ConfigError that names the key and the nearest valid one.
 
 import difflib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -28,6 +28,7 @@ from ksvd_sae.evals import EVALS, EvaluationConfig, ImageEvaluationConfig
 from ksvd_sae.evals.atoms import AtomsConfig, ImageAtomsConfig
 from ksvd_sae.methods import METHODS
 from ksvd_sae.methods.base import Method, View
+from ksvd_sae.run.cells import KINDS, Grid, in_cells
 from ksvd_sae.run.find_config import find_config
 from ksvd_sae.run.read_yaml import parse_yaml, read_yaml
 from ksvd_sae.strict import Strict
@@ -68,6 +69,8 @@ class RunConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig | VisionModelConfig
     harvest: HarvestConfig | ImageHarvestConfig
+    # Its cells are among the dictionaries, so that it is written nowhere.
+    grid: Grid | None = Field(None, exclude=True, description="sizes and budgets that dictionaries are learned at")
     dictionaries: dict[DictionaryName, AnyMethod] = Field(min_length=1)
     evaluation: EvaluationConfig | ImageEvaluationConfig
     report: AtomsConfig | ImageAtomsConfig
@@ -95,6 +98,10 @@ class RunConfig(Strict):
     def saes(self) -> frozenset[str]:
         """What dictionaries are compared with."""
         return frozenset(name for name, method in self.dictionaries.items() if method.is_sae)
+
+    def only(self, names: Collection[str]) -> "RunConfig":
+        """The same run with some of its dictionaries."""
+        return self.model_copy(update={"dictionaries": {n: m for n, m in self.dictionaries.items() if n in names}})
 
     @field_validator("dictionaries")
     @classmethod
@@ -187,6 +194,13 @@ class ImageRunConfig(RunConfig):
         return self
 
 
+def on_text(config: RunConfig, what: str) -> TextRunConfig:
+    """The run, where something is for runs on text alone. Args: what: is done, for the message."""
+    if not isinstance(config, TextRunConfig):
+        raise ConfigError(f"{what}: {config.name} is a run on images", cure="take a run on text")
+    return config
+
+
 def _named(name: str, check: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Call ``check``; what it says is wrong gets the dictionary's key before it."""
     try:
@@ -211,21 +225,19 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     raw.setdefault("name", path.stem)
     for override in overrides:
         _apply(raw, override)
-    if isinstance(raw.get("dictionaries"), dict):
-        # --set dictionaries.NAME=null leaves one out.
-        raw["dictionaries"] = {name: value for name, value in raw["dictionaries"].items() if value is not None}
     return parse_config(raw, str(path))
 
 
 def parse_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
     """Check a mapping as a run; see ``load_config``."""
+    raw = in_cells(raw)
     try:
         return _run_kind(raw).model_validate(raw)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         location = [str(part) for part in problem["loc"]]
         # pydantic puts the union's tag into the path; it is no key of the YAML.
-        if location[:1] == ["dictionaries"] and len(location) > 2 and location[2] in _KINDS:
+        if location[:1] == ["dictionaries"] and len(location) > 2 and location[2] in KINDS:
             del location[2]
         key = ".".join(location)
         if problem["type"] == "extra_forbidden":
@@ -249,9 +261,6 @@ def _run_kind(raw: dict[str, Any]) -> type[RunConfig]:
     return ImageRunConfig if "images" in raw else TextRunConfig
 
 
-_KINDS: dict[str, type[Method]] = {method.model_fields["kind"].default: method for method in METHODS}
-
-
 def _valid_keys(location: list[str], raw: dict[str, Any]) -> list[str]:
     """The keys that the model at ``location`` has."""
     return sorted(_model_at(location, raw).model_fields)
@@ -261,7 +270,7 @@ def _model_at(location: list[str], raw: dict[str, Any]) -> type[BaseModel]:
     """What the keys at ``location`` are checked by."""
     model: type[BaseModel] = _run_kind(raw)
     if location[:1] == ["dictionaries"] and len(location) > 1:
-        model, location = _KINDS[raw["dictionaries"][location[1]]["kind"]], location[2:]
+        model, location = KINDS[raw["dictionaries"][location[1]]["kind"]], location[2:]
     for part in location:
         annotation = model.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]

@@ -17,7 +17,7 @@ from ksvd_sae.activations.language import ActivationReader, check_contexts, load
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.vision.harvest import run_image_harvest
 from ksvd_sae.activations.vision.model import ImageReader
-from ksvd_sae.errors import ManifestError
+from ksvd_sae.errors import ConfigError, ManifestError
 from ksvd_sae.evals.base import EvalSetting, Heldout, Panelist
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.run.config import ImageRunConfig, RunConfig, TextRunConfig
@@ -68,6 +68,14 @@ class RunData(ABC):
         """What evals read and where they keep what can be used again."""
 
     @abstractmethod
+    def reader(self, device: torch.device) -> ActivationReader:
+        """The language model, loaded. Of a run on text."""
+
+    @abstractmethod
+    def heldout(self, device: torch.device, gradient_moments: Callable[[], GradientMoments]) -> Heldout:
+        """What no dictionary learns from; ManifestError before it is harvested."""
+
+    @abstractmethod
     def read_as(self) -> dict[str, Any]:
         """What of the data is not as usual, for manifests."""
 
@@ -90,12 +98,12 @@ class TextData(RunData):
     config: TextRunConfig
 
     def harvest(self, device: torch.device) -> ActivationShards:
-        return run_harvest(self.config.harvested, self.folder, partial(self._reader, device))
+        return run_harvest(self.config.harvested, self.folder, partial(self.reader, device))
 
-    def _reader(self, device: torch.device) -> ActivationReader:
+    def reader(self, device: torch.device) -> ActivationReader:
         model = load_model(self.config.model, device)
         check_contexts(model, self._context_lengths())
-        return ActivationReader(model, self.config.model.hook)
+        return ActivationReader(model, self.config.model.hook, self.config.harvest.keep_special_tokens)
 
     def _context_lengths(self) -> dict[str, int]:
         """Tokens of a context, by key: of the harvest, and of every eval that is to run."""
@@ -112,7 +120,7 @@ class TextData(RunData):
         return gradients_key(content_hash(self.key), self.config.harvest)
 
     def eval_setting(self, device: torch.device, gradient_moments: Callable[[], GradientMoments]) -> EvalSetting:
-        evaluation, asked = self.config.evaluation, self.config.harvest.has_gradients
+        evaluation = self.config.evaluation
         data_folder, data_hash = self._local_data()
         return EvalSetting(
             model_name=self.config.model.name,
@@ -125,13 +133,17 @@ class TextData(RunData):
             prepend_bos=self._prepend_bos(),
             cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
             memory_bytes=int(evaluation.llm_memory_gb * 1e9),
-            heldout=Heldout(
-                self.heldout_name,
-                self.shards("heldout"),
-                partial(self._reader, device),
-                gradient_moments if asked else None,
-                content_hash(self.gradients_key()) if asked else None,
-            ),
+            heldout=self.heldout(device, gradient_moments),
+        )
+
+    def heldout(self, device: torch.device, gradient_moments: Callable[[], GradientMoments]) -> Heldout:
+        asked = self.config.harvest.has_gradients
+        return Heldout(
+            self.heldout_name,
+            self.shards("heldout"),
+            partial(self.reader, device),
+            gradient_moments if asked else None,
+            content_hash(self.gradients_key()) if asked else None,
         )
 
     def _prepend_bos(self) -> bool | None:
@@ -195,8 +207,14 @@ class ImageData(RunData):
             data_folder=self.folder,
             data_hash=content_hash(self.key),
             artifacts=self.cache / "artifacts",
-            heldout=Heldout(self.heldout_name, self.shards("heldout"), None),
+            heldout=self.heldout(device, gradient_moments),
         )
+
+    def reader(self, device: torch.device) -> ActivationReader:
+        raise ConfigError("a run on images has no language model", cure="take a config with `text`")
+
+    def heldout(self, device: torch.device, gradient_moments: Callable[[], GradientMoments]) -> Heldout:
+        return Heldout(self.heldout_name, self.shards("heldout"), None)
 
     def read_as(self) -> dict[str, Any]:
         return {}

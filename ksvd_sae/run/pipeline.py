@@ -15,16 +15,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ksvd_sae.activations.gradients import GradientMoments, open_gradients
+from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
-from ksvd_sae.evals.base import EvalResults, EvalSetting, Panelist, scoring_versions
-from ksvd_sae.methods.base import Method, Source, TrainingSetting
+from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist, scoring_versions
+from ksvd_sae.methods.base import Method, Source, TrainingSetting, View
+from ksvd_sae.run.cells import chosen
 from ksvd_sae.run.config import RunConfig, view_name
 from ksvd_sae.run.data import RunData, run_data
 from ksvd_sae.run.replicas import Replica, replicas, source_training
 from ksvd_sae.run.trained import TrainedDictionary
-from ksvd_sae.store import cache_dir, content_hash, is_finished, read_manifest, sole_writer, write_manifest
+from ksvd_sae.store import (
+    MANIFEST,
+    cache_dir,
+    content_hash,
+    is_finished,
+    read_manifest,
+    sole_writer,
+    write_manifest,
+)
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
@@ -79,6 +89,30 @@ class Run:
             ) from error
         self.config.model.prepare()
 
+    def part(self, cells: str) -> "Run":
+        """The run of some of its dictionaries, and of all others that are finished, so that tables have both.
+
+        Args: cells: see ``chosen``.
+        """
+        wanted, names = chosen(self.config.dictionaries, cells), self.config.dictionaries
+        finished = self._finished() - wanted
+        logger.info("cells: %d dictionaries of %d, beside %d that are finished", len(wanted), len(names), len(finished))
+        return Run(self.config.only(wanted | finished), self.results.parent, self.cache)
+
+    def _finished(self) -> set[str]:
+        """Dictionaries that a finished evaluation has scores of, by the evals of this run."""
+
+        def apart(key: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+            return key["dictionaries"], content_hash({name: key[name] for name in key if name != "dictionaries"})
+
+        (wanted, ours), done = apart(self._evaluation_key), set[str]()
+        for folder in self.evaluations.glob(f"{self.config.name}-*"):
+            if (folder / MANIFEST).exists():
+                scored, theirs = apart(read_manifest(folder, EVALUATE_STAGE)["key"])
+                done |= {label for label in wanted if theirs == ours and scored.get(label) == wanted[label]}
+        left = {r.name for r in replicas(self.config) if r.label not in done or not self.is_trained(r.method)}
+        return self.config.dictionaries.keys() - left
+
     # ------------------------------------------------------------ harvest
 
     @cached_property
@@ -102,9 +136,13 @@ class Run:
         """
         model = self.config.model
         for method in self.config.dictionaries.values():
-            if not self._is_trained(method):
+            if not self.is_trained(method):
                 method.check_elsewhere(model.name, model.hook)
         return self.data.harvest(self.device)
+
+    def reader(self) -> ActivationReader:
+        """The language model, loaded."""
+        return self.data.reader(self.device)
 
     def shards(self, part: str = "train") -> ActivationShards:
         """The finished harvest; ManifestError if there is none."""
@@ -137,7 +175,7 @@ class Run:
             key["of"] = content_hash(self._training(source, None)[1])
         return self.cache / "dictionaries" / f"{method.kind}-{content_hash(key)}", key
 
-    def _is_trained(self, method: Method) -> bool:
+    def is_trained(self, method: Method) -> bool:
         folder, key = self._training(method, source_training(self.config, method))
         return is_finished(folder, TRAIN_STAGE, key)
 
@@ -175,10 +213,10 @@ class Run:
         manifest = read_manifest(folder, TRAIN_STAGE, key)
         return TrainedDictionary(replica.name, replica.method, folder, manifest, replica.seed, replica.label)
 
-    def content(self, replica: Replica) -> str:
+    def content(self, replica: Replica, view: View = "signed") -> str:
         """Hash of a dictionary as it codes, known before it is trained."""
         key = self._training(replica.method, source_training(self.config, replica.method))[1]
-        return TrainedDictionary.content_of(content_hash(key), replica.method, "signed")
+        return TrainedDictionary.content_of(content_hash(key), replica.method, view)
 
     def trained_seconds(self, replica: Replica) -> float | None:
         """What it took to learn the atoms, whoever's they are; None where nobody did here."""
@@ -354,6 +392,10 @@ class Run:
         """What evals read and where they keep what can be used again."""
         return self.data.eval_setting(self.device, self.gradient_moments)
 
+    def heldout(self) -> Heldout:
+        """What no dictionary learns from; ManifestError before it is harvested."""
+        return self.data.heldout(self.device, self.gradient_moments)
+
     def _examples(self) -> dict[str, Path]:
         """What the report shows of the atoms of each dictionary's first training, in the codes that it gives itself."""
         first = {t.name: t for t in reversed(self.trained())}
@@ -383,6 +425,9 @@ class Run:
     @property
     def _evaluation_folder(self) -> Path:
         return self.evaluations / f"{self.config.name}-{content_hash(self._evaluation_key)}"
+
+    def is_evaluated(self) -> bool:
+        return is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key)
 
     def evaluated(self) -> dict[str, Any]:
         """Manifest of the finished evaluation; ManifestError if there is none."""

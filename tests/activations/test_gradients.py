@@ -152,6 +152,19 @@ def test_predicting_a_special_token_does_not_count(model: Any) -> None:
     assert float(g_ND[1].abs().max()) == 0
 
 
+def test_special_tokens_that_are_kept_have_gradients(model: Any) -> None:
+    """Those of what they do to the tokens after them; what is predicted stays the same."""
+    tokens_BL = torch.tensor([[BOS, 5, 6, BOS]])
+    reader = ActivationReader(model, HOOK, keep_special=True)
+    x_ND, g_ND = read_gradients(reader, tokens_BL)
+    ordinary_ND, ordinary_g_ND = read_gradients(ActivationReader(model, HOOK), tokens_BL)
+    assert torch.equal(x_ND[1:3], ordinary_ND)
+    assert torch.equal(g_ND[1:3], ordinary_g_ND)
+    assert torch.equal(x_ND, reader.read(tokens_BL))
+    assert float(g_ND[0].abs().max()) > 0
+    assert float(g_ND[3].abs().max()) == 0
+
+
 def test_a_batch_without_a_target(model: Any) -> None:
     _, g_ND = read_gradients(ActivationReader(model, HOOK), torch.tensor([[5, BOS, BOS]]))
     assert torch.equal(g_ND, torch.zeros(1, tiny_models.D_MODEL))

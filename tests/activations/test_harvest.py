@@ -68,9 +68,9 @@ class Reader:
         x_BLD[..., POSITION] = torch.arange(tokens_BL.shape[1])
         x_BLD[..., CONTEXT] = (tokens_BL * torch.arange(1, tokens_BL.shape[1] + 1)).sum(dim=1, keepdim=True) % 7919
         x_BLD[tokens_BL % WORDS == LOUD] *= 100
-        return x_BLD[self.ordinary(tokens_BL)]
+        return x_BLD[self.kept(tokens_BL)]
 
-    def ordinary(self, tokens_BL: Tensor) -> Tensor:
+    def kept(self, tokens_BL: Tensor) -> Tensor:
         return tokens_BL != BOS
 
 
@@ -132,7 +132,9 @@ def content(folder: Path) -> dict[str, Any]:
     """All files; of the manifest what does not depend on the clock."""
     found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     manifest = json.loads(found[MANIFEST])
-    found[MANIFEST] = {name: value for name, value in manifest.items() if name not in ("written", "seconds")}
+    found[MANIFEST] = {
+        name: value for name, value in manifest.items() if name not in ("written", "seconds", "checksum")
+    }
     return found
 
 
@@ -404,6 +406,22 @@ def test_broken_activations_stop_the_harvest_and_keep_what_was_whole(tmp_path: P
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_disk_is_what_is_stored_and_a_hundredth_at_most(tmp_path: Path, dtype: str) -> None:
+    wide = 512
+
+    class Wide(Reader):
+        def read(self, tokens_BL: Tensor) -> Tensor:
+            return super().read(tokens_BL).repeat(1, -(-wide // D_IN))[:, :wide]
+
+    texts = numbered_texts(1000)
+    shards = run(tmp_path, Wide(), texts, dtype=dtype, train_tokens=6000, shard_tokens=2048)
+    stored = sum(ActivationShards.open(tmp_path, part).n_samples for part in ("train", "heldout"))
+    n_bytes = stored * wide * getattr(torch, dtype).itemsize
+    taken = sum(path.stat().st_size for path in shards.folder.rglob("*") if path.is_file())
+    assert n_bytes < taken < 1.01 * n_bytes
+
+
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a harvest will need must be free at its start: one batch is read, nothing is written."""
     reader = Reader()
@@ -538,10 +556,16 @@ def test_a_harvest_from_before_goes_on_as_it_began(tmp_path: Path) -> None:
 
 def test_only_what_is_asked_for_is_in_the_key() -> None:
     """What was harvested before there was a choice is found again."""
-    choices: tuple[dict[str, Any], ...] = ({}, {"prepend_bos": True}, {"prepend_bos": False})
+    choices: tuple[dict[str, Any], ...] = (
+        {},
+        {"prepend_bos": True},
+        {"prepend_bos": False},
+        {"keep_special_tokens": True},
+    )
     keys = [harvest_of(None, **choice).key for choice in choices]
-    assert "prepend_bos" not in keys[0]["harvest"]
-    assert len(set(map(content_hash, keys))) == 3
+    assert not {"prepend_bos", "keep_special_tokens"} & keys[0]["harvest"].keys()
+    assert len(set(map(content_hash, keys))) == len(choices)
+    assert harvest_of(None, keep_special_tokens=False).key == keys[0]
 
 
 @pytest.mark.parametrize(("wanted", "bos"), [("auto", False), (False, False), (True, True)])

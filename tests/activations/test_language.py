@@ -92,6 +92,14 @@ def test_activations_are_those_of_transformers(model: Any, hf_model: Any, tokens
     assert float((found_ND - true_ND).abs().max()) <= bound
 
 
+def test_special_tokens_are_kept_where_asked_for(model: Any, tokens_BL: Tensor) -> None:
+    found_ND = ActivationReader(model, HOOK, keep_special=True).read(tokens_BL)
+    assert len(found_ND) == tokens_BL.numel()
+    ordinary_N = (tokens_BL != BOS).flatten()
+    assert not bool(ordinary_N.all())
+    assert torch.equal(found_ND[ordinary_N], ActivationReader(model, HOOK).read(tokens_BL))
+
+
 def test_heads_are_flattened(model: Any, tokens_BL: Tensor) -> None:
     hook = "blocks.3.attn.hook_z"
     found_ND = ActivationReader(model, hook).read(tokens_BL)

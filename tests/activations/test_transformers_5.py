@@ -1,7 +1,9 @@
 """Models whose parts transformers 5 has renamed are still found under the names that TransformerLens asks for."""
 
+from importlib.metadata import version
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformer_lens import HookedTransformerConfig
@@ -35,6 +37,9 @@ def test_pythias_unembedding_makes_its_logits() -> None:
         torch.testing.assert_close(model.embed_out(final), model(tokens).logits)
 
 
+@pytest.mark.skipif(
+    not version("transformer-lens").startswith("3.2."), reason="TransformerLens 3.9 asks for the new name as well"
+)
 def test_transformer_lens_asks_for_the_old_name() -> None:
     """Of a model as transformers 5 makes it; of 4's, the unembedding is put under its new name here."""
     model = tiny_neox()

@@ -22,12 +22,12 @@ def test_smoke_run_appends_whole_rows(tmp_path: Path, capsys: pytest.CaptureFixt
     rows = [json.loads(line, parse_constant=pytest.fail) for line in output.read_text().splitlines()]
     suites = [row["suite"] for row in rows]
     assert suites[: len(suites) // 2] == suites[len(suites) // 2 :]
-    assert set(suites) == {"coding", "update", "batch", "train", "stage", "ceiling"}
+    assert set(suites) == {"coding", "update", "batch", "train", "stage", "ceiling", "harvest"}
     assert {row["dtype"] for row in rows} == {"float32", "bfloat16", "float16"}
     assert {row["config"] for row in rows if row["suite"] == "coding"} == {"mp", "mp_refit", "omp", "ormp"}
     for row in rows:
         assert row.keys() >= ROW
-        assert row["impl"] == "ksvd_sae"
+        assert row["impl"] == "ksvd_sae" or row["suite"] == "harvest"
         assert 0 < row["q20_s"] <= row["median_s"] <= row["q80_s"]
         if row["suite"] in ("coding", "update", "batch", "train"):
             assert 0 < row["fvu"] < 1

@@ -9,12 +9,12 @@ import torch
 
 from ksvd_sae.bench import ceilings
 from ksvd_sae.bench.measure import Job, limited_threads, measure
-from ksvd_sae.bench.memory import peak_growth
 from ksvd_sae.bench.problems import Shape, initial_atoms, planted, planted_problem
 from ksvd_sae.bench.rows import Who, append, read, row
 from ksvd_sae.bench.scaling import slope
 from ksvd_sae.bench.settings import Settings
 from ksvd_sae.errors import ConfigError, ManifestError, ShapeError
+from ksvd_sae.memory import peak_growth
 from tests.tolerances import RSS_MIB, TEMPORARY_MIB
 
 CPU = torch.device("cpu")

@@ -99,6 +99,13 @@ def test_text_is_what_the_harvest_reads(bos: bool, reader: ActivationReader, doc
     assert text.n_documents == len(whole) > 10
 
 
+def test_special_tokens_that_are_kept_are_not_shown(documents: Path, text: ReadText) -> None:
+    """What the harvest keeps of them says nothing of an atom."""
+    found = read_text(ActivationReader(tiny_model(), HOOK, keep_special=True), iter(texts_of(documents)), SETTING)
+    assert torch.equal(found.coded_CL, text.coded_CL)
+    assert torch.equal(found.x_ND, text.x_ND)
+
+
 def test_outliers_are_not_coded(reader: ActivationReader, documents: Path, text: ReadText) -> None:
     norms_N = torch.linalg.vector_norm(text.x_ND, dim=1)
     limit = float(norms_N.quantile(0.7))

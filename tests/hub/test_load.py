@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.torch import load_file, save_file
 
 import ksvd_sae
@@ -22,6 +22,7 @@ from ksvd_sae.hub.upload import upload
 from ksvd_sae.hub.write import write_folder
 from tests.hub.conftest import HOOK, REPO, at_endpoint
 from tests.hub.server import Hub
+from tests.test_dictionary import rewrite
 from tests.tiny_saes import tiny_dictionary
 
 SAE_ID = f"{HOOK}/d/split"
@@ -206,6 +207,7 @@ def test_forged_atoms(copy: Path, value: float) -> None:
         held = load_file(folder / "atoms.safetensors")
         held["atoms"][0, 0] = value
         save_file(held, folder / "atoms.safetensors")
+        rewrite(folder)
 
     forge(copy, change)
     with pytest.raises(DictionaryError, match="not of unit norm"):
@@ -217,6 +219,7 @@ def test_a_forged_centre(copy: Path) -> None:
         held = load_file(folder / "atoms.safetensors")
         held["centre"][0] = float("inf")
         save_file(held, folder / "atoms.safetensors")
+        rewrite(folder)
 
     forge(copy, change)
     with pytest.raises(DictionaryError, match="the centre holds NaN or infinity"):
@@ -230,6 +233,8 @@ def test_a_forged_centre(copy: Path) -> None:
 def there(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
+    # Newer clients ask again with more patience, several times.
+    monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.3, raising=False)
     upload(folder, REPO)
     hub.asked.clear()
     return hub

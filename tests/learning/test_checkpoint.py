@@ -2,6 +2,8 @@
 
 import json
 import logging
+import random
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -328,3 +330,33 @@ class TestStreams:
         ksvd.options = replace(ksvd.options, n_atoms=30)
         with pytest.raises(ShapeError, match="n_atoms: 20, now 30"):
             ksvd.partial_fit(X_ND)
+
+
+def test_interrupted_at_any_moment(tmp_path: Path) -> None:
+    """By a signal, as Ctrl-C and schedulers send it, between batches and within; what was learned is kept."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    wanted = learner_in(tmp_path / "whole", passes=20, checkpoint_every=None).fit(X_ND)
+    draw, before, interrupts = random.Random(0), signal.signal(signal.SIGALRM, interrupt), 0
+    seen = [0]
+    try:
+        while True:
+            # Fewer batches than a pass has: nothing but the interrupt itself writes where training stands.
+            ksvd = learner_in(tmp_path / "stopped", passes=20, checkpoint_every=None)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.005, 0.03) * (1 + interrupts / 20))
+                ksvd.fit(X_ND, resume=True)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+                seen.append(max(seen[-1], ksvd.samples_seen))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupts >= 5, "else this tests nothing"
+    assert len(set(seen)) >= 3, "training went on between interrupts"
+    assert torch.equal(ksvd.atoms_MD, wanted.atoms_MD)
+    assert lines(ksvd) == lines(wanted)

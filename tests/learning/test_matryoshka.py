@@ -64,6 +64,19 @@ class TestGroups:
         assert group_budgets(k, n) == (each,) * n
         assert k <= sum(group_budgets(k, n)) < k + n
 
+    @pytest.mark.parametrize(("k", "n"), [(20, 5), (20, 6), (20, 7), (7, 7), (40, 7), (80, 7), (3, 1)])
+    def test_exact_budgets_add_up(self, k: int, n: int) -> None:
+        budgets = group_budgets(k, n, exact=True)
+        assert sum(budgets) == k
+        assert budgets == tuple(sorted(budgets, reverse=True))
+        assert max(budgets) == group_budgets(k, n)[0]
+        assert max(budgets) - min(budgets) <= 1
+
+    def test_exact_budgets_of_fewer_than_the_groups(self) -> None:
+        check_groups([4, 6], 10, 1)
+        with pytest.raises(ShapeError, match=r"(?s)every group to have a share.*k = 1 in 2 groups"):
+            check_groups([4, 6], 10, 1, exact=True)
+
     def test_slices(self) -> None:
         assert group_slices([2, 3, 1]) == [slice(0, 2), slice(2, 5), slice(5, 6)]
 
@@ -127,6 +140,18 @@ class TestCoder:
             assert used.max() < rows.stop
         assert not code.support_BK[code.values_BK == 0].any()
 
+    def test_exact_budgets(self) -> None:
+        """As if each group had been given its own share."""
+        problem = generic(50, 9, 20, 6)
+        groups, shares = (4, 6, 10), (2, 2, 1)
+        code = matryoshka_encode(problem.x_BD, problem.atoms_MD, groups, 5, exact_budgets=True)
+        assert code.values_BK.shape == (50, 5)
+        left_BD = problem.x_BD
+        for rows, share in zip(group_slices(groups), shares, strict=True):
+            own = matching_pursuit(left_BD, problem.atoms_MD[rows], share)
+            left_BD = left_BD - own.reconstruct(problem.atoms_MD[rows])
+        torch.testing.assert_close(problem.x_BD - code.reconstruct(problem.atoms_MD), left_BD)
+
     def test_nonnegative(self) -> None:
         problem = generic(50, 9, 20, 6)
         code = matryoshka_encode(problem.x_BD, problem.atoms_MD, (8, 12), 6, nonnegative=True)
@@ -169,6 +194,14 @@ class TestLearning:
 
         assert alone(nested) < 0.95 * alone(plain)
         assert part_of_the_code(nested) < 0.95 * part_of_the_code(plain)
+
+    def test_exact_budgets_are_those_of_learning(self) -> None:
+        x_ND = falling_spectrum(600, 32)
+        options: dict[str, Any] = {"groups": (16, 16, 32), "coder": "matryoshka", "batch_samples": 300}
+        for exact, most in ((False, 6), (True, 5)):
+            ksvd = learner(64, 5, exact_budgets=exact, **options).fit(x_ND)
+            assert max(line.l0 for line in ksvd.log) == most
+            assert ksvd.encode(x_ND).values_BK.shape[1] == most
 
     def test_every_group_helps(self) -> None:
         x_ND = falling_spectrum(3_000, 32)

@@ -10,6 +10,8 @@ from tests import tiny_models
 from tests.command_line import EVAL_CONFIGS, ksvd_sae, set_options
 
 CONFIG = "pythia-160m"
+# The one cell of the shrunken grid: two groups of 256 atoms.
+CELL = "-m512-k20"
 SHRUNK = {
     # The Pile is not here. The folder is relative: results name what the config names.
     "text.source": "folder",
@@ -19,8 +21,8 @@ SHRUNK = {
     "harvest.context_tokens": "32",
     "harvest.batch_contexts": "8",
     "harvest.shard_tokens": "2048",
-    **{f"dictionaries.{name}.n_atoms": "256" for name in ("db-ksvd", "db-ksvd-refit", "topk-sae", "random")},
-    **{f"dictionaries.{name}.batch_samples": "2048" for name in ("db-ksvd", "db-ksvd-refit")},
+    "grid": "{m: [512], k: [20]}",
+    **{f"dictionaries.{name}.batch_samples": "2048" for name in ("db-ksvd", "matryoshka")},
     "dictionaries.topk-sae.batch_samples": "512",
     "dictionaries.topk-sae.passes": "2",
     "evaluation.core": "{dataset: heldout, context_tokens: 32, batch_contexts: 4, reconstruction_batches: 2, "

@@ -3,15 +3,17 @@
 import pandas as pd
 import pytest
 import torch
+import yaml
 from torch.nn.functional import normalize
 
-from tests.path.conftest import Workplace
+from tests.command_line import EVAL_CONFIGS
+from tests.path.conftest import CONFIG, Workplace
 from tests.strategies import generator
 from tests.tiny_hub import COMMIT, dictionary_learning_files, write_repository
 from tests.tiny_models import D_MODEL, PYTHIA
 
 REPOSITORY, FOLDER, D_SAE, K = "someone/saes", "BatchTopK/resid_post_layer_8/trainer_0", 256, 8
-LEFT_OUT = ("db-ksvd", "db-ksvd-refit", "topk-sae", "pca", "random")
+LEFT_OUT = yaml.safe_load((EVAL_CONFIGS / f"{CONFIG}.yaml").read_text())["dictionaries"]
 CHANGES = {
     "dictionaries.published": f"{{kind: published_sae, repo_id: {REPOSITORY}, path: {FOLDER}, "
     "format: dictionary_learning}",

@@ -23,7 +23,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def study_file(place: Workplace) -> Path:
-    harvest = {key: value for key, value in SHRUNK.items() if key.startswith(("text", "harvest"))}
+    harvest = {key: value for key, value in SHRUNK.items() if key.startswith(("text", "harvest", "grid"))}
     study = {
         "base": str(EVAL_CONFIGS / f"{CONFIG}.yaml"),
         "overrides": [f"{key}={value}" for key, value in harvest.items()] + ["harvest.gradient_tokens=512"],

@@ -9,8 +9,7 @@ import pytest
 
 from ksvd_sae.report import tables
 from ksvd_sae.report.compare import method_notes, write_comparison
-from ksvd_sae.report.published.scores import COMPARABLE
-from ksvd_sae.report.published.section import HEADS, TITLE, published_section
+from ksvd_sae.report.published.section import FAR, HEADS, TITLE, published_section
 from ksvd_sae.report.sections import Section, section_markdown
 from ksvd_sae.run.config import RunConfig, parse_config
 
@@ -39,53 +38,90 @@ def section_of(frame: pd.DataFrame, config: RunConfig | None = None, version: st
     return section
 
 
-def by_kind(section: Section, score: str = "loss recovered") -> dict[str, dict[str, str]]:
-    rows = [dict(zip(HEADS, row, strict=True)) for row in section.rows]
-    return {row["published SAE"]: row for row in rows if row["score of"] == score}
+def rows_of(section: Section, score: str = "loss recovered") -> dict[str, dict[str, str]]:
+    """By dictionary and view."""
+    rows = [dict(zip(section.heads, row, strict=True)) for row in section.rows]
+    return {row["ours"]: row for row in rows if row["score of"] == score}
+
+
+def remark(section: Section, mark: str) -> str:
+    (text,) = (remark for remark in section.remarks if remark.startswith(f"{mark} "))
+    return text.removeprefix(f"{mark} ")
 
 
 def test_published_saes_beside_ours(frame: pd.DataFrame) -> None:
-    row = by_kind(section_of(frame))["topk, trainer 0"]
-    assert row == {
-        "published SAE": "topk, trainer 0",
-        "d_sae": "4096",
-        "L0": "20.0",
+    section = section_of(frame)
+    assert section.heads == (
+        *HEADS,
+        "batchtopk",
+        "gated",
+        "jumprelu",
+        "matryoshka_batchtopk",
+        "panneal",
+        "relu",
+        "topk",
+    )
+    assert rows_of(section).keys() == {"db-ksvd (signed)", "db-ksvd-refit (signed)", "topk-sae (non-negative)"}
+    row = rows_of(section)["db-ksvd (signed)"]
+    assert {name: row[name] for name in (*HEADS, "topk", "relu")} == {
         "score of": "loss recovered",
-        "published": "0.9431",
-        "nearest of ours": "db-ksvd (signed, L0 20.0)",
-        "ours": "0.9300",
-        "comparable?": COMPARABLE,
+        "d_sae": "4096",
+        "ours": "db-ksvd (signed)",
+        "samples seen": "1,048,576",
+        "L0": "20.0",
+        "score": "0.9300",
+        "topk": "0.9431 at 20.0",
+        "relu": f"0.9247 at 45.8 {FAR}",
     }
+    assert remark(section, FAR).startswith("L0s further apart than a factor of 1.25")
+    assert "500M tokens" in section.lead
+    assert "Explained variance is left out" in section.lead
+
+
+def test_every_width_has_its_own(frame: pd.DataFrame) -> None:
+    wide = frame[frame["dictionary"] == "db-ksvd"].assign(dictionary="wide", d_sae=16384)
+    rows = rows_of(section_of(pd.concat([frame, wide])))
+    assert rows["db-ksvd (signed)"]["topk"] == "0.9431 at 20.0"
+    assert (rows["wide (signed)"]["d_sae"], rows["wide (signed)"]["topk"]) == ("16384", "0.9663 at 20.0")
+
+
+def test_seeds_are_averaged(frame: pd.DataFrame) -> None:
+    again = frame.assign(seed=1)
+    again.loc[again["metric"] == "ce_loss_score", "value"] += 0.02
+    row = rows_of(section_of(pd.concat([frame, again])))["db-ksvd (signed)"]
+    assert row["score"] == "0.9400"
 
 
 def test_what_stands_in_the_way_is_said(frame: pd.DataFrame) -> None:
     config = run_config(evaluation={"core": {"dataset": "heldout", "context_tokens": 64}})
-    for row in by_kind(section_of(frame, config)).values():
-        assert row["comparable?"].startswith("dataset heldout, theirs Skylion007/openwebtext; context_tokens 64")
-    lead = section_of(frame, config).lead
-    assert re.search(r"Of \d+ scores 0 were measured as ours were", lead)
-    version = by_kind(section_of(frame, version="0.7.0"))["topk, trainer 0"]["comparable?"]
-    assert version.startswith("SAEBench 0.7.0")
+    section = section_of(frame, config)
+    for row in rows_of(section).values():
+        assert row["topk"] == "0.9431 at 20.0 ¹ ²"
+    assert remark(section, "¹") == "dataset heldout, theirs Skylion007/openwebtext"
+    assert remark(section, "²") == "context_tokens 64, theirs 128"
+    other = section_of(frame, version="0.7.0")
+    assert rows_of(other)["db-ksvd (signed)"]["topk"] == "0.9431 at 20.0 ¹"
+    assert remark(other, "¹").startswith("SAEBench 0.7.0")
+    assert re.search(r"Of \d+ values 0 have no mark", other.lead)
 
 
-def test_the_lead_counts_what_compares(frame: pd.DataFrame) -> None:
+def test_the_lead_counts_what_has_no_mark(frame: pd.DataFrame) -> None:
     section = section_of(frame)
-    comparable = sum(row[-1] == COMPARABLE for row in section.rows)
-    assert 0 < comparable < len(section.rows)
-    assert f"Of {len(section.rows)} scores {comparable} were measured as ours were" in section.lead
+    values = [cell for row in section.rows for cell in row[len(HEADS) :] if cell != "–"]
+    unmarked = sum(cell.count(" ") == 2 for cell in values)
+    assert 0 < unmarked < len(values)
+    assert f"Of {len(values)} values {unmarked} have no mark" in section.lead
 
 
 def test_means_are_named_as_such(frame: pd.DataFrame) -> None:
-    row = by_kind(section_of(frame), "probing top-1")["topk"]
-    assert (row["L0"], row["published"]) == ("mean over 40–200", "0.7505")
-    assert row["comparable?"] == "L0 20.0, theirs 40 to 200"
+    assert rows_of(section_of(frame), "probing top-1")["db-ksvd (signed)"]["topk"] == f"0.7505 at 40–200 {FAR}"
     assert any("plots" in source for source in section_of(frame).remarks)
     core_alone = frame[frame["eval"] != "sparse_probing"]
     assert not any("plots" in source for source in section_of(core_alone).remarks)
 
 
 def test_controls_are_not_held_against_anything(frame: pd.DataFrame) -> None:
-    assert not any("random" in row[HEADS.index("nearest of ours")] for row in section_of(frame).rows)
+    assert not any("random" in row[HEADS.index("ours")] for row in section_of(frame).rows)
     only_controls = frame[frame["dictionary"].isin(CONTROLS)]
     assert published_section(run_config(), only_controls, "0.6.0", CONTROLS) == ""
 
@@ -114,7 +150,8 @@ def test_weights_of_ones_own_are_another_model(frame: pd.DataFrame) -> None:
 def test_contexts_without_a_bos_stand_in_the_way(frame: pd.DataFrame) -> None:
     section = published_section(run_config(), frame, "0.6.0", CONTROLS, prepend_bos=False)
     assert isinstance(section, Section)
-    assert all("contexts without a BOS, theirs with one" in row[-1] for row in section.rows)
+    assert remark(section, "¹") == "contexts without a BOS, theirs with one"
+    assert all("¹" in cell for row in section.rows for cell in row[len(HEADS) :] if cell != "–")
 
 
 def test_a_width_without_published_scores(frame: pd.DataFrame) -> None:
@@ -158,17 +195,16 @@ def test_they_are_in_both_reports_and_in_no_rank(tmp_path: Path, frame: pd.DataF
     page = write(tmp_path, frame, run_config()).read_text(encoding="utf-8")
     markdown = (tmp_path / "results" / "comparison.md").read_text(encoding="utf-8")
     headline, _, rest = markdown.partition(f"## {TITLE}")
-    assert "| topk, trainer 0 " in rest
-    assert "trainer" not in headline
+    assert "0.9431 at 20.0" in rest
+    assert "0.9431" not in headline
     assert tables.to_markdown(tables.summary(frame), CONTROLS) in headline
-    assert rest.index("| topk, trainer 0 ") < rest.index("## Notes")
+    assert rest.index("0.9431 at 20.0") < rest.index("## Notes")
     assert "meowmaryexe/SAEBench-Reliability" in rest
     body = page[page.index("<body>") :]
     section = body[body.index('id="published"') : body.index('id="notes"')]
-    assert "topk, trainer 0" in section
-    assert COMPARABLE in section
-    assert "topk, trainer 0" not in body.replace(section, "")
-    assert "trainer" not in (tmp_path / "results" / "comparison.csv").read_text()
+    assert "0.9431 at 20.0" in section
+    assert "0.9431" not in body.replace(section, "")
+    assert "0.9431" not in (tmp_path / "results" / "comparison.csv").read_text()
 
 
 def test_one_line_where_there_are_none(tmp_path: Path, frame: pd.DataFrame) -> None:

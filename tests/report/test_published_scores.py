@@ -28,9 +28,9 @@ from ksvd_sae.report.published.scores import (
     OwnScore,
     PublishedScore,
     RunProtocol,
+    beside,
     matches,
     published_scores,
-    verdict,
 )
 from ksvd_sae.run.config import load_config
 from tests.command_line import EVAL_CONFIGS
@@ -165,18 +165,18 @@ def test_nearness_is_by_factor() -> None:
     assert found(own(28.5))["topk"].published.l0 == 40.0
 
 
-def test_a_few_rows_for_many_dictionaries() -> None:
-    ours = [own(l0, dictionary=f"d{l0}") for l0 in (20.0, 20.5, 42.0, 100.0, 300.0)]
+def test_every_dictionary_meets_its_own_width_and_the_nearest_l0() -> None:
+    ours = [own(l0, dictionary=f"{m}-{l0}", d_sae=m) for m in (4096, 16384) for l0 in (20.0, 39.0, 81.0)]
     topk = [m for m in matches(ours, protocol()) if m.published.architecture == "topk"]
-    assert [m.published.l0 for m in topk] == [20.0, 40.0]
-    # Of those that have the same neighbour, the nearest stands beside it.
-    assert [m.own.dictionary for m in topk] == ["d20.0", "d42.0"]
-
-
-def test_what_is_comparable_goes_before_what_is_nearer() -> None:
-    ours = [own(20.0, view="signed"), own(81.0)]
-    relu = [m for m in matches(ours, protocol()) if m.published.architecture == "relu"]
-    assert [(m.published.l0, m.verdict == COMPARABLE) for m in relu] == [(45.753, False), (84.8, True)]
+    assert [(m.own.dictionary, m.published.d_sae, round(m.published.l0 or 0)) for m in topk] == [
+        ("4096-20.0", 4096, 20),
+        ("4096-39.0", 4096, 40),
+        ("4096-81.0", 4096, 80),
+        ("16384-20.0", 16384, 20),
+        ("16384-39.0", 16384, 40),
+        ("16384-81.0", 16384, 80),
+    ]
+    assert all(m.verdict == COMPARABLE for m in topk)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_absorption_of_another_definition_is_marked(checked: RunProtocol) -> Non
 def test_the_full_absorption_score_means_the_same_in_both(checked: RunProtocol) -> None:
     score = own(20.0, eval="absorption", metric="mean_full_absorption_score", view="non-negative")
     theirs = next(s for s in published_scores() if s.metric == score.metric and s.version == "0.3.2" and s.l0 == 20.0)
-    assert verdict(theirs, score, checked) == COMPARABLE
+    assert beside(theirs, score, checked).verdict == COMPARABLE
 
 
 @pytest.mark.parametrize("version", [None, "0.5.0", "0.7.0"])
@@ -331,7 +331,7 @@ def test_other_settings_of_an_eval(eval_name: str, changes: dict[str, Any], reas
     metric, l0 = theirs.metric, theirs.l0 or 50.0
     score = own(l0, eval=eval_name, metric=metric, view="non-negative", d_sae=theirs.d_sae)
     of = replace(changed(eval_name, **changes), version=theirs.version)
-    assert verdict(theirs, score, of) == reason
+    assert beside(theirs, score, of).verdict == reason
 
 
 def test_single_saes_go_before_means() -> None:

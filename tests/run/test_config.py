@@ -144,7 +144,7 @@ class TestUnknownKey:
     @pytest.mark.parametrize(
         ("key", "valid"),
         [
-            ("zzz", "dictionaries, evaluation, harvest, model, name, report, seed, text"),
+            ("zzz", "dictionaries, evaluation, grid, harvest, model, name, report, seed, text"),
             ("model.zzz", "dtype, hook, name, revision, source, weights"),
             # pca is also the tag of its kind: the key's path must keep it once.
             ("dictionaries.pca.zzz", "valid keys here: k, kind, view"),
@@ -212,6 +212,20 @@ class TestWrongValue:
     def test_more_atoms_than_tokens(self) -> None:
         with pytest.raises(ConfigError, match=r"ours: n_atoms = 5000 is above harvest\.train_tokens = 4096; harvest"):
             parse_config(changed("dictionaries.ours.n_atoms", 5000))
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({}, r"exact_budgets are those of groups; give groups"),
+            ({"groups": [64, 64, 128], "k": 2}, r"Matryoshka groups: k is too small for every group"),
+            ({"groups": [64, 64, 128], "train_k": 2}, r"Matryoshka groups: k is too small for every group"),
+        ],
+    )
+    def test_exact_budgets(self, options: dict[str, Any], words: str) -> None:
+        ours = {**RAW["dictionaries"]["ours"], "exact_budgets": True}
+        with pytest.raises(ConfigError, match=r"dictionaries\.ours: " + words):
+            parse_config(changed("dictionaries.ours", {**ours, **options}))
+        assert parse_config(changed("dictionaries.ours", {**ours, "groups": [64, 64, 128], "k": 3}))
 
     @pytest.mark.parametrize("view", ["split", "both"])
     def test_view_of_codes_without_signs(self, view: str) -> None:

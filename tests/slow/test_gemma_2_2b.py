@@ -28,11 +28,12 @@ from tests.command_line import EVAL_CONFIGS, REPOSITORY, ksvd_sae, set_options
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 CONFIG = "gemma-2-2b"
-DICTIONARY = "db-ksvd-4k"
+NAME = "db-ksvd"
 LOG = REPOSITORY / "results" / "gemma-2-2b-random-weights" / "log.md"
 D_IN, N_ATOMS, K, TRAIN_TOKENS, HELDOUT_TOKENS, BATCH_CONTEXTS = 2304, 4096, 20, 4096, 512, 8
 # --set adds and changes keys but takes none away: all dictionaries at once are replaced by the one.
-ENTRY = {**yaml.safe_load((EVAL_CONFIGS / f"{CONFIG}.yaml").read_text())["dictionaries"][DICTIONARY], "passes": 1}
+DICTIONARY = f"{NAME}-m{N_ATOMS}-k{K}"
+ENTRY = {**yaml.safe_load((EVAL_CONFIGS / f"{CONFIG}.yaml").read_text())["dictionaries"][NAME], "passes": 1}
 CHANGES = {
     "device": "cpu",
     "text.source": "folder",
@@ -40,7 +41,8 @@ CHANGES = {
     "harvest.train_tokens": str(TRAIN_TOKENS),
     "harvest.heldout_tokens": str(HELDOUT_TOKENS),
     "harvest.batch_contexts": str(BATCH_CONTEXTS),
-    "dictionaries": json.dumps({DICTIONARY: ENTRY}),
+    "grid": json.dumps({"m": [N_ATOMS], "k": [K]}),
+    "dictionaries": json.dumps({NAME: ENTRY}),
     "evaluation": "{core: null, sparse_probing: null}",
 }
 

@@ -13,7 +13,11 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+
+# Words of Gemma's vocabulary; tokens of a prompt with its examples; seconds of probes, of 800 words.
+_WORDS, _PROMPT_TOKENS = 140_000, 85
+_PROBES_S, _SPARSE_PROBES_S = 10.0, 4.0
 
 
 class AbsorptionEval(SeededEval):
@@ -81,6 +85,16 @@ class AbsorptionEval(SeededEval):
         "mean_absorption_fraction_score": "the fraction was redefined between SAEBench 0.3.2 and 0.6.0 and became up "
         "to 10 times smaller"
     }
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        words = self.vocabulary_sample or _WORDS
+        tested = words / 5
+        return Work(
+            read=8 * words + _PROMPT_TOKENS * tested,
+            coded_each=words + tested,
+            other_s=_PROBES_S * words / 800,
+            other_each_s=_SPARSE_PROBES_S * words / 800,
+        )
 
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         from ksvd_sae.evals.absorption.run import run_absorption

@@ -161,8 +161,10 @@ def read_text(
     step = setting.batch_contexts
     x_ND = torch.cat([reader.read(tokens_CL[i : i + step]).cpu() for i in range(0, len(tokens_CL), step)])
     ordinary_CL = reader.ordinary(tokens_CL.to(reader.model.cfg.device)).cpu()
-    kept_N = torch.linalg.vector_norm(x_ND, dim=1) <= (setting.norm_limit or float("inf"))
-    coded_CL = torch.zeros_like(ordinary_CL).masked_scatter(ordinary_CL, kept_N)
+    # Special tokens show nobody what an atom means, kept or not.
+    read_CL = reader.kept(tokens_CL.to(reader.model.cfg.device)).cpu()
+    kept_N = (torch.linalg.vector_norm(x_ND, dim=1) <= (setting.norm_limit or float("inf"))) & ordinary_CL[read_CL]
+    coded_CL = torch.zeros_like(ordinary_CL).masked_scatter(read_CL, kept_N)
     # The BOS at a context's start does not begin another document; what stands between two of them does.
     begins_CL = torch.zeros_like(ordinary_CL) if packing.between is None else tokens_CL == packing.between
     if packing.begin is not None:

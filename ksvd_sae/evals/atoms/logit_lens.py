@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.language import is_bridge
 from ksvd_sae.evals.atoms.token_texts import TokenTexts
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from ksvd_sae.activations.language import AnyModel
 
 # Tokens shown at either end.
 SHOWN = 6
@@ -17,9 +18,7 @@ _IN_THE_STREAM = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_a
 
 
 @torch.no_grad()
-def logit_lens(
-    model: "HookedTransformer", hook: str, rows_AD: Tensor, texts: TokenTexts
-) -> list[dict[str, Any]] | None:
+def logit_lens(model: "AnyModel", hook: str, rows_AD: Tensor, texts: TokenTexts) -> list[dict[str, Any]] | None:
     """Tokens whose logits a direction raises and lowers most, strongest first; None for hooks outside the stream.
 
     The direction goes through what is linear in the final norm (LayerNorm's centring, the gain, not the division by
@@ -32,6 +31,9 @@ def logit_lens(
     if (model.cfg.normalization_type or "").startswith("LN"):
         rows_AD = rows_AD - rows_AD.mean(dim=1, keepdim=True)
     gain = getattr(getattr(model, "ln_final", None), "w", None)
+    # transformers has what Gemma's gain is more than 1.
+    if gain is not None and is_bridge(model) and model.cfg.rmsnorm_uses_offset:
+        gain = 1 + gain
     logits_AV = (rows_AD if gain is None else rows_AD * gain) @ model.W_U
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), device=logits_AV.device)
     special = special[special < logits_AV.shape[1]]

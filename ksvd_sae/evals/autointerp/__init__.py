@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, JsonValue, model_validator
 from typing_extensions import Self
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
 from ksvd_sae.strict import Strict
 
 
@@ -157,6 +157,9 @@ class AutoInterpEval(SeededEval):
         from ksvd_sae.evals.autointerp.run import run_autointerp
 
         return run_autointerp(panel, self, setting, output)
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        return Work(read=self.total_tokens, kept=self.total_tokens, coded_each=self.total_tokens)
 
     def as_published(self) -> dict[str, JsonValue]:
         return {**super().as_published(), "judge": self.judge_name}

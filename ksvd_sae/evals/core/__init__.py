@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import IN_A_BLOCK, Column, Eval, EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, Eval, EvalResults, EvalSetting, Panelist, Work
 
 
 class CoreEval(Eval):
@@ -63,6 +63,21 @@ class CoreEval(Eval):
         from ksvd_sae.evals.core.run import run_core
 
         return run_core(panel, self, setting, output)
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        spliced, read = (
+            n * self.batch_contexts * self.context_tokens for n in (self.reconstruction_batches, self.sparsity_batches)
+        )
+        # Once for the panel as it is, and with zeros: kept are where the second starts and what the first ends with.
+        return Work(
+            read=spliced + read,
+            rest=2 * spliced,
+            predicted=2 * spliced,
+            kept=2 * spliced + read,
+            rest_each=spliced,
+            predicted_each=spliced,
+            coded_each=spliced + read,
+        )
 
     @property
     def n_predictions(self) -> int:

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
-from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Reads
+from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Reads, Work
 
 _BATCH = 16_384
 # Goes up when there are more scores, or others.
@@ -42,6 +42,9 @@ class HeldoutEval(MeasuredHere):
 
     def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
         return {"harvest": heldout.harvest_hash, "version": _VERSION}
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        return Work(coded_each=heldout_tokens)
 
     def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
         from ksvd_sae.evals.heldout.metrics import heldout_metrics

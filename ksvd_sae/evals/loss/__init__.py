@@ -8,7 +8,7 @@ from pydantic import Field, JsonValue
 from torch import Tensor
 
 from ksvd_sae.errors import TextError
-from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist
+from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Work
 
 if TYPE_CHECKING:
     from ksvd_sae.evals.loss.splice import Reconstruct, SpliceEvaluator
@@ -80,6 +80,18 @@ class LossEval(MeasuredHere):
             "harvest": heldout.harvest_hash,
             "gradients": heldout.gradients_hash,
         }
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        tokens = self.contexts * self.context_tokens
+        # Once for the panel as it is, and with zeros.
+        return Work(
+            read=tokens,
+            rest=2 * tokens,
+            predicted=2 * tokens,
+            rest_each=tokens,
+            predicted_each=tokens,
+            coded_each=tokens + _ANATOMY_SAMPLES,
+        )
 
     def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
         sae = panelist.load()

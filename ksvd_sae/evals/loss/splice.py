@@ -21,7 +21,7 @@ from ksvd_sae.activations.splicing import Exact, NextTokenLosses, RunsFromHook, 
 from ksvd_sae.errors import ActivationError, ConfigError, EvaluationError, ShapeError
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from ksvd_sae.activations.language import AnyModel
 
 logger = logging.getLogger(__name__)
 Reconstruct = Callable[[Tensor], Tensor]
@@ -108,7 +108,7 @@ class SpliceEvaluator:
 
     def __init__(
         self,
-        model: "HookedTransformer",
+        model: "AnyModel",
         hook: str,
         tokens_BL: Tensor,
         *,

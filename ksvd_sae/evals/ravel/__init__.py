@@ -6,8 +6,11 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
 from ksvd_sae.offline import ravel as own_prompts
+
+# Of SAEBench's own data set, of each kind; tokens of a prompt.
+_ALL_PROMPTS, _PROMPT_TOKENS = 50_000, 24
 
 
 class RavelEval(SeededEval):
@@ -106,6 +109,20 @@ class RavelEval(SeededEval):
                 f"{self.llm_batch_prompts} in both parts of the split; at least {self.right_prompts_needed}"
             )
         return self
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        asked = len(self.attributes) * (self.downsample or _ALL_PROMPTS)
+        # As many pairs to isolate as to cause; what is put in is kept. Those to train on go there and back.
+        prompts = 2 * self.pairs_per_attribute * sum(map(len, self.attributes.values()))
+        trained, tested = self.epochs * self.train_fraction * prompts, (1 - self.train_fraction) * prompts
+        return Work(
+            read=asked * (_PROMPT_TOKENS + self.n_generated_tokens),
+            rest=asked * (_PROMPT_TOKENS + self.n_generated_tokens),
+            predicted=asked * self.n_generated_tokens,
+            read_each=trained * _PROMPT_TOKENS + tested * (_PROMPT_TOKENS + self.n_generated_tokens),
+            rest_each=3 * trained * _PROMPT_TOKENS + tested * (_PROMPT_TOKENS + self.n_generated_tokens),
+            predicted_each=trained + tested * self.n_generated_tokens,
+        )
 
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         from ksvd_sae.evals.ravel.run import run_ravel

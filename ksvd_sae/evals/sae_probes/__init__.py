@@ -5,10 +5,15 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
 
 # Numbers of latents that SAEBench's format of sae-probes' results has a place for.
 ProbeSize = Literal[1, 2, 5, 10, 20, 50, 100]
+
+# A batch's longest text beside its mean; tokens at which texts are cut.
+_PADDED, _LONGEST = 1.5, 1024
+# Seconds of a data set's probes: on the activations, and on a dictionary's latents.
+_PROBE_S, _PROBES_S = 10.0, 5.0
 
 
 class SaeProbesEval(SeededEval):
@@ -41,6 +46,20 @@ class SaeProbesEval(SeededEval):
         )
         for k, latents in ((1, "single best latent"), (5, "five best latents"))
     )
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        from sae_probes import DATASETS
+        from sae_probes.utils_data import read_numbered_dataset_df
+
+        texts = [read_numbered_dataset_df(name)["prompt"].str.len() for name in self.datasets or DATASETS]
+        # Four letters a token; a batch is as long as its longest text.
+        tokens = sum(float((lengths * _PADDED / 4 + 2).clip(upper=_LONGEST).sum()) for lengths in texts)
+        return Work(
+            read=tokens,
+            coded_each=sum(map(len, texts)),
+            other_s=_PROBE_S * len(texts),
+            other_each_s=_PROBES_S * len(texts),
+        )
 
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         from ksvd_sae.evals.sae_probes.run import run_sae_probes

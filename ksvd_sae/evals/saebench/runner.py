@@ -94,11 +94,15 @@ def run_eval(
             failed = undone[0][0] if undone else "after the last score"
             failures.setdefault(f"{type(error).__name__}: {error}", []).append(failed)
             waiting = undone[1:]
+    from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
+
     # Also what a process that was killed had finished.
     for panelist in panel:
         path = files[panelist.name]
         if path.exists() and _FOLLOWS_FROM not in (result := json.loads(path.read_text())):
             sae = loaded[panelist.name] if panelist.name in loaded else panelist.load()
+            # SAEBench puts more into the config: what a killed process had scored is to say the same.
+            load_and_format_sae(panelist.name, sae, setting.device)
             write_json(path, {**_completed(result, sae), _FOLLOWS_FROM: keys[panelist.name]})
     # What is wrong with the model or the data is said once, not for every SAE.
     reasons += [f"{', '.join(names)}: {what}" for what, names in failures.items()]

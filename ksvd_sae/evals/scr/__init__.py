@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
 from ksvd_sae.offline import biographies
 
 
@@ -35,6 +35,13 @@ class AblationEval(SeededEval):
         "seed": 42,
     }
 
+    def ablations(self, times: int, classes: int, ablated: int) -> Work:
+        """Classes of texts, of which some are told by probes and ablated with each of ``n_values``."""
+        train, test = (size // 2 * self.context_tokens for size in (self.train_set_size, self.test_set_size))
+        texts = times * classes * (train + test)
+        coded = times * ablated * (2 * train + len(self.n_values) * classes * test)
+        return Work(read=texts, kept=texts, coded_each=coded)
+
 
 class ScrEval(AblationEval):
     """SAEBench's spurious correlation removal (SCR)."""
@@ -61,6 +68,14 @@ class ScrEval(AblationEval):
         ),
     )
     published: ClassVar = {**AblationEval.published, "pairs": None}
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+
+        pairs = ScrAndTppEvalConfig().column1_vals_lookup if self.pairs is None else self.pairs
+        n_pairs = sum(len(of) for name, of in pairs.items() if self.datasets is None or name in self.datasets)
+        # Of each pair: professions and genders, each with its opposite, and both at once.
+        return self.ablations(n_pairs, classes=6, ablated=3)
 
     @model_validator(mode="after")
     def _every_data_set_has_pairs(self) -> Self:

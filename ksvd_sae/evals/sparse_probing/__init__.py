@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval
+from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
 from ksvd_sae.offline import bbc_news
 
 
@@ -55,6 +55,16 @@ class SparseProbingEval(SeededEval):
         from ksvd_sae.evals.sparse_probing.run import run_sparse_probing
 
         return run_sparse_probing(panel, self, setting, output)
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+        from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
+
+        own = {bbc_news.NAME: bbc_news.CLASSES}
+        names = SparseProbingEvalConfig().dataset_names if self.datasets is None else self.datasets
+        classes = sum(len(chosen_classes_per_dataset.get(name, own.get(name, ()))) for name in names)
+        tokens = classes * (self.train_set_size // 2 + self.test_set_size // 2) * self.context_tokens
+        return Work(read=tokens, kept=tokens, coded_each=tokens)
 
     def write_data(self, folder: Path) -> None:
         if bbc_news.NAME in (self.datasets or ()):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ksvd_sae.evals.base import Column, Eval, EvalResults, EvalSetting, Panelist, Reads
+from ksvd_sae.evals.base import Column, Eval, EvalResults, EvalSetting, Panelist, Reads, Work
 from ksvd_sae.store import content_hash, write_json
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ class StabilityEval(Eval):
             optional=True,
         ),
     )
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        return Work(other_each_s=(trainings - 1) * self.demo_seconds)
 
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         files, metrics, n = {}, {}, {}

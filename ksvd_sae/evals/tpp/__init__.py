@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist
+from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, Work
 from ksvd_sae.evals.scr import AblationEval
 from ksvd_sae.offline import bbc_news
 
@@ -34,6 +34,16 @@ class TppEval(AblationEval):
         from ksvd_sae.evals.tpp.run import run_tpp
 
         return run_tpp(panel, self, setting, output)
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
+        from sae_bench.sae_bench_utils.dataset_info import chosen_classes_per_dataset
+
+        own = {bbc_news.NAME: bbc_news.CLASSES}
+        names = ScrAndTppEvalConfig(perform_scr=False).dataset_names if self.datasets is None else self.datasets
+        classes = [len(chosen_classes_per_dataset.get(name, own.get(name, ()))) for name in names]
+        parts = [self.ablations(1, n, n) for n in classes]
+        return Work(*(sum(getattr(part, name) for part in parts) for name in Work.__dataclass_fields__))
 
     def write_data(self, folder: Path) -> None:
         if bbc_news.NAME in (self.datasets or ()):

@@ -15,10 +15,14 @@ from ksvd_sae.evals.base import (
     Panelist,
     Reads,
     SeededEval,
+    Work,
 )
 
 # Goes up when the same options come to give other scores.
 VERSION = 3
+# Worlds by features and dimensions, the tiny one being 1, and its seconds of 20,000 samples on a core.
+_SIZES = {"tiny": 1, "small": 32, "small-flat": 32, "synthsaebench-16k": 1536}
+_TINY_S = 1.0
 
 
 class TruthEval(MeasuredHere, SeededEval):
@@ -87,6 +91,11 @@ class TruthEval(MeasuredHere, SeededEval):
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         results = super().run([one for one in panel if one.learned_on is not None], setting, output)
         return EvalResults(self.name, f"world {self.world}", results.n, results.files, results.metrics, self.own_seed)
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        # Trainings there: as in the tiny world, by features, dimensions and samples.
+        size = _SIZES[self.world] * self.train_samples / 20_000
+        return Work(other_s=_TINY_S * size, other_each_s=_TINY_S * size * (1 + self.twice))
 
     def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
         return {"config": self.model_dump(mode="json"), "version": VERSION}

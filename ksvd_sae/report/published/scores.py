@@ -27,8 +27,6 @@ SOURCES = {
 VERSIONS = ("0.3.2", "0.6.0")
 # L0s further apart than this factor are no match.
 L0_FACTOR = 1.25
-# Of one architecture and metric, at most this many published SAEs.
-PER_KIND = 2
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,27 @@ class RunProtocol:
 
 @dataclass(frozen=True)
 class Match:
-    """A published score, the run's nearest, and COMPARABLE or what stands in the way."""
+    """A score of the run and the published one of an architecture that is nearest.
+
+    reasons: what stands in the way of comparing them, beside their L0s.
+    """
 
     published: PublishedScore
     own: OwnScore
-    verdict: str
+    reasons: tuple[str, ...]
+
+    @property
+    def has_same_l0(self) -> bool:
+        """As near as L0s of the same budget are."""
+        limit = 1.0 if self.published.l0_range else L0_FACTOR
+        return self.published.l0_ratio(self.own.l0) <= limit
+
+    @property
+    def verdict(self) -> str:
+        """COMPARABLE, or everything that stands in the way."""
+        theirs = "40 to 200" if self.published.l0 is None else f"{self.published.l0:.1f}"
+        l0 = [] if self.has_same_l0 else [f"L0 {self.own.l0:.1f}, theirs {theirs}"]
+        return "; ".join([*self.reasons, *l0]) or COMPARABLE
 
 
 @lru_cache(maxsize=1)
@@ -176,26 +190,21 @@ def of_place(protocol: RunProtocol) -> list[PublishedScore]:
 
 
 def matches(own: Iterable[OwnScore], protocol: RunProtocol) -> list[Match]:
-    """Published SAEs of the run's model, hook and widths beside the run's nearest scores.
+    """Each of the run's scores beside the published ones of its model, hook, width and metric.
 
-    For each metric and architecture, the published SAE of the nearest L0 to each of the run's scores: of several, the
-    PER_KIND nearest. Scores of single SAEs go before means, and those of the run's version before others.
+    Of each architecture the SAE of the nearest L0. Scores of single SAEs go before means, and those of the run's
+    version before others.
     """
-    kept: dict[tuple[Any, ...], dict[PublishedScore, Match]] = {}
-    scores = of_place(protocol)
+    found, here = list[Match](), of_place(protocol)
     for score in own:
-        candidates = [s for s in scores if (s.eval, s.metric, s.d_sae) == (score.eval, score.metric, score.d_sae)]
+        candidates = [s for s in here if (s.eval, s.metric, s.d_sae) == (score.eval, score.metric, score.d_sae)]
         for architecture in dict.fromkeys(s.architecture for s in candidates):
-            kind = [s for s in candidates if s.architecture == architecture]
-            nearest = min(_preferred(kind, protocol), key=partial(_ratio, score.l0))
-            if not math.isfinite(nearest.l0_ratio(score.l0)):
-                continue  # one of the two has no L0
-            match = Match(nearest, score, verdict(nearest, score, protocol))
-            row = kept.setdefault((score.eval, score.metric, score.d_sae, architecture), {})
-            if nearest not in row or _distance(match) < _distance(row[nearest]):
-                row[nearest] = match
-    kept_matches = [m for row in kept.values() for m in sorted(row.values(), key=_distance)[:PER_KIND]]
-    return sorted(kept_matches, key=_order)
+            kind = _preferred([s for s in candidates if s.architecture == architecture], protocol)
+            nearest = min(kind, key=partial(_ratio, score.l0))
+            # One of the two may have no L0.
+            if math.isfinite(nearest.l0_ratio(score.l0)):
+                found.append(beside(nearest, score, protocol))
+    return sorted(found, key=_order)
 
 
 def _preferred(kind: list[PublishedScore], protocol: RunProtocol) -> list[PublishedScore]:
@@ -207,24 +216,20 @@ def _ratio(l0: float, score: PublishedScore) -> float:
     return score.l0_ratio(l0)
 
 
-def _distance(match: Match) -> tuple[bool, float]:
-    return match.verdict != COMPARABLE, match.published.l0_ratio(match.own.l0)
-
-
 def _order(match: Match) -> tuple[Any, ...]:
-    score = match.published
-    return score.eval, score.metric, score.d_sae, score.l0 or math.inf, score.architecture
+    score = match.own
+    return score.eval, score.metric, score.d_sae, score.l0, score.dictionary, score.view, match.published.architecture
 
 
-def verdict(published: PublishedScore, own: OwnScore, protocol: RunProtocol) -> str:
-    """COMPARABLE, or everything that stands in the way."""
-    reasons = [
+def beside(published: PublishedScore, own: OwnScore, protocol: RunProtocol) -> Match:
+    """The two, and what stands in the way of comparing them."""
+    reasons = (
         *_of_settings(published.eval, protocol),
         *_of_version(published, protocol),
-        *_of_scores(published, own, protocol),
+        *_of_signs(own, protocol),
         *([] if protocol.prepend_bos else ["contexts without a BOS, theirs with one"]),
-    ]
-    return "; ".join(reasons) or COMPARABLE
+    )
+    return Match(published, own, reasons)
 
 
 def _of_settings(eval_name: str, protocol: RunProtocol) -> list[str]:
@@ -253,12 +258,8 @@ def _of_version(published: PublishedScore, protocol: RunProtocol) -> list[str]:
     return []
 
 
-def _of_scores(published: PublishedScore, own: OwnScore, protocol: RunProtocol) -> list[str]:
-    reasons = []
+def _of_signs(own: OwnScore, protocol: RunProtocol) -> list[str]:
     section = protocol.evals.get(own.eval)
     if own.view == "signed" and section is not None and section.reads_signs:
-        reasons.append(f"signed codes, of which {own.eval} reads the positive part only")
-    if published.l0_ratio(own.l0) > (1.0 if published.l0_range else L0_FACTOR):
-        theirs = f"{published.l0:.1f}" if published.l0 is not None else "40 to 200"
-        reasons.append(f"L0 {own.l0:.1f}, theirs {theirs}")
-    return reasons
+        return [f"signed codes, of which {own.eval} reads the positive part only"]
+    return []

@@ -1,11 +1,16 @@
 """Published scores beside a run's own: a table by itself, so nothing measured elsewhere takes part in its ranks."""
 
+import math
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+
 import pandas as pd
 
 from ksvd_sae.report import scores, tables
-from ksvd_sae.report.headline import HEADLINES
+from ksvd_sae.report.headline import HEADLINES, TRAINING, UNKNOWN, count_text
 from ksvd_sae.report.published.scores import (
     COMPARABLE,
+    L0_FACTOR,
     SOURCES,
     Match,
     OwnScore,
@@ -18,9 +23,11 @@ from ksvd_sae.report.sections import Section
 from ksvd_sae.run.config import RunConfig, TextRunConfig
 
 TITLE = "Published scores"
-HEADS = ("published SAE", "d_sae", "L0", "score of", "published", "nearest of ours", "ours", "comparable?")
-# Columns of numbers.
-NUMBERS = frozenset({"d_sae", "published", "ours"})
+# Before a column for each architecture.
+HEADS = ("score of", "d_sae", "ours", "samples seen", "L0", "score")
+NUMBERS = frozenset({"d_sae", "samples seen", "L0", "score"})
+FAR = "†"
+_SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def published_section(
@@ -64,14 +71,31 @@ def published_section(
     if not comparisons:
         widths = ", ".join(f"{width:,}" for width in sorted({s.d_sae for s in here if s.l0 or s.l0_range}))
         return f"No published scores to compare with: published SAEs of this model and hook have {widths} latents."
+    architectures = sorted({match.published.architecture for match in comparisons})
+    marks = _marks(comparisons)
     lead = (
-        "SAEs that SAEBench published (trained on 500M tokens), of as many latents as ours and the nearest L0, beside "
-        "the nearest of ours. They were not measured here and take part in no ranking above. "
-        f"Of {len(comparisons)} scores {sum(m.verdict == COMPARABLE for m in comparisons)} were measured as ours were; "
-        "the last column says what stands in the way of the others."
+        "Each score of ours beside those of the SAEs that SAEBench published, of as many latents: of each architecture "
+        "the one of the nearest L0, and its L0. They were not measured here and take part in no ranking above. "
+        f"Of {len(comparisons)} values {sum(m.verdict == COMPARABLE for m in comparisons)} have no mark: they were "
+        "measured as ours were. Theirs saw 500M tokens in training, ours what the table says. Explained variance is "
+        "left out: published values are by an older formula (SAEBench issue 76)."
     )
-    names = [f"{SOURCES[name]}; SAEBench {_versions(comparisons, name)}" for name in _files(comparisons)]
-    return Section(TITLE, "published", lead, HEADS, NUMBERS, [_row(match) for match in comparisons], names)
+    far = [f"{FAR} L0s further apart than a factor of {L0_FACTOR}, or outside of what a mean is over"]
+    notes = far if not all(match.has_same_l0 for match in comparisons) else []
+    notes += [f"{mark} {reason}" for reason, mark in marks.items()]
+    notes += [f"{SOURCES[name]}; SAEBench {_versions(comparisons, name)}" for name in _files(comparisons)]
+    seen = _samples_seen(frame)
+    rows = [
+        _row(score, seen, {match.published.architecture: match for match in of_score}, architectures, marks)
+        for score, of_score in groupby(comparisons, key=lambda match: match.own)
+    ]
+    return Section(TITLE, "published", lead, (*HEADS, *architectures), NUMBERS, rows, notes)
+
+
+def _marks(comparisons: Iterable[Match]) -> dict[str, str]:
+    """What stands in the way, beside L0s: reason -> its mark."""
+    reasons = dict.fromkeys(reason for match in comparisons for reason in match.reasons)
+    return {reason: str(number).translate(_SUPERSCRIPTS) for number, reason in enumerate(reasons, 1)}
 
 
 def _files(comparisons: list[Match]) -> list[str]:
@@ -83,9 +107,12 @@ def _versions(comparisons: list[Match], name: str) -> str:
 
 
 def _own_scores(frame: pd.DataFrame, controls: frozenset[str]) -> list[OwnScore]:
+    """Means over seeds."""
     typed = scores.typed_frame(frame)
     table = tables.summary(frame)
     l0 = {(row["dictionary"], row["view"]): float(row["L0"]) for row in table.to_dict("records")}
+    scored = typed[typed["value"].notna() & typed["d_sae"].notna() & ~typed["dictionary"].isin(controls)]
+    means = scored.groupby(["dictionary", "view", "d_sae", "eval", "metric"], sort=False)["value"].mean().reset_index()
     return [
         OwnScore(
             row["dictionary"],
@@ -96,23 +123,39 @@ def _own_scores(frame: pd.DataFrame, controls: frozenset[str]) -> list[OwnScore]
             row["metric"],
             float(row["value"]),
         )
-        for row in typed[typed["value"].notna() & typed["d_sae"].notna()].to_dict("records")
-        if row["dictionary"] not in controls and (row["dictionary"], row["view"]) in l0
+        for row in means.to_dict("records")
+        if (row["dictionary"], row["view"]) in l0
     ]
 
 
-def _row(match: Match) -> list[str]:
-    theirs, ours = match.published, match.own
-    l0 = f"{theirs.l0:.1f}" if theirs.l0 is not None else "mean over 40–200"
+def _samples_seen(frame: pd.DataFrame) -> dict[str, float]:
+    typed = scores.typed_frame(frame)
+    rows = typed[(typed["eval"] == TRAINING.eval) & (typed["metric"] == TRAINING.metric)]
+    return {str(name): float(seen) for name, seen in rows.groupby("dictionary")["value"].mean().items()}
+
+
+def _row(
+    own: OwnScore,
+    seen: Mapping[str, float],
+    matches: Mapping[str, Match],
+    architectures: list[str],
+    marks: Mapping[str, str],
+) -> list[str]:
     labels = {(h.eval, h.metric): h.label for h in HEADLINES if h.minus is None}
-    score = labels.get((theirs.eval, theirs.metric), f"{theirs.eval}: {theirs.metric}")
+    samples = seen.get(own.dictionary, math.nan)
     return [
-        theirs.architecture if theirs.trainer is None else f"{theirs.architecture}, trainer {theirs.trainer}",
-        f"{theirs.d_sae}",
-        l0,
-        score,
-        f"{theirs.value:.4f}",
-        f"{ours.dictionary} ({ours.view}, L0 {ours.l0:.1f})",
-        f"{ours.value:.4f}",
-        match.verdict,
+        labels.get((own.eval, own.metric), f"{own.eval}: {own.metric}"),
+        f"{own.d_sae}",
+        f"{own.dictionary} ({own.view})",
+        count_text(samples) if math.isfinite(samples) else UNKNOWN,
+        f"{own.l0:.1f}",
+        f"{own.value:.4f}",
+        *(_cell(matches[name], marks) if name in matches else "–" for name in architectures),
     ]
+
+
+def _cell(match: Match, marks: Mapping[str, str]) -> str:
+    theirs = match.published
+    l0 = "40–200" if theirs.l0 is None else f"{theirs.l0:.1f}"
+    stand = ([] if match.has_same_l0 else [FAR]) + [marks[reason] for reason in match.reasons]
+    return " ".join([f"{theirs.value:.4f} at {l0}", *stand])

@@ -1,4 +1,4 @@
-"""The memory that a call needs on top of what was there before it.
+"""The memory that a call needs on top of what was there before it, and what there is.
 
 CPU: growth of the resident set. Before the call, freed memory is given back to the system (glibc's ``malloc_trim``:
 else the call could hide in it) and the kernel's mark of the peak is reset (5 written to ``/proc/self/clear_refs``);
@@ -16,9 +16,12 @@ from typing import TypeVar
 
 import torch
 
+from ksvd_sae.device import memory_bytes
+
 _T = TypeVar("_T")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
+_MEMINFO = Path("/proc/meminfo")
 
 
 def peak_growth(call: Callable[[], _T], device: torch.device) -> tuple[_T, float | None]:
@@ -36,6 +39,22 @@ def peak_growth(call: Callable[[], _T], device: torch.device) -> tuple[_T, float
     before_kib = _status_kib("VmRSS")
     result = call()
     return result, max(0, _status_kib("VmHWM") - before_kib) / 2**10
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be had of a GPU's memory; for other devices of the machine's, or of this process' part of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    most = memory_bytes(device)
+    if not _MEMINFO.is_file():
+        return most
+    (kib,) = (line.split()[1] for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable"))
+    return min(most, int(kib) << 10)
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now, mapped files included; 0 where Linux does not say."""
+    return _status_kib("VmRSS") << 10 if _STATUS.is_file() else 0
 
 
 def _give_back_freed() -> None:
