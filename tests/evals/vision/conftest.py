@@ -52,6 +52,8 @@ def heldout_of(folder: Path, x_IPD: Tensor, labels: list[str | None]) -> Heldout
     write_harvest(folder, {"made": "by hand"}, [x_ND], [shuffled[:500], shuffled[500:]])
     save_file({PLACES: place_N}, folder / PLACES_FILE)
     manifest = json.loads((folder / MANIFEST).read_text())
+    # Of what it said before.
+    del manifest["checksum"]
     manifest["grid"] = {"rows": ROWS, "columns": COLUMNS, "others": 0}
     manifest["parts"]["heldout"] |= {"n_images": len(x_IPD), "places_sha256": file_sha256(folder / PLACES_FILE)}
     write_json(folder / MANIFEST, manifest)
