@@ -86,6 +86,7 @@ def _stage(
 def plan(
     config: ConfigArgument,
     overrides: SetOption = None,
+    cells: CellsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
@@ -106,7 +107,7 @@ def plan(
             _out.print(plan_table(made))
         made.check()
 
-    _stage(config, overrides, results, verbose, steps)
+    _stage(config, overrides, results, verbose, steps, cells)
 
 
 @app.command(epilog="Example: ksvd-sae harvest demo")

@@ -209,7 +209,7 @@ def test_wrong_value(tmp_path: Path, key: str, value: Any, expected: list[str]) 
         assert part in message
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "run"])
+@pytest.mark.parametrize("command", ["plan", "train", "evaluate", "compare", "run"])
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [("k=5", "no dictionary of this config has k=5"), ("n=4", "keys: dictionary, m, k"), ("k", "e.g. --cells m=")],
