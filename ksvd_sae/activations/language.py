@@ -123,8 +123,12 @@ def load_model(config: ModelConfig, device: torch.device) -> "AnyModel":
 def load_as(load: "Callable[..., HookedTransformer]", own: OwnWeights | None, name: str, **options: Any) -> "AnyModel":
     """What ``load``, TransformerLens' from_pretrained, makes of a name or of weights beside it; of a name that it does
     not know, a bridge to the model of transformers. Raises: as they do."""
-    if has_hooked(name):
+    try:
         return load(name, **options) if own is None else own.hooked(load, name, **options)
+    # Of a name that it does not know; it looks there before it loads anything.
+    except ValueError:
+        if has_hooked(name):
+            raise
     from transformer_lens.model_bridge import TransformerBridge
 
     logger.info("TransformerLens has no model of its own named %r: a bridge to that of transformers", name)
