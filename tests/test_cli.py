@@ -35,6 +35,7 @@ from tests.tiny_hub import dictionary_learning_files, new_sessions, offline_hub,
 from tests.tiny_saes import tiny_topk_sae
 
 COMMANDS = (
+    "plan",
     "harvest",
     "train",
     "evaluate",
