@@ -23,7 +23,7 @@ from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ksvd_sae import RunConfig
+from ksvd_sae.run.config import ImageRunConfig, TextRunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)")
@@ -80,12 +80,14 @@ def config_keys() -> str:
     """Every key that a run's YAML may have, a table for each mapping in it."""
     out = []
     kinds_begun = False
-    for path, model in _mappings(RunConfig):
+    seen = set[type]()
+    for path, model in [pair for run in (TextRunConfig, ImageRunConfig) for pair in _mappings(run, seen=seen)]:
         kind = _kind(model)
         if kind is not None and not kinds_begun:
             out += ["## `dictionaries`", "A mapping of names to dictionaries, each of one of these kinds."]
             kinds_begun = True
-        title = f"`kind: {kind}`" if kind else f"`{path}`" if path else "A run"
+        whole = "A run on text" if model is TextRunConfig else "A run on images"
+        title = f"`kind: {kind}`" if kind else f"`{path}`" if path else whole
         out += [f"{'###' if kind or '.' in path else '##'} {title} {{#{_anchor(model)}}}", inspect.getdoc(model) or ""]
         fields = {name: field for name, field in model.model_fields.items() if name != "kind" or kind is None}
         rows = [

@@ -10,6 +10,7 @@
     ├── WeightingError         second moments that give no invertible map (also a ValueError)
     ├── NotFittedError         encode before fit (also a ValueError, and an AttributeError as in scikit-learn)
     ├── TextError              text that is missing, empty or too short
+    ├── ImageError             images that are missing, broken or too few
     ├── HookError              a hook name that the model lacks
     ├── ActivationError        NaN, infinite or drifting activations
     │   └── ConstantSamplesError   samples that are all the same
@@ -79,6 +80,9 @@ class NotFittedError(KsvdSaeError, ValueError, AttributeError): ...
 
 
 class TextError(KsvdSaeError): ...
+
+
+class ImageError(KsvdSaeError): ...
 
 
 class HookError(KsvdSaeError): ...

@@ -180,7 +180,7 @@ def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int
 
 def pythia_160m(home: Path) -> Path:
     """A tiny GPT-NeoX under the name EleutherAI/pythia-160m-deduped in the HF_HOME ``home``; returns its snapshot."""
-    snapshot = _snapshot(home, PYTHIA)
+    snapshot = snapshot_of(home, PYTHIA)
     neox_model().save_pretrained(snapshot)
     byte_pair_tokenizer().save_pretrained(snapshot)
     return snapshot
@@ -219,7 +219,7 @@ def small_gemma_2_2b(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return {**found, **sizes, "attn_types": found["attn_types"][:n_layers]} if model_name == GEMMA_2 else found
 
     monkeypatch.setattr(loading_from_pretrained, "convert_hf_model_config", smaller)
-    snapshot = _snapshot(home, GEMMA_2)
+    snapshot = snapshot_of(home, GEMMA_2)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Gemma2ForCausalLM(config).eval().save_pretrained(snapshot)
@@ -261,7 +261,7 @@ def gemma_2_2b(home: Path) -> Path:
     from safetensors.torch import save_file
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    snapshot = _snapshot(home, GEMMA_2)
+    snapshot = snapshot_of(home, GEMMA_2)
     config = Gemma2Config(dtype="bfloat16", architectures=["Gemma2ForCausalLM"])
     with torch.device("meta"):
         shapes = {
@@ -299,7 +299,7 @@ def gemma_2_2b(home: Path) -> Path:
     return snapshot
 
 
-def _snapshot(home: Path, name: str) -> Path:
+def snapshot_of(home: Path, name: str) -> Path:
     """Folder of the one revision of a model in the Hub's cache layout."""
     model = home / "hub" / f"models--{name.replace('/', '--')}"
     (model / "refs").mkdir(parents=True)

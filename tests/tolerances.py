@@ -126,6 +126,10 @@ PERFECT_FVU = 1e-9
 # TransformerLens against transformers: nine blocks of float32 sums in another order, as a fraction of the
 # largest activation (7e-7 measured).
 HOOK_AGAINST_TRANSFORMERS = 1e-5
+# The same blocks of transformers' in float32, but for how many there are behind.
+SAME_FORWARD_PASS = {"rtol": 1e-5, "atol": 1e-5}
+# A score of float32 sums against one of float64 sums.
+FLOAT32_SCORE = {"rel": 1e-4, "abs": 1e-6}
 # float64 sums in another order, as a fraction of the statistic.
 STREAMED_STATISTICS = 1e-10
 # Gradients by two orders of the same sums, through up to ten blocks, as a fraction of the largest gradient (1e-8 and

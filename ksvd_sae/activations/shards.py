@@ -45,6 +45,7 @@ def finish(
     outlier_limit: float | None,
     seconds: float,
     prepend_bos: bool = True,
+    **facts: Any,
 ) -> None:
     """Write what makes parts of shards a harvest: statistics of the training part, and the manifest.
 
@@ -52,6 +53,7 @@ def finish(
         parts: 'train' and 'heldout', each with n_samples, outliers and the shards' entries.
         outlier_limit: norm above which samples were left out; None: none were.
         prepend_bos: whether contexts began with a BOS.
+        facts: what else the manifest says.
     """
     write_statistics(folder / STATISTICS_FILE, statistics)
     write_manifest(
@@ -69,6 +71,7 @@ def finish(
         },
         prepend_bos=prepend_bos,
         seconds=round(seconds, 1),
+        **facts,
     )
 
 
@@ -207,6 +210,10 @@ class ActivationShards:
     def tensor(self) -> Tensor:
         """The whole part as one (N, d_in) float32 tensor."""
         return next(self.batches(self.n_samples))
+
+    def read_shards(self) -> list[Tensor]:
+        """Every shard, mapped: rows are read from disk as they are gathered."""
+        return [self.read_shard(index) for index in range(len(self._entries))]
 
     def read_shard(self, index: int) -> Tensor:
         """One shard as stored.

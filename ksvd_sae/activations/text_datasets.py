@@ -5,7 +5,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from itertools import chain
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.activations.documents import Document, document
-from ksvd_sae.errors import HubError, TextError
+from ksvd_sae.errors import HubError, ImageError, TextError
 from ksvd_sae.store import file_sha256
 
 # Names that datasets takes for a format, of files that data_files names: without any, it reads what lies around.
@@ -25,32 +25,41 @@ _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"
 class HubDataset:
     """A data set as ``datasets.load_dataset`` names it.
 
-    options: config (as 'name'), revision and data_files, where they are given.
+    options: config (as 'name'), revision and data_files, where they are given. section: of the config that names it.
     """
 
     name: str
     split: str
     streaming: bool
     options: dict[str, Any]
+    section: str = "text"
 
     def documents(self, column: str) -> Iterator[Document]:
         """Texts of its rows, in its order; rows whose text is null or missing are no documents.
 
-        Raises: HubError (not reachable, no such data set, configuration, split, revision or file), TextError (no such
-            column, no rows).
+        Raises: as ``rows``.
         """
-        rows = iter(self._rows())
+        return _documents(self.rows(column), column, f"data set {self.name!r}")
+
+    def rows(self, column: str, prepared: Callable[[Any], Any] | None = None) -> Iterator[dict[str, Any]]:
+        """Its rows, which have the column. Args: prepared: gives what is to be iterated over in the data set's place.
+
+        Raises: HubError (not reachable, no such data set, configuration, split, revision or file), TextError or
+            ImageError (no such column, no rows).
+        """
+        rows = iter(self._rows(prepared))
         first = self._next(rows)
+        error = ImageError if self.section == "images" else TextError
         if first is None:
-            raise TextError(f"data set {self.name!r}, split {self.split!r}: empty")
+            raise error(f"data set {self.name!r}, split {self.split!r}: empty")
         if column not in first:
-            raise TextError(
+            raise error(
                 f"data set {self.name!r}: no column {column!r}",
                 got=", ".join(first),
-                cause="the text has another name there",
-                cure="set text.column to one of them",
+                cause=f"the {self.section.removesuffix('s')} has another name there",
+                cure=f"set {self.section}.column to one of them",
             )
-        return _documents(chain([first], iter(lambda: self._next(rows), None)), column, f"data set {self.name!r}")
+        return chain([first], iter(lambda: self._next(rows), None))
 
     def content_hash(self) -> str | None:
         """Hash of files on this machine that are named by their format; None for what lies elsewhere."""
@@ -68,7 +77,7 @@ class HubDataset:
     def _page(self) -> str:
         return f"huggingface.co/datasets/{self.name}"
 
-    def _rows(self) -> Iterable[dict[str, Any]]:
+    def _rows(self, prepared: Callable[[Any], Any] | None) -> Iterable[dict[str, Any]]:
         import datasets
 
         options = dict(self.options)
@@ -78,10 +87,8 @@ class HubDataset:
         if "revision" in options:
             self._require_revision(options)
         try:
-            rows: Iterable[dict[str, Any]] = datasets.load_dataset(
-                self.name, split=self.split, streaming=self.streaming, **options
-            )
-            return rows
+            rows = datasets.load_dataset(self.name, split=self.split, streaming=self.streaming, **options)
+            return rows if prepared is None else prepared(rows)
         # datasets raises many types for one cause, and one type for many.
         except Exception as error:
             raise self._error("loading", error) from error
@@ -94,8 +101,8 @@ class HubDataset:
         if Path(self.name).is_dir() or self.name in FORMATS:
             raise TextError(
                 f"data set {self.name!r}: files on this machine have no revisions",
-                got=f"text.revision: {wanted}",
-                cure="leave text.revision out",
+                got=f"{self.section}.revision: {wanted}",
+                cure=f"leave {self.section}.revision out",
             )
         try:
             builder = datasets.load_dataset_builder(self.name, **options)
@@ -106,7 +113,7 @@ class HubDataset:
                 f"loading data set {self.name!r}: no revision {wanted!r}",
                 got=f"another in the cache: {builder.hash}",
                 cause="a misspelt revision; or no network, and the cache has another",
-                cure=f"set text.revision to a commit, branch or tag of {self._page}/commits/main",
+                cure=f"set {self.section}.revision to a commit, branch or tag of {self._page}/commits/main",
             )
 
     def _next(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
@@ -135,42 +142,43 @@ class HubDataset:
         """Limit, cause and cure."""
         lists = re.findall(r"\[([^\[\]]*)\]", said)
         there = lists[-1] if lists else None
-        page = self._page
+        page, section = self._page, self.section
         if "Config name is missing" in said:
-            return there, "the data set has several configurations", "set text.config to one of them"
+            return there, "the data set has several configurations", f"set {section}.config to one of them"
         if "BuilderConfig" in said and "not found" in said:
-            return there, "the data set has no such configuration", "set text.config to one that it has"
+            return there, "the data set has no such configuration", f"set {section}.config to one that it has"
         if "Bad split" in said or "Unknown split" in said:
             if "[" in self.split and self.streaming:
-                return there, "a part of a split, which streaming does not give", "set text.streaming: false"
-            return there, "the data set has no such split", "set text.split to one that it has"
+                return there, "a part of a split, which streaming does not give", f"set {section}.streaming: false"
+            return there, "the data set has no such split", f"set {section}.split to one that it has"
         if "custom code" in said or "trust_remote_code" in said or "scripts are no longer supported" in said:
-            cure = "try text.revision: refs/convert/parquet, where the Hub keeps a copy without code of many data sets"
+            cure = f"try {section}.revision: refs/convert/parquet, the Hub's copy without code of many data sets"
             return None, "the data set is a program, and programs of data sets are never run", cure
         if "gated dataset" in said or "must be authenticated" in said:
             return None, "a gated data set", f"accept its terms at {page}, then run `hf auth login`"
         if "Revision" in said and "exist" in said:
-            return None, "no such revision", f"set text.revision to a commit, branch or tag of {page}/commits/main"
+            return None, "no such revision", f"set {section}.revision to a commit, branch or tag of {page}/commits/main"
         if "doesn't exist on the Hub" in said:
             cure = "look for it on huggingface.co/datasets; run `hf auth login` for a private one"
             return None, "a misspelt name, or a private data set", cure
         if isinstance(error, (ConnectionError, TimeoutError)) or _is_of_network(error):
             cause = "no network, or HF_HUB_OFFLINE=1, and no copy in the Hub's cache"
-            cure = "check with `ksvd-sae doctor`, and run again: what is there is kept; for local text use "
-            return None, cause, cure + "text.source: folder"
+            cure = f"check with `ksvd-sae doctor`, and run again: what is there is kept; for local {section} use "
+            return None, cause, cure + f"{section}.source: folder"
         if "Couldn't find cache" in said:
             cause = "no such configuration or file on the Hub; or no network, and the cache has no copy"
-            return None, cause, "mend text.config or text.data_files, or check the network with `ksvd-sae doctor`"
+            cure = f"mend {section}.config or {section}.data_files, or check the network with `ksvd-sae doctor`"
+            return None, cause, cure
         if "data file" in said or "Unable to find" in said or isinstance(error, FileNotFoundError):
             if "data_files" in self.options:
-                return None, "no file of these names there", "set text.data_files to files that are there"
-            return None, "a wrong path, or a folder without data", "set text.dataset to a folder with data files"
+                return None, "no file of these names there", f"set {section}.data_files to files that are there"
+            return None, "a wrong path, or a folder without data", f"set {section}.dataset to a folder with data files"
         if isinstance(error, PermissionError):
             cure = "set HF_HOME to a folder of your own, or let data be read"
             return None, "datasets has no place for its cache, as without a home folder; or data of others", cure
         if isinstance(error, ImportError):
             return None, "a package that this data set's format needs is not installed", "install it"
-        cure = f"look at {page}; for local text use text.source: folder"
+        cure = f"look at {page}; for local {section} use {section}.source: folder"
         return None, "files that datasets cannot read as this data set", cure
 
 

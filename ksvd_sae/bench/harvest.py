@@ -54,9 +54,9 @@ def run(settings: Settings) -> Outcome:
 
     Raises: ConfigError: a hook outside the blocks.
     """
-    from ksvd_sae.run.config import load_config
+    from ksvd_sae.run.config import load_config, on_text
 
-    config = load_config(settings.config)
+    config = on_text(load_config(settings.config), "bench harvest")
     config.model.prepare()
     tokens = settings.samples or (_SMALL_TOKENS if settings.small else _TOKENS)
     sizes = {"train_tokens": tokens, "heldout_tokens": tokens // 8, "shard_tokens": max(1, tokens // 4)}

@@ -144,14 +144,14 @@ def activation_problem(
         atoms_MD, dictionary = learner.atoms_MD, f"db-ksvd, one pass over {n_learn:,} samples"
     else:
         atoms_MD, dictionary = initial_atoms(x_ND - centre_D, m, seed=0), "samples"
-    model = run.config.model
+    model, text = run.config.model, getattr(run.config, "text", None)
     return Problem(
         Shape(IMPORTED if imported else ACTIVATIONS, n, shards.d_in, m, k),
         x_ND - centre_D,
         heldout_ND - centre_D,
         atoms_MD,
         centre_D,
-        f"{model.name} {model.hook}, {run.config.text.dataset or run.config.text.source}",
+        f"{model.name} {model.hook}, {run.config.data_name if text is None else text.dataset or text.source}",
         dictionary,
         trained["topk_sae"].folder if "topk_sae" in trained else None,
     )

@@ -22,6 +22,7 @@ from ksvd_sae.activations.gradients import GradientMoments
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.activations.vision.heldout import HeldoutImages
 from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.llm_cache import TensorCache
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LearnedOn: TypeAlias = "Callable[[ActivationShards, str, Path, Mapping[str, int], int | None], SAE[Any]]"
+Reads: TypeAlias = Literal["activations", "text", "images"]
 # What an eval's ``dataset`` says for the run's own held-out documents.
 HELDOUT_DATA = "heldout"
 # ``Eval.hooks``: the model runs up to the block that the hook is in, or a layer's output is what is read.
@@ -107,13 +109,14 @@ class Panelist:
 class Heldout:
     """The part of a run's text that no dictionary has learned from.
 
-    name: as a data set. shards: its activations. reader: loads the model. gradient_moments: of the training part; None
-    where none were collected. gradients_hash: of how they were; None where none were.
+    name: as a data set. shards: its activations. reader: loads the language model; None where a vision model gave them.
+    gradient_moments: of the training part; None where none were collected. gradients_hash: of how they were; None where
+    none were.
     """
 
     name: str
     shards: ActivationShards
-    reader: Callable[[], ActivationReader]
+    reader: Callable[[], ActivationReader] | None
     gradient_moments: Callable[[], GradientMoments] | None = None
     gradients_hash: str | None = None
 
@@ -121,6 +124,16 @@ class Heldout:
     def documents(self) -> Path:
         """JSONL with the documents under 'text'."""
         return self.shards.folder / HELDOUT_DOCUMENTS
+
+    @cached_property
+    def images(self) -> HeldoutImages:
+        """Of a run on images."""
+        return HeldoutImages(self.shards)
+
+    def loaded_reader(self) -> ActivationReader:
+        """The language model, loaded. Of a run on text."""
+        assert self.reader is not None, "evals of text are refused for runs on images"
+        return self.reader()
 
     @property
     def harvest_hash(self) -> str:
@@ -236,6 +249,8 @@ class Eval(Strict, ABC):
         ours: it writes results of our own, not SAEBench's.
         at_once: it is cheap, and runs on each dictionary as soon as that is there.
         loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
+        reads: what it takes from a run beside dictionaries: activations alone, or the text or images that they are of.
+        needs_labels: it needs the images' classes.
         hooks: names of the hooks that it can be had at, as a pattern.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
         published: settings, by their names here, that its published scores were made with; None: none are published.
@@ -250,6 +265,8 @@ class Eval(Strict, ABC):
     ours: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
     loads_own_model: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "text"
+    needs_labels: ClassVar[bool] = False
     hooks: ClassVar[str] = ".*"
     reads_signs: ClassVar[bool] = False
     published: ClassVar[Mapping[str, JsonValue] | None] = None

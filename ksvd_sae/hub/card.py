@@ -108,7 +108,7 @@ def _training(entries: list[Entry]) -> Iterator[dict[str, Any]]:
 
 
 def _harvest(finished: FinishedRun) -> dict[str, Any]:
-    config, shards = finished.run.config, finished.run.shards()
+    config, shards = finished.config, finished.run.shards()
     parts = shards.manifest["parts"]["train"]
     return {
         "text": markdown_text(config.text.name),

@@ -18,7 +18,7 @@ from ksvd_sae.hub.stock import Stock, by_matching_pursuit
 from ksvd_sae.methods.base import KeptAsDictionary, KeptAsSAE, Method
 from ksvd_sae.report.scores import read_csv
 from ksvd_sae.report.tables import cells, intervals, summary
-from ksvd_sae.run.config import load_config, view_name
+from ksvd_sae.run.config import TextRunConfig, load_config, view_name
 from ksvd_sae.run.pipeline import EVALUATE_STAGE, TRAIN_STAGE, Run
 from ksvd_sae.run.trained import TrainedDictionary
 from ksvd_sae.sae import sae_from_dictionary
@@ -65,7 +65,13 @@ class FinishedRun:
     @classmethod
     def open(cls, folder: Path) -> "FinishedRun":
         """Raises: ConfigError, ManifestError: trainings that are not there, or not those that were scored."""
-        finished = cls(Run(load_config(folder / "config.yaml"), folder.parent), folder)
+        config = load_config(folder / "config.yaml")
+        if not isinstance(config, TextRunConfig):
+            raise ConfigError(
+                f"publishing {folder}: a run on images, of which there is no model card",
+                cure="publish its dictionaries one by one, from the folders that `ksvd-sae train` names",
+            )
+        finished = cls(Run(config, folder.parent), folder)
         scored = {label: known[0] for label, known in finished.manifest["key"]["dictionaries"].items()}
         stale = [t.label for t in finished.trained if t.manifest["hash"] != scored.get(t.label)]
         if stale:
@@ -83,9 +89,15 @@ class FinishedRun:
         return read_manifest(self.folder, EVALUATE_STAGE)
 
     @property
+    def config(self) -> TextRunConfig:
+        config = self.run.config
+        assert isinstance(config, TextRunConfig)
+        return config
+
+    @property
     def dataset(self) -> str | None:
         """The text's name on the Hub; None where it is not from there: nobody else has the path of a local one."""
-        text = self.run.config.text
+        text = self.config.text
         named = text.source == "hub" and text.dataset not in FORMATS and _DATASET.fullmatch(str(text.dataset))
         return text.dataset if named and not Path(str(text.dataset)).exists() else None
 
@@ -230,7 +242,7 @@ def _for_saelens_alone(first: Entry, trained: TrainedDictionary, view: str, stoc
 
 def metadata_of_run(finished: FinishedRun, trained: TrainedDictionary) -> dict[str, Any]:
     """What ``cfg.metadata`` says of a run's dictionary, by SAELens' names where it has some."""
-    config, setting = finished.run.config, finished.run.setting(trained.method)
+    config, setting = finished.config, finished.run.setting(trained.method)
     return {
         "model_name": config.model.name,
         **setting.of_weights,

@@ -73,7 +73,7 @@ def _write_dashboards(entry: Entry, finished: FinishedRun, folder: Path) -> None
     if found["format"] < 2:
         logger.warning("%s: no dashboards for Neuronpedia: its atoms in context are of an older version", entry.name)
         return
-    config = finished.run.config
+    config = finished.config
     dataset = finished.dataset or config.text.name
     batch = neuronpedia.dashboards(found, config.model.name, entry.hook, entry.name, entry.view, dataset)
     if batch is not None:

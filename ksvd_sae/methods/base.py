@@ -16,8 +16,8 @@ from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
 from typing_extensions import Self
 
-from ksvd_sae.activations.gradients import GradientMoments
-from ksvd_sae.activations.harvest import HarvestConfig
+from ksvd_sae.activations.collecting import CollectingConfig
+from ksvd_sae.activations.gradients import GradientConfig, GradientMoments
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.dictionary import Dictionary
@@ -286,13 +286,13 @@ class Method(Strict, ABC):
         """About how many numbers training holds: one try tells the memory of another size."""
         return float(self.batch(1 << 62) * d_in + (self.size or d_in) * d_in)
 
-    def check(self, harvest: HarvestConfig) -> None:
+    def check(self, harvest: CollectingConfig) -> None:
         """Raise ValueError where the options do not fit each other or what is harvested."""
-        if self.metric.needs_gradients and not harvest.gradient_tokens:
-            raise ValueError(
-                f"weighting {self.metric.kind!r} needs gradients; set harvest.gradient_tokens "
-                "(ten times d_in is plenty), or use weighting 'std'"
-            )
+        if self.metric.needs_gradients and not harvest.has_gradients:
+            cure = "set harvest.gradient_tokens (ten times d_in is plenty), or use weighting 'std'"
+            if not isinstance(harvest, GradientConfig):
+                cure = "a model of images has no loss to take them of; use weighting 'std'"
+            raise ValueError(f"weighting {self.metric.kind!r} needs gradients; {cure}")
         if self.size is None:
             return
         if (self.budget or 0) > self.size:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import Field, JsonValue, model_validator
 from typing_extensions import Self
 
-from ksvd_sae.activations.harvest import HarvestConfig
+from ksvd_sae.activations.collecting import CollectingConfig
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.learning.backends import coder_backend
 from ksvd_sae.learning.coding import Coding
@@ -130,7 +130,7 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
         of_a_sample = self.n_atoms * (2 * d_in + self.k)
         return n_samples * (of_a_sample + 2 * self.n_atoms**2 * d_in / self.batch(n_samples))
 
-    def check(self, harvest: HarvestConfig) -> None:
+    def check(self, harvest: CollectingConfig) -> None:
         super().check(harvest)
         if (self.train_k or 0) > self.k:
             raise ValueError(f"train_k = {self.train_k} is above k = {self.k}; learn with as many atoms or fewer")

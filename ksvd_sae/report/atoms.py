@@ -1,4 +1,4 @@
-"""Atoms in context as the page shows them: ``evaluation/examples.py``'s files as pieces of text, each with a strength.
+"""Atoms as the page shows them: in context, texts in pieces, each with a strength; or on images, as pictures.
 
 Blanks that would not be seen get a sign, and so does what would change how the text around it is drawn.
 """
@@ -71,13 +71,22 @@ class Side:
 
 
 @dataclass(frozen=True)
+class PicturedSide:
+    """The images with the strongest codes of one sign, side by side. captions: of each, with its value."""
+
+    heading: str
+    data_uri: str
+    captions: list[str]
+
+
+@dataclass(frozen=True)
 class Atom:
     """One atom: its index, what is known of it, the logit lens' tokens, and its sides."""
 
     index: int
     facts: list[tuple[str, str]]
     lens: list[tuple[str, list[str]]]
-    sides: list[Side]
+    sides: list[Side] | list[PicturedSide]
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class DictionaryAtoms:
     anchor: str
     summary: str
     strata: list[tuple[str, str, list[Atom]]]
+    on_images: bool = False
 
 
 def read_examples(files: Mapping[str, Path]) -> list[DictionaryAtoms]:
@@ -111,28 +121,49 @@ def read_examples(files: Mapping[str, Path]) -> list[DictionaryAtoms]:
 
 def dictionary_atoms(name: str, result: Mapping[str, Any]) -> DictionaryAtoms:
     """What the page shows of one dictionary's file."""
-    n_dead, shown = result["n_dead"], result["atoms"]
+    n_dead, shown, on_images = result["n_dead"], result["atoms"], "n_images" in result
+    token, whole = ("patches", "images") if on_images else ("tokens", "documents")
     summary = (
         f"{len(shown):,} of {result['n_atoms']:,} atoms · {f'{n_dead:,}' if n_dead else 'none'} unused on "
-        f"{result['n_tokens']:,} tokens of {result['n_documents']:,} documents"
+        f"{result['n_tokens']:,} {token} of {result[f'n_{whole}']:,} {whole}"
     )
     strata = [
-        (stratum, STRATA[stratum], [_atom(entry) for entry in entries])
+        (stratum, STRATA[stratum], [(_atom_on_images if on_images else _atom)(entry) for entry in entries])
         for stratum, entries in groupby(shown, key=lambda entry: str(entry["stratum"]))
     ]
     # Names may hold what an address cannot; two names never share a hash.
-    return DictionaryAtoms(name, f"atoms-{content_hash(name)}", summary, strata)
+    return DictionaryAtoms(name, f"atoms-{content_hash(name)}", summary, strata, on_images)
 
 
-def _atom(entry: Mapping[str, Any]) -> Atom:
-    nearest, lens = entry["nearest"], entry["logit_lens"]
-    facts = [("fires on", _percent(entry["density"])), ("up to", number(entry["strongest"]))]
+def _facts(entry: Mapping[str, Any], what: str) -> list[tuple[str, str]]:
+    """Args: what: an atom fires on."""
+    nearest = entry["nearest"]
+    facts = [("fires on", _percent(entry["density"], what)), ("up to", number(entry["strongest"]))]
     if nearest is not None:
         # + 0.0: no -0.00.
         cosine = f"{round(nearest['cosine'], 2) + 0.0:.2f}".replace("-", "−")
         facts.append(("nearest", f"atom {nearest['atom']}, cosine {cosine}"))
-    signed = "negative" in entry
-    headings = {"positive": "Strongest positive" if signed else "Strongest", "negative": "Strongest negative"}
+    return facts
+
+
+def _headings(entry: Mapping[str, Any]) -> dict[str, str]:
+    positive = "Strongest positive" if "negative" in entry else "Strongest"
+    return {"positive": positive, "negative": "Strongest negative"}
+
+
+def _atom_on_images(entry: Mapping[str, Any]) -> Atom:
+    sides, signed = list[PicturedSide](), "negative" in entry
+    for name, heading in _headings(entry).items():
+        if (side := entry.get(name)) is not None:
+            values = zip(side["images"], side["values"], strict=True)
+            captions = [f"{image} ({number(value, sign=signed)})" for image, value in values]
+            sides.append(PicturedSide(heading, f"data:image/png;base64,{side['png']}", captions))
+    return Atom(entry["atom"], _facts(entry, "patches"), [], sides)
+
+
+def _atom(entry: Mapping[str, Any]) -> Atom:
+    lens, facts = entry["logit_lens"], _facts(entry, "tokens")
+    signed, headings = "negative" in entry, _headings(entry)
     scales = {
         name: max((abs(e["activations"][e["peak"]]) for e in entry.get(name, [])), default=0.0) for name in headings
     }
@@ -197,6 +228,6 @@ def number(value: float, sign: bool = False) -> str:
     return ("−" if value < 0 else "+" if sign else "") + text
 
 
-def _percent(share: float) -> str:
+def _percent(share: float, what: str) -> str:
     percent = 100 * share
-    return f"{percent:.3g}% of tokens" if percent < 99.95 else "all tokens"
+    return f"{percent:.3g}% of {what}" if percent < 99.95 else f"all {what}"

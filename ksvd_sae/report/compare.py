@@ -18,12 +18,13 @@ from ksvd_sae.report.differences import against_best, verdict_section, write_ver
 from ksvd_sae.report.published.section import published_section
 from ksvd_sae.report.raw import OWN_EVALS, RAW, result_name, write_raw
 from ksvd_sae.report.sections import Section, section_markdown
-from ksvd_sae.run.config import RunConfig, dump_config, view_name
+from ksvd_sae.run.config import RunConfig, TextRunConfig, dump_config, view_name
 from ksvd_sae.run.pipeline import Run, Scores
 from ksvd_sae.run.replicas import replicas
 from ksvd_sae.store import write_json
 
 logger = logging.getLogger(__name__)
+_ONE_SEED = "One training seed: differences of a few thousandths are noise."
 # Anew in each comparison: the figures, and what `ksvd-sae unpack` may have put beside the archive of an earlier one.
 _FOLDERS = ("plots", "saebench", "training", "atoms", *OWN_EVALS)
 
@@ -116,6 +117,8 @@ def comparison_notes(config: RunConfig, split: dict[str, int] | None = None, pre
     other = "other documents"
     if split is not None and split["cut_tokens"]:
         other = f"other text; a document that is cut goes on, {split['gap_tokens']:,} tokens later, in what was learned"
+    if not isinstance(config, TextRunConfig):
+        return _image_notes(config)
     notes = [
         f"Model {config.model.title}, hook {config.model.hook}; dictionaries learned on "
         f"{config.harvest.train_tokens:,} tokens before outliers went, scored on {other}."
@@ -123,11 +126,27 @@ def comparison_notes(config: RunConfig, split: dict[str, int] | None = None, pre
         f"{' BOS and other special tokens are among them.' if config.harvest.keep_special_tokens else ''}",
         "FVU is a reconstruction error, loss recovered is behaviour: the lower error is not always the better "
         "behaviour, so read both.",
-        *([] if len(config.training_seeds) > 1 else ["One training seed: differences of a few thousandths are noise."]),
         "SAEBench counts density, alive latents and l1 of signed codes by their positive part only; L0, density and "
         "dead latents in eval 'heldout' count both signs. SAEBench 0.6's explained_variance is wrong (it subtracts the "
         "squared mean square); use fvu.",
     ]
+    return notes + _common_notes(config)
+
+
+def _image_notes(config: RunConfig) -> list[str]:
+    return [
+        f"Model {config.model.title}, {config.model.hook}; dictionaries learned on "
+        f"{config.harvest.train_tokens:,} tokens of images before outliers went, scored on other images.",
+        "FVU is a reconstruction error; the accuracy of a probe says what a dictionary keeps of an image's class, and "
+        "probes on few latents say whether single latents tell it: these need not agree, so read all.",
+        "Scores are ViSAEBench's by their definitions, on these images: they are not to be set beside those that it "
+        "publishes, which are of ImageNet's validation images.",
+        *_common_notes(config),
+    ]
+
+
+def _common_notes(config: RunConfig) -> list[str]:
+    notes = [] if len(config.training_seeds) > 1 else [_ONE_SEED]
     if any("split" in method.views for method in config.dictionaries.values()):
         notes.append(
             "View 'split' cuts a signed code f into [max(f, 0), max(−f, 0)], over the atoms and their opposites: as "

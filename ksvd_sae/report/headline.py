@@ -19,6 +19,7 @@ HEADLINES: tuple[Column, ...] = (
 )
 # The evals in the order in which tables list them.
 EVALS = (TRAINING.eval, *(kind.name for kind in KINDS))
+ON_TEXT, ON_IMAGES = (frozenset(kind.name for kind in KINDS if kind.reads == data) for data in ("text", "images"))
 
 # Columns that describe a dictionary rather than score it: (name, what it is).
 DESCRIPTIONS = {

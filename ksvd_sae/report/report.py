@@ -27,6 +27,7 @@ TEMPLATE = "report.html.j2"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # The config has a place of its own; file names by the hundred are in manifest.json.
 _NOT_IN_MANIFEST = ("config", "files", "examples")
+_CONTROLS = " Controls (grey) show what a method must beat; they do not compete for the bold."
 _BETTER = {"lower": "↓ lower is better", "higher": "↑ higher is better"}
 
 
@@ -118,6 +119,13 @@ def _environment() -> jinja2.Environment:
 
 def reading_guide(table: pd.DataFrame, controls: frozenset[str]) -> str:
     """How to read the page, and who leads in error and in behaviour."""
+    if "loss recovered" not in table:
+        text = (
+            "Each row is a dictionary that rebuilds a vision model's activations from a few atoms a patch. FVU says "
+            "how far the rebuilt activations are from the real ones, probe kept what they keep of an image's class, "
+            "image probing what few latents say of it, and spatial whether a latent's patches lie together."
+        )
+        return text + (_CONTROLS if controls & set(table["dictionary"]) else "")
     text = (
         "Each row is a dictionary that rebuilds the model's activations from a few atoms a token. "
         "FVU says how far the rebuilt activations are from the real ones; loss recovered, KL and nats lost say what "
@@ -138,7 +146,7 @@ def reading_guide(table: pd.DataFrame, controls: frozenset[str]) -> str:
         else:
             text += f" Here {nearest} has the lowest error, and {keeps} recovers the most loss."
     if len(real) < len(table):
-        text += " Controls (grey) show what a method must beat; they do not compete for the bold."
+        text += _CONTROLS
     return text
 
 

@@ -17,6 +17,8 @@ from ksvd_sae.evals.base import Column
 from ksvd_sae.report.headline import (
     DESCRIPTIONS,
     HEADLINES,
+    ON_IMAGES,
+    ON_TEXT,
     column_texts,
     score_texts,
     with_intervals,
@@ -55,8 +57,14 @@ def headline_data(frame: pd.DataFrame, headline: Column) -> str | None:
 
 
 def shown_headlines(frame: pd.DataFrame) -> list[Column]:
-    """The headline columns of a table: optional ones only where they were scored."""
-    return [headline for headline in HEADLINES if not headline.optional or headline_data(frame, headline) is not None]
+    """The headline columns of a table: optional ones, and those of text in a run on images, only where scored."""
+    on_images = not ON_IMAGES.isdisjoint(frame["eval"])
+    return [
+        headline
+        for headline in HEADLINES
+        if not (headline.optional or (on_images and headline.eval in ON_TEXT))
+        or headline_data(frame, headline) is not None
+    ]
 
 
 def _pairs(typed: pd.DataFrame) -> list[Pair]:

@@ -1,11 +1,12 @@
 """A run as typed values: YAML in, checked, YAML out.
 
-A config names a model and a hook, a text, what to harvest, the dictionaries to learn on the harvest, and the evals to
-run on them. ``load_config`` reads one, applies ``--set`` overrides, and turns every mistake into a ConfigError that
-names the key and the nearest valid one.
+A config names a model and a place in it, a text or images, what to harvest, the dictionaries to learn on the harvest,
+and the evals to run on them. ``load_config`` reads one, applies ``--set`` overrides, and turns every mistake into a
+ConfigError that names the key and the nearest valid one.
 """
 
 import difflib
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable
 from functools import reduce
 from operator import or_
@@ -19,9 +20,12 @@ from typing_extensions import ParamSpec
 from ksvd_sae.activations.harvest import Harvest, HarvestConfig
 from ksvd_sae.activations.language import ModelConfig
 from ksvd_sae.activations.text import TextConfig
+from ksvd_sae.activations.vision.harvest import ImageHarvest, ImageHarvestConfig
+from ksvd_sae.activations.vision.images import ImagesConfig
+from ksvd_sae.activations.vision.model import VisionModelConfig
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.evals import EVALS, EvaluationConfig
-from ksvd_sae.evals.atoms import AtomsConfig
+from ksvd_sae.evals import EVALS, EvaluationConfig, ImageEvaluationConfig
+from ksvd_sae.evals.atoms import AtomsConfig, ImageAtomsConfig
 from ksvd_sae.methods import METHODS
 from ksvd_sae.methods.base import Method, View
 from ksvd_sae.run.cells import KINDS, Grid, in_cells
@@ -54,7 +58,7 @@ def seed_name(name: str, seed: int | None) -> str:
 
 
 class RunConfig(Strict):
-    """One experiment. Its name is its folder under results/."""
+    """One experiment, on text or on images. Its name is its folder under results/."""
 
     name: str = Field(pattern=_NAME)
     seed: int = 0
@@ -63,19 +67,23 @@ class RunConfig(Strict):
         description="learn each dictionary without a seed of its own once for each, for error bars; empty: with `seed`",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    model: ModelConfig
-    text: TextConfig
-    harvest: HarvestConfig
+    model: ModelConfig | VisionModelConfig
+    harvest: HarvestConfig | ImageHarvestConfig
     # Its cells are among the dictionaries, so that it is written nowhere.
     grid: Grid | None = Field(None, exclude=True, description="sizes and budgets that dictionaries are learned at")
     dictionaries: dict[DictionaryName, AnyMethod] = Field(min_length=1)
-    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
-    report: AtomsConfig = Field(default_factory=AtomsConfig, description="what the report shows beside scores")
+    evaluation: EvaluationConfig | ImageEvaluationConfig
+    report: AtomsConfig | ImageAtomsConfig
 
     @property
-    def harvested(self) -> Harvest:
+    @abstractmethod
+    def harvested(self) -> Harvest | ImageHarvest:
         """What its dictionaries are learned on."""
-        return Harvest(self.model, self.text, self.harvest, self.seed)
+
+    @property
+    @abstractmethod
+    def data_name(self) -> str:
+        """The true name of its text or images."""
 
     def source_of(self, method: Method) -> Method | None:
         """The dictionary that another's atoms are those of."""
@@ -107,20 +115,6 @@ class RunConfig(Strict):
         return self
 
     @model_validator(mode="after")
-    def _hook(self) -> "RunConfig":
-        """What an eval cannot do at a hook is said before anything is harvested."""
-        hook = self.model.hook
-        asked = [section.name for section in self.evaluation.evals() if not section.can_be_had_at(hook)]
-        if asked:
-            able = ", ".join(kind.name for kind in EVALS if kind.can_be_had_at(hook))
-            switches = ", ".join(f"evaluation.{name}: null" for name in asked)
-            raise ValueError(
-                f"model.hook: {', '.join(asked)} cannot be had at {hook!r}; set {switches} "
-                f"(to be had there: {able}), or take a hook such as blocks.0.hook_resid_post, where all can"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _names(self) -> "RunConfig":
         """Names of result files tell trainings and views apart."""
         if len(set(self.training_seeds)) < len(self.training_seeds):
@@ -134,6 +128,77 @@ class RunConfig(Strict):
                     f"dictionaries.{other}: its results would have the names of {taken[other]}; give it another name"
                 )
         return self
+
+
+class TextRunConfig(RunConfig):
+    """One experiment on a language model and a text. Its name is its folder under results/."""
+
+    model: ModelConfig
+    text: TextConfig
+    harvest: HarvestConfig
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    report: AtomsConfig = Field(default_factory=AtomsConfig, description="what the report shows beside scores")
+
+    @property
+    def harvested(self) -> Harvest:
+        return Harvest(self.model, self.text, self.harvest, self.seed)
+
+    @property
+    def data_name(self) -> str:
+        return self.text.name
+
+    @model_validator(mode="after")
+    def _hook(self) -> "TextRunConfig":
+        """What an eval cannot do at a hook is said before anything is harvested."""
+        hook = self.model.hook
+        asked = [section.name for section in self.evaluation.evals() if not section.can_be_had_at(hook)]
+        if asked:
+            able = ", ".join(kind.name for kind in EVALS if kind.reads != "images" and kind.can_be_had_at(hook))
+            switches = ", ".join(f"evaluation.{name}: null" for name in asked)
+            raise ValueError(
+                f"model.hook: {', '.join(asked)} cannot be had at {hook!r}; set {switches} "
+                f"(to be had there: {able}), or take a hook such as blocks.0.hook_resid_post, where all can"
+            )
+        return self
+
+
+class ImageRunConfig(RunConfig):
+    """One experiment on a vision model and images: a run with ``images`` in place of ``text``."""
+
+    model: VisionModelConfig
+    images: ImagesConfig
+    harvest: ImageHarvestConfig
+    evaluation: ImageEvaluationConfig = Field(default_factory=ImageEvaluationConfig)
+    report: ImageAtomsConfig = Field(
+        default_factory=ImageAtomsConfig, description="what the report shows beside scores"
+    )
+
+    @property
+    def harvested(self) -> ImageHarvest:
+        return ImageHarvest(self.model, self.images, self.harvest, self.seed)
+
+    @property
+    def data_name(self) -> str:
+        return self.images.name
+
+    @model_validator(mode="after")
+    def _judged_by_another(self) -> "ImageRunConfig":
+        """Images that are alike to the model whose activations are coded say nothing of the dictionary."""
+        for section in self.evaluation.evals():
+            judge = getattr(section, "backbone", None)
+            if isinstance(judge, VisionModelConfig) and judge.name == self.model.name:
+                raise ValueError(
+                    f"evaluation.{section.name}.backbone is the run's own model, {judge.name}; give another, such as "
+                    "google/vit-base-patch16-224-in21k"
+                )
+        return self
+
+
+def on_text(config: RunConfig, what: str) -> TextRunConfig:
+    """The run, where something is for runs on text alone. Args: what: is done, for the message."""
+    if not isinstance(config, TextRunConfig):
+        raise ConfigError(f"{what}: {config.name} is a run on images", cure="take a run on text")
+    return config
 
 
 def _named(name: str, check: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
@@ -167,7 +232,7 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
     """Check a mapping as a run; see ``load_config``."""
     raw = in_cells(raw)
     try:
-        return RunConfig.model_validate(raw)
+        return _run_kind(raw).model_validate(raw)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         location = [str(part) for part in problem["loc"]]
@@ -191,6 +256,11 @@ def parse_config(raw: dict[str, Any], where: str = "config") -> RunConfig:
         ) from error
 
 
+def _run_kind(raw: dict[str, Any]) -> type[RunConfig]:
+    """What a mapping is to be checked as."""
+    return ImageRunConfig if "images" in raw else TextRunConfig
+
+
 def _valid_keys(location: list[str], raw: dict[str, Any]) -> list[str]:
     """The keys that the model at ``location`` has."""
     return sorted(_model_at(location, raw).model_fields)
@@ -198,7 +268,7 @@ def _valid_keys(location: list[str], raw: dict[str, Any]) -> list[str]:
 
 def _model_at(location: list[str], raw: dict[str, Any]) -> type[BaseModel]:
     """What the keys at ``location`` are checked by."""
-    model: type[BaseModel] = RunConfig
+    model: type[BaseModel] = _run_kind(raw)
     if location[:1] == ["dictionaries"] and len(location) > 1:
         model, location = KINDS[raw["dictionaries"][location[1]]["kind"]], location[2:]
     for part in location:
@@ -264,4 +334,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def dump_config(config: RunConfig) -> str:
     """The run as YAML that ``load_config`` reads back to an equal run."""
-    return yaml.safe_dump(config.model_dump(mode="json", serialize_as_any=True), sort_keys=False)
+    dumped = config.model_dump(mode="json", serialize_as_any=True)
+    # A reader expects the data beside its model; what is of one kind of run alone comes last in the model.
+    first = [key for key in ("name", "seed", "training_seeds", "device", "model", "text", "images") if key in dumped]
+    return yaml.safe_dump({key: dumped[key] for key in dict.fromkeys([*first, *dumped])}, sort_keys=False)

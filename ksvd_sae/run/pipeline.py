@@ -4,9 +4,7 @@ Each stage finds its input by content hash and reuses its own finished output, s
 what is missing. Activations and dictionaries lie in the cache (``store.cache_dir``).
 """
 
-import hashlib
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,17 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ksvd_sae.activations.gradients import GradientMoments, gradients_key, open_gradients
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, run_harvest
-from ksvd_sae.activations.language import ActivationReader, check_contexts, load_model
+from ksvd_sae.activations.gradients import GradientMoments, open_gradients
+from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist, scoring_versions
-from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.methods.base import Method, Source, TrainingSetting, View
 from ksvd_sae.run.cells import chosen
 from ksvd_sae.run.config import RunConfig, view_name
+from ksvd_sae.run.data import RunData, run_data
 from ksvd_sae.run.replicas import Replica, replicas, source_training
 from ksvd_sae.run.trained import TrainedDictionary
 from ksvd_sae.store import (
@@ -119,49 +116,41 @@ class Run:
     # ------------------------------------------------------------ harvest
 
     @cached_property
+    def data(self) -> RunData:
+        """What the model reads, and its activations."""
+        return run_data(self.config, self.cache)
+
+    @cached_property
     def _harvest_key(self) -> dict[str, Any]:
-        return self.config.harvested.key
+        return self.data.key
 
     @cached_property
     def harvest_folder(self) -> Path:
-        return self.config.harvested.folder(self.cache)
+        return self.data.folder
 
     def harvest(self) -> ActivationShards:
         """Activations of the run, and gradient moments if asked for, collected or reused.
 
         Raises: whatever a dictionary needs from elsewhere and is not there, before the model is loaded; else as
-            ``run_harvest``.
+            ``run_harvest`` or ``run_image_harvest``.
         """
         model = self.config.model
         for method in self.config.dictionaries.values():
             if not self.is_trained(method):
                 method.check_elsewhere(model.name, model.hook)
-        return run_harvest(self.config.harvested, self.harvest_folder, self.reader)
+        return self.data.harvest(self.device)
 
     def reader(self) -> ActivationReader:
-        model = load_model(self.config.model, self.device)
-        check_contexts(model, self._context_lengths())
-        return ActivationReader(model, self.config.model.hook, self.config.harvest.keep_special_tokens)
-
-    def _context_lengths(self) -> dict[str, int]:
-        """Tokens of a context, by key: of the harvest, and of every eval that is to run."""
-        lengths = {"harvest.context_tokens": self.config.harvest.context_tokens}
-        for section in self.config.evaluation.evals():
-            if isinstance(tokens := getattr(section, "context_tokens", None), int):
-                lengths[f"evaluation.{section.name}.context_tokens"] = tokens
-        return lengths
+        """The language model, loaded."""
+        return self.data.reader(self.device)
 
     def shards(self, part: str = "train") -> ActivationShards:
         """The finished harvest; ManifestError if there is none."""
-        return ActivationShards.open(self.harvest_folder, part, self._harvest_key)
+        return self.data.shards(part)
 
     def gradient_moments(self) -> GradientMoments:
         """The finished moments of the loss's gradient; ManifestError if none were collected."""
-        return open_gradients(self.harvest_folder, self._gradients_key)
-
-    @property
-    def _gradients_key(self) -> dict[str, Any]:
-        return gradients_key(content_hash(self._harvest_key), self.config.harvest)
+        return open_gradients(self.harvest_folder, self.data.gradients_key())
 
     # ------------------------------------------------------------ train
 
@@ -181,7 +170,7 @@ class Run:
             "seed": self._seed(method),
         }
         if method.metric.needs_gradients:
-            key["gradients"] = content_hash(self._gradients_key)
+            key["gradients"] = content_hash(self.data.gradients_key())
         if source is not None:
             key["of"] = content_hash(self._training(source, None)[1])
         return self.cache / "dictionaries" / f"{method.kind}-{content_hash(key)}", key
@@ -245,7 +234,7 @@ class Run:
         return TrainingSetting(
             model_name=model.name,
             hook=model.hook,
-            context_tokens=self.config.harvest.context_tokens,
+            context_tokens=self.data.context_tokens(),
             seed=self.config.seed if method is None else self._seed(method),
             device=self.device,
             harvest_hash=content_hash(self._harvest_key),
@@ -306,16 +295,8 @@ class Run:
             config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
-            **self._read_as,
+            **self.data.read_as(),
         )
-
-    @property
-    def _read_as(self) -> dict[str, Any]:
-        """What of the text is not as usual: a split inside documents (see ``Split``), contexts without a BOS."""
-        shards = self.shards("heldout")
-        split = shards.manifest["parts"]["heldout"].get("split")
-        bos = {} if shards.prepend_bos else {"prepend_bos": False}
-        return bos if split is None else {"split": split, **bos}
 
     def _scored(self) -> Iterator[Scores]:
         """What there is, whenever a dictionary has been scored by the evals that are had at once, or the panel by
@@ -339,7 +320,7 @@ class Run:
             scores.results += results
             scores.rows += [row for result in results for row in tidy_rows(result, facts, output)]
             for view in trained.in_views():
-                scores.rows += view.training_rows(facts[view.panelist], self.config.text.name)
+                scores.rows += view.training_rows(facts[view.panelist], self.config.data_name)
             scores.news = replica.label
             yield scores
         # What the evals above keep, such as a model, they need no more.
@@ -409,51 +390,20 @@ class Run:
     @cached_property
     def eval_setting(self) -> EvalSetting:
         """What evals read and where they keep what can be used again."""
-        evaluation = self.config.evaluation
-        data_folder, data_hash = self._local_data()
-        return EvalSetting(
-            model_name=self.config.model.name,
-            dtype=self.config.model.dtype,
-            device=str(self.device),
-            data_folder=data_folder,
-            data_hash=data_hash,
-            artifacts=self.cache / "artifacts",
-            weights=self.config.model.own_weights(),
-            prepend_bos=self._prepend_bos,
-            cache=TensorCache(self.cache / "llm", int(evaluation.llm_cache_gb * 1e9)),
-            memory_bytes=int(evaluation.llm_memory_gb * 1e9),
-            heldout=self.heldout(),
-        )
+        return self.data.eval_setting(self.device, self.gradient_moments)
 
     def heldout(self) -> Heldout:
         """What no dictionary learns from; ManifestError before it is harvested."""
-        asked = bool(self.config.harvest.gradient_tokens)
-        return Heldout(
-            self.heldout_name,
-            self.shards("heldout"),
-            self.reader,
-            self.gradient_moments if asked else None,
-            content_hash(self._gradients_key) if asked else None,
-        )
-
-    @property
-    def _prepend_bos(self) -> bool | None:
-        """What evals are to be told of BOS: nothing where the model has one by itself, as the harvest found it."""
-        harvested = self.shards().prepend_bos
-        return None if harvested and self.config.harvest.prepend_bos == "auto" else harvested
+        return self.data.heldout(self.device, self.gradient_moments)
 
     def _examples(self) -> dict[str, Path]:
-        """Atoms in context of the first training of every dictionary, in the codes that it gives itself."""
-        from ksvd_sae.evals.atoms.examples import run_examples
-
+        """What the report shows of the atoms of each dictionary's first training, in the codes that it gives itself."""
         first = {t.name: t for t in reversed(self.trained())}
         chosen = [first[name] for name in self.config.dictionaries]
         panel = [Panelist(t.name, t.content, partial(self.load_sae, t)) for t in chosen]
         heldout = self.eval_setting.heldout
         assert heldout is not None
-        return run_examples(
-            panel, self.config.report, self.config.harvest, self.config.seed, heldout, self.evaluations / "examples"
-        )
+        return self.data.atoms_shown(panel, heldout, self.evaluations / "examples")
 
     @property
     def _evaluation_key(self) -> dict[str, Any]:
@@ -482,26 +432,3 @@ class Run:
     def evaluated(self) -> dict[str, Any]:
         """Manifest of the finished evaluation; ManifestError if there is none."""
         return read_manifest(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key)
-
-    # ------------------------------------------------------------ data for evals
-
-    def _local_data(self) -> tuple[Path, str]:
-        """Folder with the local data sets that evals read by name, and a hash of them."""
-        folder = self.cache / "data" / content_hash(self._harvest_key)
-        heldout = self.harvest_folder / HELDOUT_DOCUMENTS
-        if not heldout.exists():
-            raise ManifestError(f"evaluate: {heldout} is missing", cure="run `ksvd-sae harvest` first")
-        target = folder / self.heldout_name / "train.jsonl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(heldout, target)
-        for section in self.config.evaluation.evals():
-            section.write_data(folder)
-        digest = hashlib.sha256()
-        for path in sorted(folder.rglob("*.jsonl")):
-            digest.update(path.read_bytes())
-        return folder, digest.hexdigest()[:12]
-
-    @property
-    def heldout_name(self) -> str:
-        """True name of the held-out documents as a data set."""
-        return f"{self.config.text.name}-heldout"

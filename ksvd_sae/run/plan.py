@@ -22,6 +22,7 @@ from ksvd_sae.activations.shards import STAGE
 from ksvd_sae.errors import ConfigError, DiskSpaceError, HubError, KsvdSaeError, MemorySpaceError
 from ksvd_sae.evals.base import Eval, Work
 from ksvd_sae.memory import free_bytes, resident_bytes
+from ksvd_sae.run.config import on_text
 from ksvd_sae.run.pipeline import Run
 from ksvd_sae.run.probe import ModelRates, TrainingRates, Trainings, clock, matmul_rate, probe_model
 from ksvd_sae.run.replicas import Replica, replicas
@@ -161,7 +162,7 @@ class Planner:
     """Plans one run. Args: run: prepared."""
 
     def __init__(self, run: Run):
-        self.run, self.config = run, run.config
+        self.run, self.config = run, on_text(run.config, "plan")
         self.why: str | None = None
         self._rates: dict[str, TrainingRates | str] = {}
 

@@ -22,6 +22,7 @@ from ksvd_sae.activations.shards import ActivationShards, shard_name, write_harv
 from ksvd_sae.activations.splicing import LOGITS_AT_ONCE, Unembedding, before_unembedding
 from ksvd_sae.memory import peak_growth
 from ksvd_sae.methods.base import Method, Source
+from ksvd_sae.run.config import on_text
 from ksvd_sae.run.pipeline import Run
 from ksvd_sae.run.replicas import source_training
 
@@ -107,7 +108,7 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
     """
     # Imported once in a process: no part of a load.
     has_hooked(run.config.model.name)
-    config, device = run.config.harvest, run.device
+    config, device = on_text(run.config, "plan").harvest, run.device
     host = torch.device("cpu")
     (reader, load_s), load_mib = peak_growth(lambda: timed(run.reader, device), host)
     length = config.context_tokens

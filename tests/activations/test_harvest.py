@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ksvd_sae.activations import harvest as harvesting
 from ksvd_sae.activations import shards as shard_files
+from ksvd_sae.activations.collecting import Collection
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, HarvestConfig, run_harvest
 from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import ActivationShards
@@ -296,7 +296,7 @@ def test_stopped_while_finishing_the_model_is_not_loaded_again(
         raise StoppedError
 
     with monkeypatch.context() as patch:
-        patch.setattr(harvesting if where == "_write_shuffled" else shard_files, where, stop)
+        patch.setattr(Collection if where == "_write_shuffled" else shard_files, where, stop)
         with pytest.raises(StoppedError):
             run(tmp_path, Reader())
     run(tmp_path, no_reader)

@@ -15,7 +15,7 @@ from ksvd_sae.activations.gradients import read_gradients
 from ksvd_sae.activations.language import ActivationReader, check_bridgeable, check_contexts, has_hooked, hook_layer
 from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, KsvdSaeError, ShapeError
 from ksvd_sae.evals.loss.splice import SpliceEvaluator
-from ksvd_sae.run import pipeline
+from ksvd_sae.run import data, pipeline
 from ksvd_sae.run.config import parse_config
 from tests import tiny_models, tolerances
 from tests.strategies import generator
@@ -139,7 +139,7 @@ class TestContexts:
 
     def test_a_run_looks_before_it_harvests(self, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Whatever asks for the long contexts: the harvest, or an eval that would come hours later."""
-        monkeypatch.setattr(pipeline, "load_model", lambda *_: model)
+        monkeypatch.setattr(data, "load_model", lambda *_: model)
         raw: dict[str, Any] = {
             "name": "long",
             "model": {"name": tiny_models.PYTHIA, "hook": HOOK},

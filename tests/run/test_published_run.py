@@ -14,7 +14,7 @@ from ksvd_sae.errors import ConfigError, HubError, ShapeError
 from ksvd_sae.report.compare import compare
 from ksvd_sae.report.headline import UNKNOWN, column_texts
 from ksvd_sae.report.scores import read_csv
-from ksvd_sae.run import pipeline
+from ksvd_sae.run import data
 from ksvd_sae.run.config import RunConfig, dump_config, load_config, parse_config
 from ksvd_sae.run.pipeline import Run
 from tests.strategies import generator
@@ -160,7 +160,7 @@ def test_harvest_fails_before_it_loads_the_model(
     def load_model(*_: Any) -> None:
         raise AssertionError("the model is loaded first")
 
-    monkeypatch.setattr(pipeline, "load_model", load_model)
+    monkeypatch.setattr(data, "load_model", load_model)
     run = Run(config_with(published={**PUBLISHED, **changes}), place / "results", place / "elsewhere")
     with pytest.raises(error, match=message):
         run.harvest()

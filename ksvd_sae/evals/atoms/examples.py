@@ -97,7 +97,7 @@ def run_examples(
         panel,
         setting,
         heldout.documents,
-        heldout.reader,
+        heldout.loaded_reader,
         heldout.harvest_hash,
         output,
         prepend_bos=heldout.shards.prepend_bos,
@@ -269,7 +269,7 @@ def atoms_in_context(
     sample = sample_atoms(density_F, codes.energy_F, setting.atoms, setting.seed)
     chosen = [(stratum, atom) for stratum in STRATA for atom in sample[stratum]]
     rows_AD = sae.W_dec.detach()[[atom for _, atom in chosen]]
-    nearest = _nearest(sae.W_dec.detach(), [atom for _, atom in chosen])
+    nearest = nearest_atoms(sae.W_dec.detach(), [atom for _, atom in chosen])
     lens = logit_lens(reader.model, reader.hook, rows_AD, texts) if chosen else None
     signed = bool((codes.value_n < 0).any())
     signs = {"positive": 1, **({"negative": -1} if signed else {})}
@@ -281,8 +281,8 @@ def atoms_in_context(
             {
                 "atom": atom,
                 "stratum": stratum,
-                "density": _rounded(float(density_F[atom])),
-                "strongest": _rounded(float(value_n.abs().max())),
+                "density": rounded(float(density_F[atom])),
+                "strongest": rounded(float(value_n.abs().max())),
                 "nearest": nearest[i],
                 "logit_lens": None if lens is None else lens[i],
                 "histogram": {name: histogram(value_n, sign) for name, sign in signs.items()},
@@ -309,10 +309,10 @@ def histogram(value_n: Tensor, sign: int) -> dict[str, list[float]]:
         return {"centres": [], "counts": []}
     count_B, edge_B = torch.histogram(value_n, bins=_BINS)
     centre_B = (edge_B[1:] + edge_B[:-1]) / 2
-    return {"centres": [_rounded(x) for x in centre_B.tolist()], "counts": [int(x) for x in count_B.tolist()]}
+    return {"centres": [rounded(x) for x in centre_B.tolist()], "counts": [int(x) for x in count_B.tolist()]}
 
 
-def _nearest(atoms_FD: Tensor, chosen: list[int]) -> list[dict[str, Any] | None]:
+def nearest_atoms(atoms_FD: Tensor, chosen: list[int]) -> list[dict[str, Any] | None]:
     """For each chosen atom the one with the largest |cosine| to it; None if there is no other."""
     if len(atoms_FD) < 2 or not chosen:
         return [None] * len(chosen)
@@ -366,11 +366,11 @@ class _Finder:
         return {
             "peak": int((rows == token).nonzero()),
             "tokens": self._texts.all(text.tokens_CL[context, part][shown].tolist()),
-            "activations": [_rounded(value) for value in activations.tolist()],
+            "activations": [rounded(value) for value in activations.tolist()],
         }
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Four significant digits."""
     return float(f"{value:.4g}")
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
-from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Work
+from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Reads, Work
 
 _BATCH = 16_384
 # Goes up when there are more scores, or others.
@@ -15,6 +15,7 @@ class HeldoutEval(MeasuredHere):
     """What a dictionary does on activations that no dictionary has learned from, the same code for every SAE."""
 
     name: ClassVar[str] = "heldout"
+    reads: ClassVar[Reads] = "activations"
     on_by_default: ClassVar[bool] = True
     at_once: ClassVar[bool] = True
     cost: ClassVar[str] = "coding the held-out activations; no language model"

@@ -121,7 +121,7 @@ class LossEval(MeasuredHere):
             from ksvd_sae.activations.text import contexts
             from ksvd_sae.evals.loss.splice import SpliceEvaluator
 
-            reader = heldout.reader()
+            reader = heldout.loaded_reader()
             texts = read_documents(heldout.documents)
             stream = contexts(
                 texts, reader.model.tokenizer, self.context_tokens, prepend_bos=heldout.shards.prepend_bos

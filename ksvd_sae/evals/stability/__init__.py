@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ksvd_sae.evals.base import Column, Eval, EvalResults, EvalSetting, Panelist, Work
+from ksvd_sae.evals.base import Column, Eval, EvalResults, EvalSetting, Panelist, Reads, Work
 from ksvd_sae.store import content_hash, write_json
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ class StabilityEval(Eval):
     largest on average (the Hungarian method), of decoder rows in raw coordinates. Needs no truth and no data."""
 
     name: ClassVar[str] = "stability"
+    reads: ClassVar[Reads] = "activations"
     on_by_default: ClassVar[bool] = True
     ours: ClassVar[bool] = True
     cost: ClassVar[str] = "a matching of atoms for each pair of trainings: a second at 2,048, minutes at 16,384"

@@ -13,6 +13,7 @@ from ksvd_sae.evals.base import (
     Measured,
     MeasuredHere,
     Panelist,
+    Reads,
     SeededEval,
     Work,
 )
@@ -46,6 +47,7 @@ class TruthEval(MeasuredHere, SeededEval):
     twice: bool = Field(False, description="learn each once more with another seed, for its stability there")
 
     name: ClassVar[str] = "truth"
+    reads: ClassVar[Reads] = "activations"
     counts: ClassVar[str] = "n_samples"
     cost: ClassVar[str] = "a training in the world for each; no language model"
     demo_seconds: ClassVar[float] = 60

@@ -20,7 +20,7 @@ from ksvd_sae.report.published.scores import (
     published_scores,
 )
 from ksvd_sae.report.sections import Section
-from ksvd_sae.run.config import RunConfig
+from ksvd_sae.run.config import RunConfig, TextRunConfig
 
 TITLE = "Published scores"
 # Before a column for each architecture.
@@ -45,6 +45,8 @@ def published_section(
         controls: dictionaries that are no contestants: nothing published is held against them.
         prepend_bos: whether the run's contexts begin with a BOS.
     """
+    if not isinstance(config, TextRunConfig):
+        return ""
     protocol = RunProtocol(
         config.model.name,
         config.model.hook,

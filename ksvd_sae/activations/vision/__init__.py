@@ -1,0 +1,1 @@
+"""From images to activations of a vision transformer on disk."""
