@@ -246,7 +246,7 @@ def smollm2(home: Path) -> Path:
         eos_token_id=0,
         pad_token_id=0,
     )
-    snapshot = _snapshot(home, SMOLLM2)
+    snapshot = snapshot_of(home, SMOLLM2)
     LlamaForCausalLM(config).save_pretrained(snapshot)
     byte_pair_tokenizer().save_pretrained(snapshot)
     return snapshot

@@ -41,7 +41,9 @@ def content(folder: Path) -> dict[str, Any]:
     """All files; of the manifest what does not depend on the clock."""
     found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     manifest = json.loads(found[MANIFEST])
-    found[MANIFEST] = {name: value for name, value in manifest.items() if name not in ("written", "seconds", "checksum")}
+    found[MANIFEST] = {
+        name: value for name, value in manifest.items() if name not in ("written", "seconds", "checksum")
+    }
     return found
 
 
