@@ -86,6 +86,7 @@ def _stage(
 def plan(
     config: ConfigArgument,
     overrides: SetOption = None,
+    cells: CellsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="for machines")] = False,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
@@ -93,20 +94,23 @@ def plan(
     """What the run will take on this machine: time, memory and disk of each stage that is not done. Runs none."""
 
     def steps(run: "Run") -> None:
+        from ksvd_sae.progress import printed_to
         from ksvd_sae.report.plan import plan_table
         from ksvd_sae.run.plan import Planner
 
         if not verbose:
             # Of trainings that are tried out.
             logging.getLogger("ksvd_sae").setLevel(logging.WARNING)
-        made = Planner(run).plan()
+        # What is loaded and trained prints as it goes.
+        with printed_to(sys.stderr, "stdout"):
+            made = Planner(run).plan()
         if as_json:
             typer.echo(made.model_dump_json(indent=2))
         else:
             _out.print(plan_table(made))
         made.check()
 
-    _stage(config, overrides, results, verbose, steps)
+    _stage(config, overrides, results, verbose, steps, cells)
 
 
 @app.command(epilog="Example: ksvd-sae harvest demo")

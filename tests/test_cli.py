@@ -35,6 +35,7 @@ from tests.tiny_hub import dictionary_learning_files, new_sessions, offline_hub,
 from tests.tiny_saes import tiny_topk_sae
 
 COMMANDS = (
+    "plan",
     "harvest",
     "train",
     "evaluate",
@@ -209,7 +210,7 @@ def test_wrong_value(tmp_path: Path, key: str, value: Any, expected: list[str]) 
         assert part in message
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "compare", "run"])
+@pytest.mark.parametrize("command", ["plan", "train", "evaluate", "compare", "run"])
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [("k=5", "no dictionary of this config has k=5"), ("n=4", "keys: dictionary, m, k"), ("k", "e.g. --cells m=")],

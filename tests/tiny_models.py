@@ -14,6 +14,8 @@ from torch import nn
 
 PYTHIA = "EleutherAI/pythia-160m-deduped"
 GEMMA_2 = "google/gemma-2-2b"
+# TransformerLens has no model of its own by this name.
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
 REVISION = "0" * 40
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_SIZE = 512
@@ -221,6 +223,31 @@ def small_gemma_2_2b(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Gemma2ForCausalLM(config).eval().save_pretrained(snapshot)
+    byte_pair_tokenizer().save_pretrained(snapshot)
+    return snapshot
+
+
+def smollm2(home: Path) -> Path:
+    """A tiny Llama with tied embeddings under the name HuggingFaceTB/SmolLM2-135M in the HF_HOME ``home``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=D_MODEL,
+        intermediate_size=2 * D_MODEL,
+        num_hidden_layers=3,
+        num_attention_heads=N_HEADS,
+        num_key_value_heads=N_HEADS // 2,
+        max_position_embeddings=N_CONTEXT,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    snapshot = snapshot_of(home, SMOLLM2)
+    LlamaForCausalLM(config).save_pretrained(snapshot)
     byte_pair_tokenizer().save_pretrained(snapshot)
     return snapshot
 

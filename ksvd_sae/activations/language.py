@@ -3,8 +3,8 @@
 import difflib
 import logging
 import re
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -12,7 +12,15 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from torch import Tensor
 
 from ksvd_sae.activations.transformers_5 import loadable
-from ksvd_sae.activations.weights import OwnWeights, as_weights, find_weights, weights_name
+from ksvd_sae.activations.weights import (
+    OwnWeights,
+    architecture_of,
+    as_weights,
+    config_of,
+    find_weights,
+    has_bridge,
+    weights_name,
+)
 from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, ShapeError
 from ksvd_sae.offline import gemma
 from ksvd_sae.strict import Strict
@@ -30,7 +38,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ModelConfig(Strict):
     """The language model and the place in it."""
 
-    name: str = Field(description="a TransformerLens model name; beside weights, of their architecture")
+    name: str = Field(
+        description="a TransformerLens model name, or a Hub repository; beside weights, of their architecture"
+    )
     hook: str = Field(description="any TransformerLens hook name, e.g. blocks.8.hook_resid_post")
     source: Literal["hub", "offline"] = Field("hub", description="offline: assembled from Python packages")
     dtype: Dtype = "float32"
@@ -86,21 +96,21 @@ class ModelConfig(Strict):
         return gemma.GGUF_SHA256 if self.source == "offline" else None
 
 
-def load_model(config: ModelConfig, device: torch.device) -> "HookedTransformer":
+def load_model(config: ModelConfig, device: torch.device) -> "AnyModel":
     """The model as SAEBench loads it: no folding, no centring.
 
-    Raises: HubError: a name that TransformerLens does not know (with the nearest), or weights that are neither
-        in the cache nor reachable. ConfigError: weights that are not of the name's architecture.
+    Raises: HubError: a name that neither TransformerLens nor the Hub knows (with the nearest), or weights that are
+        neither in the cache nor reachable. ConfigError: weights that are not of the name's architecture.
     """
-    check_model_name(config.name)
+    own = config.own_weights()
+    if own is None and not has_hooked(config.name):
+        check_bridgeable(config.name)
     from transformer_lens import HookedTransformer
 
-    own, load = config.own_weights(), HookedTransformer.from_pretrained_no_processing
-    if own is not None:
-        load = partial(own.hooked, load)
+    load = HookedTransformer.from_pretrained_no_processing
     try:
         with loadable():
-            model: HookedTransformer = load(config.name, device=str(device), dtype=getattr(torch, config.dtype))
+            model = load_as(load, own, config.name, device=str(device), dtype=getattr(torch, config.dtype))
     except (OSError, ValueError) as error:
         raise HubError(
             f"loading model {config.name!r}: {str(error).splitlines()[0][:300]}",
@@ -110,20 +120,49 @@ def load_model(config: ModelConfig, device: torch.device) -> "HookedTransformer"
     return model.eval()
 
 
-def check_model_name(name: str) -> None:
-    """Raise HubError for a model that TransformerLens does not know, before anything is downloaded."""
+def load_as(load: "Callable[..., HookedTransformer]", own: OwnWeights | None, name: str, **options: Any) -> "AnyModel":
+    """What ``load``, TransformerLens' from_pretrained, makes of a name or of weights beside it; of a name that it does
+    not know, a bridge to the model of transformers. Raises: as they do."""
+    try:
+        return load(name, **options) if own is None else own.hooked(load, name, **options)
+    # Of a name that it does not know; it looks there before it loads anything.
+    except ValueError:
+        if has_hooked(name):
+            raise
+    from transformer_lens.model_bridge import TransformerBridge
+
+    logger.info("TransformerLens has no model of its own named %r: a bridge to that of transformers", name)
+    if own is None:
+        return TransformerBridge.boot_transformers(name, **options)
+    return own.bridged(TransformerBridge.boot_transformers, **options)
+
+
+def has_hooked(name: str) -> bool:
+    """Whether TransformerLens has a model of its own by this name."""
     from transformer_lens.loading_from_pretrained import get_official_model_name
-    from transformer_lens.supported_models import MODEL_ALIASES
 
     try:
         get_official_model_name(name)
-    except ValueError as error:
-        known = [*MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
-        cure = f"did you mean {' or '.join(map(repr, near))}?" if near else "see TransformerLens' model table"
-        raise HubError(
-            f"model {name!r}: TransformerLens does not know this name", cure=as_weights(name) or cure
-        ) from error
+    except ValueError:
+        return False
+    return True
+
+
+def check_bridgeable(name: str) -> None:
+    """Raise HubError for a name that is no repository of a model to which TransformerLens has a bridge.
+
+    Before any weights are downloaded.
+    """
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    config = config_of(name)
+    # A folder goes beside a name, and by its content: what is in it may change.
+    if not Path(name).expanduser().is_dir() and has_bridge(architecture_of(config)):
+        return
+    known = [*MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    cure = f"did you mean {' or '.join(map(repr, near))}?" if near else "see TransformerLens' model table"
+    raise HubError(f"model {name!r}: TransformerLens does not know this name", cure=as_weights(name, config) or cure)
 
 
 def is_bridge(model: Any) -> bool:

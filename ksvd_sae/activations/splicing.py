@@ -119,7 +119,7 @@ class RunsFromHook:
 
         model = self.model
         with model.hooks(fwd_hooks=[(self.hook, keep)]):
-            start_BLD, options = self._start(tokens_BL)
+            start_BLD, options = self.start(tokens_BL)
             if self._layer is not None:
                 start_BLD = model(start_BLD, start_at_layer=0, stop_at_layer=self._layer, **options)
             final_BLD = before_unembedding(model, start_BLD, self._layer or 0, **options)
@@ -135,10 +135,10 @@ class RunsFromHook:
         with self.model.hooks(fwd_hooks=[(self.hook, lambda activation, hook: change(activation))]):
             start_BLD = started.start_BLD
             if start_BLD is None:
-                start_BLD, _ = self._start(started.tokens_BL)
+                start_BLD, _ = self.start(started.tokens_BL)
             return self._finish(start_BLD, started)
 
-    def _start(self, tokens_BL: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def start(self, tokens_BL: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """What the model's forward gets first, and what it is to be told besides."""
         if is_bridge(self.model):
             return tokens_BL, {}

@@ -24,6 +24,7 @@ from ksvd_sae.store import file_sha256
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
+    from transformer_lens.model_bridge import TransformerBridge
 
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,6 +92,26 @@ class OwnWeights:
                 got=f"{nats:.3g} nats a token between the two",
                 cause="a config.json that differs in what no size shows, such as the scaling of rotary positions",
             )
+        return model
+
+    def bridged(self, boot: "Callable[..., TransformerBridge]", **options: Any) -> "TransformerBridge":
+        """What ``boot``, TransformerLens' boot_transformers, makes of them.
+
+        Raises: ConfigError (damaged files, no tokenizer beside them, an architecture without a bridge).
+        """
+        architecture = architecture_of(config_of(str(self.folder)))
+        if not self.has_tokenizer or not has_bridge(architecture):
+            raise ConfigError(
+                f"model.weights {self.name!r}: TransformerLens does not know their name, and has no bridge to them",
+                got=f"architecture {architecture}; {'a' if self.has_tokenizer else 'no'} tokenizer beside the weights",
+                cure="set model.name to the model of TransformerLens that they were tuned from, "
+                "or save the tokenizer beside them",
+            )
+        weights = self._weights(options.get("dtype", torch.float32))
+        # By which TransformerLens has the scores and patterns of attention.
+        weights.set_attn_implementation("eager")
+        model = boot(str(self.folder), hf_model=weights, tokenizer=self.tokenizer(str(self.folder)), **options)
+        model.cfg.model_name = self.name
         return model
 
     def tokenizer(self, model_name: str) -> Any:
@@ -315,22 +336,50 @@ def _divergence(model: "HookedTransformer", weights: Any) -> float:
 # ---------------------------------------------------------------- names that are weights
 
 
-def as_weights(name: str) -> str | None:
-    """What to write in a config for a folder or repository whose name was taken for a model's; None for none."""
-    try:
-        config = json.loads(_config_of(name).read_text())
-        architecture, kind = config["architectures"][0], str(config["model_type"])
-    # Whatever is wrong with it, or with the way to it: it is no model that we can tell the architecture of.
-    except Exception:
+def as_weights(name: str, config: dict[str, Any]) -> str | None:
+    """What to write in a YAML for a folder or repository whose name was taken for a model's; None for none.
+
+    Args: config: its own.
+    """
+    architecture = architecture_of(config)
+    if architecture is None:
         return None
-    known = _models_of(architecture, kind, str(config.get("_name_or_path", "")), Path(name).name)
+    known = _models_of(
+        architecture, str(config.get("model_type", "")), str(config.get("_name_or_path", "")), Path(name).name
+    )
+    if not known and has_bridge(architecture):
+        return f"set model.weights: {name} and model.name: {Path(name).name}"
     if not known:
         return f"TransformerLens has no model of its architecture ({architecture})"
     which = known[0] if len(known) == 1 else f"{' or '.join(known)}, whichever it was tuned from"
     return f"set model.weights: {name} and model.name: {which}"
 
 
-def _config_of(name: str) -> Path:
+def architecture_of(config: dict[str, Any]) -> str | None:
+    """The class that a model's config names."""
+    classes = config.get("architectures")
+    return str(classes[0]) if isinstance(classes, list) and classes else None
+
+
+def has_bridge(architecture: str | None) -> bool:
+    """Whether TransformerLens has a bridge to this class of language models."""
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    causal = architecture is not None and architecture.endswith(("ForCausalLM", "LMHeadModel"))
+    return causal and architecture in SUPPORTED_ARCHITECTURES
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """A folder's or repository's config; an empty one where there is none."""
+    try:
+        config = json.loads(_config_path(name).read_text())
+    # Whatever is wrong with it, or with the way to it: it is no model that we can tell the architecture of.
+    except Exception:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _config_path(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir() or not _REPOSITORY.fullmatch(name):
         return folder / _CONFIG

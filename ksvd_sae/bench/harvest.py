@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -137,7 +138,7 @@ def beside(
     for impl, call in bare.items():
         jobs.append(Job(who(impl, impl), tokens.numel(), partial(_passes, call, tokens), lambda _: {}))
     found = measure(jobs, settings.repeats or _REPEATS, outcome.failures)
-    floor_s = min((min(one.seconds) for one in found if one.job.who.impl != OURS), default=None)
+    floor_s = min((median(one.seconds) for one in found if one.job.who.impl != OURS), default=None)
     outcome.rows = [_row(one, floor_s, harvest, reader, settings) for one in found]
     return outcome
 

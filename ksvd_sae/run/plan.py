@@ -297,8 +297,13 @@ class Planner:
     def _kept_tokens(self) -> int:
         """Activations that are stored: parts end with whole batches."""
         harvest = self.config.harvest
-        batch = harvest.batch_contexts * (harvest.context_tokens - 1)
+        batch = harvest.batch_contexts * self._ordinary
         return harvest.train_tokens + harvest.heldout_tokens + (self._n_parts * batch) // 2
+
+    @property
+    def _ordinary(self) -> int:
+        """Tokens of a context that are kept: all but its BOS."""
+        return self.config.harvest.context_tokens - (not self.config.harvest.keep_special_tokens)
 
     @property
     def _n_parts(self) -> int:
@@ -330,7 +335,7 @@ class Planner:
         if model is None:
             return self._unknown(name, amount, self.why)
         harvest, stored = self.config.harvest, self._kept_tokens * (self._token_bytes or 0)
-        read = tokens * harvest.context_tokens / (harvest.context_tokens - 1) + self._overshoot(tokens)
+        read = tokens * harvest.context_tokens / self._ordinary + self._overshoot(tokens)
         # Written and read again twice: as it comes, and shuffled.
         seconds = model.load_s + read * model.read_s + 4 * stored * model.write_s
         in_hand = _SHARD_COPIES * min(harvest.shard_tokens, harvest.train_tokens) * (self._token_bytes or 0)

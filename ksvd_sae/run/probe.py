@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations.gradients import GradientMoments, read_gradients
-from ksvd_sae.activations.language import ActivationReader, check_model_name, hook_layer
+from ksvd_sae.activations.language import ActivationReader, has_hooked, hook_layer
 from ksvd_sae.activations.shards import ActivationShards, shard_name, write_harvest, write_shard
 from ksvd_sae.activations.splicing import LOGITS_AT_ONCE, Unembedding, before_unembedding
 from ksvd_sae.memory import peak_growth
@@ -107,7 +107,7 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
     Raises: as ``load_model``.
     """
     # Imported once in a process: no part of a load.
-    check_model_name(run.config.model.name)
+    has_hooked(run.config.model.name)
     config, device = on_text(run.config, "plan").harvest, run.device
     host = torch.device("cpu")
     (reader, load_s), load_mib = peak_growth(lambda: timed(run.reader, device), host)

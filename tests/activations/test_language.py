@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations.gradients import read_gradients
-from ksvd_sae.activations.language import ActivationReader, check_contexts, check_model_name, hook_layer
+from ksvd_sae.activations.language import ActivationReader, check_bridgeable, check_contexts, has_hooked, hook_layer
 from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, KsvdSaeError, ShapeError
 from ksvd_sae.evals.loss.splice import SpliceEvaluator
 from ksvd_sae.run import data, pipeline
@@ -226,7 +226,7 @@ def test_broken_activations_of_special_tokens_do_not_matter(model: Any, tokens_B
 
 @pytest.mark.parametrize("name", [tiny_models.PYTHIA, "pythia-160m-deduped", tiny_models.GEMMA_2])
 def test_known_model_names(name: str) -> None:
-    check_model_name(name)
+    assert has_hooked(name)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +238,9 @@ def test_known_model_names(name: str) -> None:
     ],
 )
 def test_unknown_model_name(name: str, near: str) -> None:
+    assert not has_hooked(name)
     with pytest.raises(HubError) as caught:
-        check_model_name(name)
+        check_bridgeable(name)
     assert repr(name) in str(caught.value)
     assert near in str(caught.value.cure)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ksvd_sae.activations import weights
 from ksvd_sae.activations.harvest import Harvest, HarvestConfig
-from ksvd_sae.activations.language import ModelConfig, check_model_name, load_model
+from ksvd_sae.activations.language import ModelConfig, check_bridgeable, is_bridge, load_model
 from ksvd_sae.activations.text import TextConfig
 from ksvd_sae.activations.weights import find_weights
 from ksvd_sae.errors import ConfigError, HubError
@@ -331,7 +331,7 @@ def test_the_architectures_config_is_not_to_be_had(tuned: Path, hub: Path) -> No
 
 def test_a_folder_given_as_a_name(tuned: Path) -> None:
     with pytest.raises(HubError) as caught:
-        check_model_name(str(tuned))
+        check_bridgeable(str(tuned))
     assert f"model.weights: {tuned} and model.name: " in str(caught.value.cure)
     assert "pythia" in str(caught.value.cure)
 
@@ -339,21 +339,32 @@ def test_a_folder_given_as_a_name(tuned: Path) -> None:
 def test_a_folder_that_says_what_it_was_tuned_from(own: Path) -> None:
     edit(own, _name_or_path=tiny_models.PYTHIA)
     with pytest.raises(HubError) as caught:
-        check_model_name(str(own))
+        check_bridgeable(str(own))
     assert caught.value.cure == f"set model.weights: {own} and model.name: {tiny_models.PYTHIA}"
 
 
 def test_a_repository_given_as_a_name(tuned: Path, hub: Path) -> None:
-    write_repository(hub, REPOSITORY, {"config.json": (tuned / "config.json").read_bytes()})
-    with pytest.raises(HubError) as caught:
-        check_model_name(REPOSITORY)
-    assert f"set model.weights: {REPOSITORY} and model.name: " in str(caught.value.cure)
+    """TransformerLens has a bridge to it."""
+    files = {path.name: path.read_bytes() for path in tuned.iterdir()}
+    tiny_models.byte_pair_tokenizer().save_pretrained(write_repository(hub, REPOSITORY, files))
+    model = load_model(ModelConfig(name=REPOSITORY, hook=HOOK), CPU)
+    assert is_bridge(model)
+    check_is_seed(model, 1)
+
+
+def test_a_folder_beside_a_name_of_its_own(own: Path) -> None:
+    with pytest.raises(ConfigError, match="no tokenizer beside the weights"):
+        load_model(ModelConfig(name="my-pythia", hook=HOOK, weights=str(own)), CPU)
+    tiny_models.byte_pair_tokenizer().save_pretrained(own)
+    model = load_model(ModelConfig(name="my-pythia", hook=HOOK, weights=str(own)), CPU)
+    assert is_bridge(model)
+    check_is_seed(model, 1)
 
 
 def test_a_folder_of_an_architecture_that_nobody_has(own: Path) -> None:
     edit(own, architectures=["MineForCausalLM"], model_type="mine")
     with pytest.raises(HubError) as caught:
-        check_model_name(str(own))
+        check_bridgeable(str(own))
     assert caught.value.cure == "TransformerLens has no model of its architecture (MineForCausalLM)"
 
 
@@ -361,7 +372,7 @@ def test_a_folder_of_an_architecture_that_nobody_has(own: Path) -> None:
 def test_a_folder_that_says_nothing(broken: str, own: Path) -> None:
     (own / "config.json").write_text(broken)
     with pytest.raises(HubError, match="does not know this name") as caught:
-        check_model_name(str(own))
+        check_bridgeable(str(own))
     assert "model.weights" not in str(caught.value.cure)
 
 

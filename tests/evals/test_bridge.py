@@ -181,9 +181,13 @@ def test_the_loss_of_a_splice(pair: Pair, hook: str) -> None:
 
 def test_the_logit_lens(pair: Pair) -> None:
     rows_AD, texts = unit_atoms(7, WIDTH, 0, torch.float32), TokenTexts(pair.hooked.tokenizer)
-    found = logit_lens(pair.bridge, RESIDUAL, rows_AD, texts)
-    assert found == logit_lens(pair.hooked, RESIDUAL, rows_AD, texts)
+    found, wanted = (logit_lens(model, RESIDUAL, rows_AD, texts) for model in (pair.bridge, pair.hooked))
     assert found is not None
+    assert wanted is not None
+    for one, other in zip(found, wanted, strict=True):
+        for end in ("raised", "lowered"):
+            assert one[end] == other[end]
+            assert one[f"{end}_logits"] == pytest.approx(other[f"{end}_logits"], rel=1e-3)
 
 
 def test_one_of_our_saes_in_it(pair: Pair) -> None:

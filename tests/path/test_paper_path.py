@@ -26,8 +26,8 @@ WARNINGS = [
 pytestmark = WARNINGS
 
 MODELS = {"gemma-2-2b": tiny_models.small_gemma_2_2b, "pythia-160m": lambda home, _: tiny_models.pythia_160m(home)}
-# What the paper's options are stays as it is. A random model answers no prompt of RAVEL right, and SAEBench's
-# autointerp wants a tokenizer of less than five characters a token; absorption's prompt is of words of one token here.
+# What the paper's options are stays as it is. A random model answers no prompt of RAVEL right and knows no letters, and
+# SAEBench's autointerp wants a tokenizer of less than five characters a token.
 SMALLER = {
     **SHRUNK,
     "device": "cpu",
@@ -35,8 +35,6 @@ SMALLER = {
     "model.dtype": "float32",
     "harvest.dtype": "float32",
     "evaluation.ravel": "null",
-    "evaluation.absorption": '{prompt_template: "{word} ba ba ba ba:", min_gt_probe_f1: 0.0, min_feats_for_eval: 2, '
-    "k_sparse_probe_num_epochs: 2, max_k_value: 2}",
     "report.tokens": "500",
 }
 KINDS = ["db-ksvd", "matryoshka", "db-ksvd-tuned", "matryoshka-tuned", "topk-sae", "pca", "random"]
@@ -68,8 +66,7 @@ class PaperRun:
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PaperRun]:
-    left_out = ("sparse_probing", "sparse_probing_sae_probes", "scr", "absorption")
-    few = {f"evaluation.{name}": "null" for name in left_out}
+    few = {f"evaluation.{name}": "null" for name in ("sparse_probing", "sparse_probing_sae_probes", "scr")}
     with pytest.MonkeyPatch.context() as monkeypatch, one_thread():
         yield PaperRun("gemma-2-2b", tmp_path_factory.mktemp("paper"), monkeypatch, {**SMALLER, **few})
 

@@ -17,7 +17,7 @@ def test_the_whole_grid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         table = PaperRun(name, tmp_path, monkeypatch, SMALLER)()
     cells = {f"{kind}-m{m}-k{k}" for kind in KINDS if kind != "pca" for m in (512, 768) for k in (4, 8, 16)}
     assert set(table["dictionary"]) == {*cells, "pca-k4", "pca-k8", "pca-k16"}
-    evals = {"heldout", "core", "sparse_probing", "sparse_probing_sae_probes", "scr", "absorption", "training"}
+    evals = {"heldout", "core", "sparse_probing", "sparse_probing_sae_probes", "scr", "training"}
     assert set(table["eval"]) == evals
     for eval_name in evals:
         scored = table[table["eval"] == eval_name]

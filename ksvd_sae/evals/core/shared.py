@@ -117,7 +117,7 @@ class _HookRuns:
             for token in ignore_tokens:
                 # A tokenizer without, say, a padding token gives None: no token equals that.
                 kept_BL &= batch_tokens != (-1 if token is None else token)
-        started = Started(batch_tokens, clean.get("start_BLD"), self._options(batch_tokens))
+        started = Started(batch_tokens, clean.get("start_BLD"), self.runs.start(batch_tokens)[1])
         final_BLD = self.runs.again(started, partial(_replaced, sae, kept_BL))
         ce_BL, kl_BL = self._losses(final_BLD, clean["final_BLD"], batch_tokens)
         losses: dict[str, Tensor] = {}
@@ -142,10 +142,6 @@ class _HookRuns:
             clean["start_BLD"] = started.start_BLD
         self.cache.put(key, clean)
         return clean
-
-    def _options(self, tokens_BL: Tensor) -> dict[str, Any]:
-        _, _, shortformer, mask = self.model.input_to_embed(tokens_BL)
-        return {"shortformer_pos_embed": shortformer, "attention_mask": mask}
 
     def _losses(self, final_BLD: Tensor, clean_BLD: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L−1) −ln p(next token) and (B, L) KL(clean ‖ this); the clean run itself may be given."""

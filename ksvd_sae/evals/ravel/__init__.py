@@ -10,7 +10,7 @@ from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, 
 from ksvd_sae.offline import ravel as own_prompts
 
 # Of SAEBench's own data set, of each kind; tokens of a prompt.
-_ALL_PROMPTS, _PROMPT_TOKENS = 50_000, 24
+_ALL_PROMPTS, _PROMPT_TOKENS = 50_000, 18
 
 
 class RavelEval(SeededEval):

@@ -13,7 +13,7 @@ ProbeSize = Literal[1, 2, 5, 10, 20, 50, 100]
 # A batch's longest text beside its mean; tokens at which texts are cut.
 _PADDED, _LONGEST = 1.5, 1024
 # Seconds of a data set's probes: on the activations, and on a dictionary's latents.
-_PROBE_S, _PROBES_S = 10.0, 5.0
+_PROBE_S, _PROBES_S = 10.0, 3.5
 
 
 class SaeProbesEval(SeededEval):

@@ -9,15 +9,20 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jaxtyping
 import torch
 from transformer_lens import HookedTransformer
 
+from ksvd_sae.activations.language import is_bridge, load_as
 from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.evals.llm_cache import model_fingerprint
 from ksvd_sae.evals.saebench.bos import begin_texts
 from ksvd_sae.replaced import replaced
+
+if TYPE_CHECKING:
+    from ksvd_sae.activations.language import AnyModel
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +46,14 @@ class LoadedModel:
         """Whoever loads a model inside gets the one that was loaded before, if it is the same."""
         self._load = HookedTransformer.from_pretrained_no_processing
         loader = "transformer_lens.HookedTransformer.from_pretrained_no_processing"
-        with replaced({loader: staticmethod(self.get)}):
-            yield self
+        checked = jaxtyping.config.jaxtyping_disable
+        try:
+            with replaced({loader: staticmethod(self.get)}):
+                yield self
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", checked)
 
-    def get(self, model_name: str, **options: Any) -> HookedTransformer:
+    def get(self, model_name: str, **options: Any) -> "AnyModel":
         """The model as if it had just been loaded; loaded if it is another than the last one."""
         # Whoever names no dtype means TransformerLens' default.
         asked = {name: str(value) for name, value in {"dtype": torch.float32, **options}.items()} | {"": model_name}
@@ -55,13 +64,15 @@ class LoadedModel:
                 self._model = self._loaded(model_name, **options)
             self._asked, self._was = asked, model_fingerprint(self._model)
             self._tokenizer_was = _plain_state(self._model.tokenizer)
+        if is_bridge(self._model):
+            # SAEBench's annotations, which it has checked at each call, name HookedTransformer alone.
+            jaxtyping.config.update("jaxtyping_disable", True)
         self._model.reset_hooks()
         vars(self._model.tokenizer).update(copy.deepcopy(self._tokenizer_was))
         return self._model
 
-    def _loaded(self, model_name: str, **options: Any) -> HookedTransformer:
-        own = self._weights
-        model = self._load(model_name, **options) if own is None else own.hooked(self._load, model_name, **options)
+    def _loaded(self, model_name: str, **options: Any) -> "AnyModel":
+        model = load_as(self._load, self._weights, model_name, **options)
         if self._prepend_bos is not None:
             begin_texts(model.tokenizer, self._prepend_bos)
             model.cfg.default_prepend_bos = model.cfg.tokenizer_prepends_bos = self._prepend_bos
