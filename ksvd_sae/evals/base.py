@@ -221,7 +221,7 @@ class Work:
 
     read: tokens that the model reads up to the hook. rest: tokens that go on from there; there and back counts thrice.
     predicted: tokens whose next one's distribution is computed. coded: activations that a dictionary codes.
-    kept: activations of the model that stay on disk.
+    kept, cached: activations of the model that stay on disk, and in the cache of a size that the config gives.
     other_s: seconds of what is none of these, such as probes: as the demo took them on one core, in proportion.
     """
 
@@ -229,6 +229,7 @@ class Work:
     rest: float = 0
     predicted: float = 0
     kept: float = 0
+    cached: float = 0
     other_s: float = 0
     read_each: float = 0
     rest_each: float = 0

@@ -458,7 +458,8 @@ class Planner:
         if guessed > 0.1 * seconds:
             notes.append(f"{guessed:.0f} s of it are in proportion to the demo's, not measured")
         host, device = (0, 0) if model is None or not asks else self._memory(model, 0)
-        kept = work.kept * (model.d_in * 4 if model is not None else 0)
+        wide = model.d_in * 4 if model is not None else 0
+        kept = work.kept * wide + min(work.cached * wide, self.config.evaluation.llm_cache_gb * 1e9)
         return Stage(
             name=name,
             amount=amount,

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ksvd_sae.errors import DiskSpaceError, HubError, MemorySpaceError
 from ksvd_sae.evals import EVALS
+from ksvd_sae.evals.base import Eval
 from ksvd_sae.methods.db_ksvd import DBKSVDMethod
 from ksvd_sae.report.plan import plan_table
 from ksvd_sae.run import plan as planning
@@ -25,6 +26,8 @@ from tests.run.test_pipeline import D_IN, RAW
 from tests.tiny_shards import raw_activations, write_harvest
 
 GIB = 2**30
+# Evals of images: of these a plan says that their time is not known.
+UNCOUNTED = {"ProbePreservationEval", "ImageProbingEval", "SpatialEval", "MonosemanticityEval"}
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -236,6 +239,9 @@ def test_evals_side_by_side_end_with_the_longest() -> None:
 
 @pytest.mark.parametrize("kind", EVALS)
 def test_every_eval_counts_what_it_does(kind: Any) -> None:
+    if kind.__name__ in UNCOUNTED:
+        assert kind.work is Eval.work, "counted by now"
+        return
     work = kind().work(10_000, 3)
     assert work is not None
     assert any(vars(work).values())

@@ -159,7 +159,7 @@ class AutoInterpEval(SeededEval):
         return run_autointerp(panel, self, setting, output)
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
-        return Work(read=self.total_tokens, kept=self.total_tokens, coded_each=self.total_tokens)
+        return Work(read=self.total_tokens, cached=self.total_tokens, coded_each=self.total_tokens)
 
     def as_published(self) -> dict[str, JsonValue]:
         return {**super().as_published(), "judge": self.judge_name}

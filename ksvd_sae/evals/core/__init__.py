@@ -73,7 +73,7 @@ class CoreEval(Eval):
             read=spliced + read,
             rest=2 * spliced,
             predicted=2 * spliced,
-            kept=2 * spliced + read,
+            cached=2 * spliced + read,
             rest_each=spliced,
             predicted_each=spliced,
             coded_each=spliced + read,
