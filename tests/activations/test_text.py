@@ -268,5 +268,5 @@ def test_examples_of_the_docs() -> None:
     texts = [TextConfig.model_validate(section["text"]) for section in sections if "text" in section]
     models = [ModelConfig.model_validate(section["model"]) for section in sections if "model" in section]
     assert len(texts) >= 3
-    assert all(model.weights for model in models)
-    assert len(texts) + len(models) == len(examples)
+    assert [bool(model.weights) for model in models].count(True) == 2
+    assert all("text" in section or "model" in section for section in sections)

@@ -77,4 +77,4 @@ def test_scores_are_those_of_transformer_lens_own_model(tmp_path: Path) -> None:
     )
     scored = hooked.loc[["heldout", "core", "sparse_probing"]]
     assert len(scored) > 20
-    pd.testing.assert_series_equal(bridge["value"].loc[scored.index], scored, rtol=0, atol=tolerances.SPLICED_LOSS)
+    pd.testing.assert_series_equal(bridge.loc[scored.index], scored, rtol=0, atol=tolerances.SPLICED_LOSS)
