@@ -63,7 +63,7 @@ def test_a_step_that_fails_leaves_the_others_alone(
     with pytest.raises(SystemExit):
         gpu.main("cpu", small=True, output=tmp_path / "gpu.jsonl", minutes=5)
     suites = {json.loads(line)["suite"] for line in (tmp_path / "gpu.jsonl").read_text().splitlines()}
-    assert suites == {"coding", "update", "batch", "train", "ceiling"}
+    assert suites == {"coding", "update", "batch", "train", "harvest", "ceiling"}
     assert "stages: RuntimeError: CUDA error: an illegal memory access" in capsys.readouterr().out
 
 
