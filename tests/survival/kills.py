@@ -23,7 +23,6 @@ FOLDER, KILLS, SEED = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 os.environ |= {"HF_HOME": str(FOLDER / "hf-home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "KSVD_SAE_CACHE": "cache"}
 
-import huggingface_hub  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
@@ -75,6 +74,10 @@ def evaluate() -> None:
 
 
 def publish() -> None:
+    # Of this process alone: models come from the cache.
+    constants.ENDPOINT, constants.HF_HUB_OFFLINE = hub.endpoint, False
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_CACHE, os.environ["HF_TOKEN"] = str(FOLDER / "hub-cache"), TOKEN
     folder = Path("published")
     write_folder(open_source(Path("results") / CONFIG, [], "both"), REPO, folder, "mit")
     upload(folder, REPO)
@@ -184,11 +187,6 @@ def _sent(repositories: dict[str, Any]) -> list[str]:
 
 
 def main(hub: Hub) -> None:
-    constants.ENDPOINT, constants.HF_HUB_OFFLINE = hub.endpoint, False
-    constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    os.environ["HF_TOKEN"] = TOKEN
-    constants.HF_HUB_CACHE = str(FOLDER / "hub-cache")
-    assert huggingface_hub.__version__
     place, draw, counts = FOLDER / "undisturbed", random.Random(SEED), {}
     tiny_models.pythia_160m(FOLDER / "hf-home")
     tiny_models.write_text_folder(place / "text", 300)
