@@ -198,5 +198,5 @@ def _transformers(harvest: Harvest, device: torch.device) -> Callable[[Tensor], 
         for name, child in module.named_children()
         if isinstance(child, torch.nn.ModuleList) and len(child) == layers
     )
-    setattr(inner, name, getattr(inner, name)[: (hook_layer(harvest.model.hook) or 0) + 1])
+    del getattr(inner, name)[(hook_layer(harvest.model.hook) or 0) + 1 :]
     return partial(inner, use_cache=False)

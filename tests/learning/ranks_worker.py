@@ -56,11 +56,17 @@ CASES: dict[str, Callable[[], tuple[Tensor, LearnerOptions]]] = {
 def main(rank: int, size: int, folder: Path, stop_after: int | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=size)
-    ranks = Ranks.of_process_group()
-    assert ranks == Ranks(rank, size)
-    if stop_after is not None:
-        _stopped(ranks, folder, stop_after)
-        return
+    try:
+        ranks = Ranks.of_process_group()
+        assert ranks == Ranks(rank, size)
+        _learn_all(ranks, folder) if stop_after is None else _stopped(ranks, folder, stop_after)
+    finally:
+        # Its threads would end the process with an error of their own.
+        dist.destroy_process_group()
+
+
+def _learn_all(ranks: Ranks, folder: Path) -> None:
+    rank, size = ranks.rank, ranks.size
     for name, case in CASES.items():
         x_ND, chosen = case()
         log = folder / f"{name}.{size}.jsonl"
@@ -70,7 +76,6 @@ def main(rank: int, size: int, folder: Path, stop_after: int | None) -> None:
             assert state is not None
             kept = {"atoms": learner.atoms_MD, "centre": learner.centre_D, "generator": state.generator.get_state()}
             save_file({key: value.contiguous() for key, value in kept.items()}, folder / f"{name}.{size}.{rank}")
-    dist.destroy_process_group()
 
 
 def _stopped(ranks: Ranks, folder: Path, stop_after: int) -> None:

@@ -40,9 +40,9 @@ def started(size: int, folder: Path, stop_after: int = -1) -> list["subprocess.P
 
 
 def run(size: int, folder: Path, stop_after: int = -1) -> None:
-    for process in started(size, folder, stop_after):
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
+    processes = started(size, folder, stop_after)
+    said = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * size, "\n".join(said)
 
 
 @pytest.fixture(scope="module")

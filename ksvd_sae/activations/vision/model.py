@@ -110,8 +110,8 @@ class ImageReader:
                 f"model.also: {config.name!r} has no registers", cure="leave them out, or take a model with registers"
             )
         # What the final norm reads, and what it gives, is then of this block. A ViT of transformers 5 has no encoder.
-        holder, name = (self.model, "layers") if hasattr(self.model, "layers") else (self.model.encoder, "layer")
-        setattr(holder, name, getattr(holder, name)[: config.layer + 1])
+        layers = self.model.layers if hasattr(self.model, "layers") else self.model.encoder.layer
+        del layers[config.layer + 1 :]
         self.model = self.model.to(device).eval()
         self._patch: int = own.patch_size
         self._grid: Grid | None = None
