@@ -137,6 +137,9 @@ def content(place: Path, hub: Hub) -> dict[str, Any]:
     found: dict[str, Any] = {}
     tops = [place / "cache" / name for name in ("activations", "dictionaries", "evaluations")]
     for path in sorted(file for top in (*tops, place / "published") for file in top.rglob("*") if file.is_file()):
+        # What a killed process had not finished writing has a name of its own, which nobody reads.
+        if path.name.startswith("."):
+            continue
         name = str(path.relative_to(place))
         if path.suffix == ".json":
             found[name] = results(json.loads(path.read_text()))
