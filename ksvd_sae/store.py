@@ -167,6 +167,10 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
             who = owner.read_text() if owner.exists() else "another process"
             logger.info("%s: %s is at it; waiting for its result", what, who)
             lock.acquire()
+        # Under names of their own, which nobody reads; nobody else writes here now.
+        for left in [path for path in folder.rglob(".*") if path.is_file()]:
+            logger.info("%s: removing %s, which a killed process had not finished", what, left.name)
+            left.unlink()
         owner.write_text(f"process {os.getpid()} on {platform.node()}")
     except (OSError, NotImplementedError) as error:
         lock.release()

@@ -272,6 +272,15 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, caplog: pytest.Log
     assert caplog.text.count("waiting") == 1
 
 
+def test_what_a_killed_process_had_not_finished_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "activations" / "some"
+    (folder / "train").mkdir(parents=True)
+    for name in ("train/shard-0.safetensors", "train/.shard-1.safetensors.abcd1234", ".manifest.json.abcd1234"):
+        (folder / name).write_bytes(b"half")
+    with sole_writer(folder, "harvest"):
+        assert [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()] == ["train/shard-0.safetensors"]
+
+
 def test_where_no_lock_can_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "locks").write_text("a file in the place of the folder")
     refused = pytest.raises(ManifestError, match=r"(?s)train x: no lock can be taken in .*locks.*KSVD_SAE_CACHE")

@@ -6,14 +6,13 @@ atoms in context do not know (correlated latents and neurons, the histogram of a
 read from sae_dashboard/neuronpedia/neuronpedia_export.py of SAEDashboard.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ksvd_sae.activations.language import hook_layer
 from ksvd_sae.hub.source import NONNEGATIVE
 
 NAME = "batch-0.json"
-_LAYER = re.compile(r"blocks\.(\d+)\.")
 _UNKNOWN = (
     "neuron_alignment_indices",
     "neuron_alignment_values",
@@ -40,12 +39,12 @@ def dashboards(
         name: of the dictionary. view: whose latents are meant. dataset: of the text that was read.
     Returns: None where Neuronpedia has no place for it: signed latents, or a hook that is in no layer.
     """
-    layer = _LAYER.match(hook)
+    layer = hook_layer(hook)
     if layer is None or view not in ("split", NONNEGATIVE):
         return None
     return {
         "model_id": model.rpartition("/")[2],
-        "layer": int(layer[1]),
+        "layer": layer,
         "sae_set": f"{name}-{view}",
         "features": [feature for atom in found["atoms"] for feature in _features(atom, found, dataset)],
     }

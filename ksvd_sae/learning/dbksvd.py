@@ -60,6 +60,7 @@ from ksvd_sae.learning.training import (
     learned_with,
 )
 from ksvd_sae.learning.weighting import Weighting
+from ksvd_sae.store import content_hash
 
 __all__ = ["BatchLog", "DictionaryLearner", "LearnerOptions"]
 
@@ -110,6 +111,9 @@ class DictionaryLearner:
             raise InputTypeError(f"{_WHERE}: options must be LearnerOptions", got=shown(options), cure=cure)
         if on_batch is not None and not callable(on_batch):
             raise InputTypeError(f"{_WHERE}: on_batch must be a function of a BatchLog", got=shown(on_batch))
+        if not isinstance(ranks, Ranks):
+            cure = "Ranks.of_process_group()"
+            raise InputTypeError(f"{_WHERE}: ranks must be Ranks", got=shown(ranks), cure=cure)
         self.options, self.device, self.on_batch, self.ranks = options, device, on_batch, ranks
         self.keep_on_device = None if keep_on_device is None else flag(keep_on_device, "keep_on_device", _WHERE)
         self.log_path = None if log_path is None else path(log_path, "log_path", _WHERE)
@@ -399,6 +403,8 @@ class _Fit:
     def _begin(self, resume: bool) -> None:
         """The state to train from, and the files as they belong to it."""
         learner, path = self.learner, self.checkpoint_path
+        if self.ranks.size > 1:
+            self._check_same()
         # A stream's centre comes with its first batch.
         learner.state = None if isinstance(self.source, StreamSource) else learner._started(self.source.centre_D)
         # Whether all go on is rank 0's to say: the others may look later.
@@ -415,6 +421,25 @@ class _Fit:
             Path(learner.log_path).parent.mkdir(parents=True, exist_ok=True)
             # A run that was stopped may have logged more than its checkpoint knows of.
             Path(learner.log_path).write_text("".join(line.json() for line in learner.log))
+
+    def _check_same(self) -> None:
+        """Raise ShapeError, in all processes, unless all were given the same samples and options."""
+        assert not isinstance(self.source, StreamSource)
+        arguments = int(content_hash(self._fingerprint["arguments"]), 16)
+        own = torch.tensor([self.source.n_samples, self.source.d_in, arguments], device=self.device)
+        differs = not torch.equal(own, self.ranks.agreed(own.clone()))
+        # Whose centres are of one width, as all must know before they send them. Other machines round otherwise.
+        if not self.ranks.count(differs, self.device):
+            centre_D = self.source.centre_D.to(self.device, torch.float32)
+            differs = not torch.allclose(centre_D, self.ranks.agreed(centre_D.clone()), rtol=1e-3, atol=1e-6)
+        if others := self.ranks.count(differs, self.device):
+            raise ShapeError(
+                f"{_WHERE} in {self.ranks.size} processes: not all were given the same",
+                got=f"{self.source.n_samples} samples of {self.source.d_in} dimensions in rank {self.ranks.rank}; "
+                f"{others} processes differ from rank 0 in these, in their mean or in the options",
+                cause="each process has samples of its own",
+                cure="give all samples to every process: each takes its part of every batch",
+            )
 
     @cached_property
     def _fingerprint(self) -> Fingerprint:
@@ -450,7 +475,7 @@ class _Fit:
                 try:
                     learner._learn(batch_BD, pass_index)
                 except ConstantSamplesError:
-                    n_samples = int(self.ranks.total(torch.tensor(len(batch_BD), device=batch_BD.device)))
+                    n_samples = self.ranks.count(len(batch_BD), batch_BD.device)
                     learned, passed_over, samples = False, passed_over + 1, samples + n_samples
                 # A stream has none before its first batch that tells something.
                 state = learner.state

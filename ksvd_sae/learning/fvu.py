@@ -42,7 +42,7 @@ class Variance:
             for sums in (self._sum_D, self._squares_D)
         )
         sum_D, squares_D = ranks.total(torch.stack([sum_D, squares_D]))
-        n_samples = int(ranks.total(torch.tensor(self.n_samples, device=sum_D.device)))
+        n_samples = ranks.count(self.n_samples, sum_D.device)
         variance = float((squares_D - sum_D.square() / max(1, n_samples)).sum())
         # Not (… ≤ …): NaN must fail too.
         if not variance > _NO_VARIANCE * float(squares_D.sum()):

@@ -46,6 +46,10 @@ class Ranks:
         """The sum of the tensors of all processes, of one shape."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
 
+    def count(self, n: int, device: torch.device) -> int:
+        """The sum of the numbers of all processes; alone, nobody waits for the device."""
+        return n if self.size == 1 else int(self.total(torch.tensor(n, device=device)))
+
     def largest(self, tensor: Tensor) -> Tensor:
         return self._reduced(tensor, dist.ReduceOp.MAX)
 

@@ -265,7 +265,7 @@ def checked_batch(x_BD: Tensor, ranks: Ranks = ALONE) -> Batch:
         largest_1 = x_BD.abs().max() if x_BD.numel() else x_BD.new_zeros(())
         exponent = _unfair_exponent(float(ranks.largest(largest_1)))
         x_BD = _scaled(x_BD, exponent)
-        n_samples = int(ranks.total(torch.tensor(len(x_BD), device=x_BD.device)))
+        n_samples = ranks.count(len(x_BD), x_BD.device)
         return Batch(x_BD, None, variance(x_BD, where, ranks), n_samples, exponent)
     energy_B, numbers = batch_triton.statistics(x_BD)
     largest, batch_variance, energy = numbers.tolist()

@@ -18,6 +18,8 @@ from ksvd_sae.learning.weighting import weighting_by_std
 from tests.strategies import planted
 
 CODING = Coding(3)
+# In place of where to stop: each process has samples of its own, of another number or another mean.
+OWN_SAMPLES, OWN_MEAN = 20_000, 20_001
 
 
 def samples(n: int, zeros: int = 0) -> Tensor:
@@ -59,7 +61,14 @@ def main(rank: int, size: int, folder: Path, stop_after: int | None) -> None:
     try:
         ranks = Ranks.of_process_group()
         assert ranks == Ranks(rank, size)
-        _learn_all(ranks, folder) if stop_after is None else _stopped(ranks, folder, stop_after)
+        if stop_after is None:
+            _learn_all(ranks, folder)
+        elif stop_after == OWN_SAMPLES:
+            DictionaryLearner(options(), device="cpu", ranks=ranks).fit(samples(1201 + (rank == 1)))
+        elif stop_after == OWN_MEAN:
+            DictionaryLearner(options(), device="cpu", ranks=ranks).fit(samples(1201) + (rank == 1))
+        else:
+            _stopped(ranks, folder, stop_after)
     finally:
         # Its threads would end the process with an error of their own.
         dist.destroy_process_group()

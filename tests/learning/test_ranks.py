@@ -122,6 +122,16 @@ def test_the_others_stop_when_one_is_gone(tmp_path: Path) -> None:
     assert "start all of them again" in said
 
 
+@pytest.mark.parametrize("what", [ranks_worker.OWN_SAMPLES, ranks_worker.OWN_MEAN])
+def test_samples_of_ones_own(what: int, tmp_path: Path) -> None:
+    """As data-parallel training of other things has them: an error in every process, and nobody waits."""
+    for process in started(3, tmp_path, what):
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "DB-KSVD in 3 processes: not all were given the same" in said
+        assert "cure: give all samples to every process" in said
+
+
 class TestRefused:
     X: Tensor = ranks_worker.samples(100)
 
@@ -131,6 +141,10 @@ class TestRefused:
     def test_exact(self) -> None:
         with pytest.raises(ShapeError, match=r"(?s)update='exact' is for one process.*2 processes.*two_sweeps"):
             self.learner(update="exact").fit(self.X)
+
+    def test_ranks_that_are_none(self) -> None:
+        with pytest.raises(ShapeError, match=r"(?s)ranks must be Ranks.*Ranks\.of_process_group"):
+            DictionaryLearner(LearnerOptions(8, Coding(2)), ranks=2)  # type: ignore[arg-type]
 
     def test_streams(self) -> None:
         with pytest.raises(ShapeError, match="a stream is for one process"):

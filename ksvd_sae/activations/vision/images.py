@@ -18,6 +18,8 @@ from ksvd_sae.strict import Strict
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# Of a file, for the hash of a folder.
+_BEGINNING = 16_384
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 # Rows of a stream among which the next one is drawn.
 _SHUFFLED_ROWS = 1_000
@@ -91,12 +93,17 @@ class ImagesConfig(Strict):
         return Path(self.dataset).expanduser()
 
     def content_hash(self) -> str | None:
-        """Of names and sizes of local files; None for what lies elsewhere."""
+        """Of names, sizes and beginnings of local files; None for what lies elsewhere.
+
+        Uncompressed images are all of one size; and to read a million whole takes longer than a harvest of some.
+        """
         if self.source == "hub":
             return self._on_hub.content_hash()
         digest = hashlib.sha256()
         for path in _image_files(self._folder):
             digest.update(f"{path.relative_to(self._folder)}\0{path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_BEGINNING))
         return digest.hexdigest()[:12]
 
     def images(self, seed: int) -> Iterator[LabelledImage]:

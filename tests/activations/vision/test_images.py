@@ -97,7 +97,12 @@ def test_content_hash_follows_the_files(image_folder: Path, parquet: Path, tmp_p
     before = few.content_hash()
     assert before == few.content_hash()
     (tmp_path / "few" / "b.png").write_bytes(png(1))
-    assert few.content_hash() != before
+    both = few.content_hash()
+    assert both != before
+    content = bytearray((tmp_path / "few" / "b.png").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "few" / "b.png").write_bytes(content)
+    assert few.content_hash() != both, "another image of the same size"
     assert of_parquet(parquet).content_hash() is not None
 
 
