@@ -153,7 +153,12 @@ def _write_weights(gguf: Path, folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # transformers 5.24 takes what it read from such a file for quantized, and does not write it: the same weights
+    # in a model that was never that.
+    vars(read.config).pop("quantization_config", None)
+    model = type(read)(read.config).eval()
+    model.load_state_dict(read.state_dict())
     # As in the published config. With a later value transformers takes a local tokenizer for Mistral's and warns.
     model.save_pretrained(folder)
     path = folder / "config.json"
