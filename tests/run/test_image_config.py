@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
+from ksvd_sae.activations.vision.harvest import ImageHarvestConfig
 from ksvd_sae.errors import ConfigError
 from ksvd_sae.evals import EVALS
+from ksvd_sae.offline.pictures import CROPS_OF_A_PHOTO
 from ksvd_sae.run.config import ImageRunConfig, TextRunConfig, dump_config, load_config, parse_config
 from ksvd_sae.run.grid import layer_run, load_study
 from ksvd_sae.run.pipeline import Run
@@ -36,6 +38,40 @@ def test_the_yamls_are_read_and_written(name: str) -> None:
     assert list(yaml.safe_load(text))[:6] == ["name", "seed", "training_seeds", "device", "model", "images"]
     kinds = {method.kind for method in run.dictionaries.values()}
     assert {"db_ksvd", "topk_sae", "batchtopk_sae", "matryoshka_batchtopk_sae", "pca", "random"} == kinds
+
+
+def test_the_demos_need_no_hub() -> None:
+    photos, digits = load_config("vision-demo"), load_config("vision-demo-digits")
+    for run in (photos, digits):
+        assert isinstance(run, ImageRunConfig)
+        assert parse_config(yaml.safe_load(dump_config(run))) == run
+        assert (run.model.source, run.images.source) == ("offline", "offline")
+        sources = run.harvested.key["sources"]
+        assert sources.keys() == {"model", "images"}
+    # Photographs have no classes.
+    assert photos.evaluation.left_out() == ["probe_preservation", "image_probing"]
+    assert digits.evaluation.left_out() == []
+    # Whole photographs are held out.
+    assert isinstance(photos.harvest, ImageHarvestConfig)
+    assert photos.harvest.heldout_tokens == 5 * CROPS_OF_A_PHOTO * 256
+    assert photos.harvest.batch_images == CROPS_OF_A_PHOTO
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "facebook/dinov2-base", "source": "offline"}, "has facebook/dinov2-small alone"),
+        ({"source": "offline", "revision": "main"}, "goes with a model on the Hub"),
+    ],
+)
+def test_what_no_package_has_is_refused(model: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(with_changes(model={**RAW["model"], **model}))
+
+
+def test_a_model_from_the_hub_has_the_key_that_it_had() -> None:
+    run = parse_config(RAW)
+    assert run.model.model_dump().keys() == {"name", "layer", "final_norm", "also", "dtype"}
 
 
 def test_a_text_makes_another_run() -> None:

@@ -1,7 +1,8 @@
 """The harvest stage on images: from images to shuffled shards of their patches, with statistics.
 
 ``collecting.py`` makes shards of what the model gives. Held-out images come first in the shuffled order of all, and
-training has those after them. Beside the held-out shards lie the places of their samples, and the images themselves.
+training has those after them, without what was cut from the same photographs. Beside the held-out shards lie the places
+of their samples, and the images themselves.
 """
 
 import json
@@ -127,7 +128,9 @@ def _collect(harvest: ImageHarvest, reader: ImageReader, collection: Collection,
             raise _too_few(harvest, "heldout", collection)
         if not (collection.folder / IMAGES_FILE).exists():
             write_images(collection.folder / IMAGES_FILE, drawn, reader, config.batch_images)
-        if not collection.fill("train", stream, config.batch_images, read, advance):
+        heldout = {image.origin for image in drawn if image.origin is not None}
+        others = (image for image in stream if image.origin not in heldout)
+        if not collection.fill("train", others, config.batch_images, read, advance):
             raise _too_few(harvest, "train", collection)
 
 

