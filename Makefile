@@ -9,10 +9,15 @@ BROWSER ?= optional
 HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
 
-.PHONY: demo test docs test-long transformers-4 other-python browser format clean
+.PHONY: demo vision-demo test docs test-long transformers-4 other-python browser format clean
 
 demo: $(STAMP)
 	$(BIN)/ksvd-sae run demo
+
+# Two wheels of 104 MB are fetched beside, and not installed.
+vision-demo: $(STAMP)
+	$(BIN)/ksvd-sae run vision-demo
+	$(BIN)/ksvd-sae run vision-demo-digits
 
 test: $(STAMP)
 	$(BIN)/ruff check .

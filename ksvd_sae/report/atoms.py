@@ -72,11 +72,10 @@ class Side:
 
 @dataclass(frozen=True)
 class PicturedSide:
-    """The images with the strongest codes of one sign, side by side. captions: of each, with its value."""
+    """The images with the strongest codes of one sign: of each the picture, its value and its name."""
 
     heading: str
-    data_uri: str
-    captions: list[str]
+    pictures: list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
@@ -155,9 +154,9 @@ def _atom_on_images(entry: Mapping[str, Any]) -> Atom:
     sides, signed = list[PicturedSide](), "negative" in entry
     for name, heading in _headings(entry).items():
         if (side := entry.get(name)) is not None:
-            values = zip(side["images"], side["values"], strict=True)
-            captions = [f"{image} ({number(value, sign=signed)})" for image, value in values]
-            sides.append(PicturedSide(heading, f"data:image/png;base64,{side['png']}", captions))
+            shown = zip(side["pictures"], side["values"], side["images"], strict=True)
+            pictures = [(f"data:image/jpeg;base64,{p}", number(value, sign=signed), name) for p, value, name in shown]
+            sides.append(PicturedSide(heading, pictures))
     return Atom(entry["atom"], _facts(entry, "patches"), [], sides)
 
 

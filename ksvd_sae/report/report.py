@@ -117,13 +117,22 @@ def _environment() -> jinja2.Environment:
     )
 
 
+# What columns of a run on images say.
+_ON_IMAGES = {
+    "probe kept": "what they keep of an image's class",
+    "image probing": "what few latents say of it",
+    "spatial": "whether a latent's patches lie together",
+}
+
+
 def reading_guide(table: pd.DataFrame, controls: frozenset[str]) -> str:
     """How to read the page, and who leads in error and in behaviour."""
     if "loss recovered" not in table:
+        said = ["FVU says how far the rebuilt activations are from the real ones"]
+        said += [f"{column} {what}" for column, what in _ON_IMAGES.items() if column in table]
         text = (
-            "Each row is a dictionary that rebuilds a vision model's activations from a few atoms a patch. FVU says "
-            "how far the rebuilt activations are from the real ones, probe kept what they keep of an image's class, "
-            "image probing what few latents say of it, and spatial whether a latent's patches lie together."
+            "Each row is a dictionary that rebuilds a vision model's activations from a few atoms a patch. "
+            f"{', '.join(said[:-1])}{' and ' if len(said) > 1 else ''}{said[-1]}."
         )
         return text + (_CONTROLS if controls & set(table["dictionary"]) else "")
     text = (

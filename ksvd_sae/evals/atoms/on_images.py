@@ -1,7 +1,7 @@
 """Atoms on images: for a sample of each dictionary's atoms, the held-out images that they code most strongly.
 
 Every dictionary codes the same held-out patches. The result is one JSON file, named by the hash of all that it follows
-from, with a picture for each atom and sign: its images side by side, grey and dark where it does not fire.
+from, with the images of each atom and sign, grey and dark where it does not fire.
 """
 
 import base64
@@ -25,11 +25,9 @@ from ksvd_sae.store import content_hash, copy_of_other_name, write_json
 
 logger = logging.getLogger(__name__)
 # Raised when the same inputs come to give another file.
-FORMAT = 1
-# Between the images of a picture.
-_GAP = 4
-# Of a picture: few enough for a small file, enough for photographs.
-_COLOURS = 128
+FORMAT = 2
+# Of JPEG: two fifths of the size of a PNG of 128 colours.
+_QUALITY = 80
 ORANGE, BLUE = (230, 97, 1), (38, 110, 200)
 Picture = NDArray[np.uint8]
 
@@ -64,8 +62,8 @@ def atoms_on_images(sae: Any, images: HeldoutImages, config: ImageAtomsConfig, s
     """One dictionary's sample as JSON values.
 
     n_tokens, n_images, n_atoms, n_dead (on these images), signed, and atoms. An atom: its index, stratum, density (of
-    patches), strongest |code|, nearest, and, for the positive and (where codes have signs) the negative sign: values
-    and names of its images, the strongest first, and their picture.
+    patches), strongest |code|, nearest, and, for the positive and (where codes have signs) the negative sign: values,
+    names and pictures (JPEG) of its images, the strongest first.
     """
     n_images = min(images.n_images, config.images)
     x_IPD, present_IP = next(images.batches(n_images))
@@ -113,14 +111,15 @@ def _side(code_IP: Tensor, sign: int, images: HeldoutImages, config: ImageAtomsC
         return None
     strength_IP = (code_IP[top].clamp(min=0) / largest_I[top[0]]).view(-1, images.grid.rows, images.grid.columns)
     shown = images.pictures(top.tolist())
-    tiles = [
-        marked(np.asarray(image.opened()), strength_RC.numpy(), ORANGE if sign > 0 else BLUE, config.pixels)
+    colour = ORANGE if sign > 0 else BLUE
+    pictures = [
+        jpeg(marked(np.asarray(image.opened()), strength_RC.numpy(), colour, config.pixels))
         for image, strength_RC in zip(shown, strength_IP, strict=True)
     ]
     return {
         "values": [rounded(sign * float(value)) for value in largest_I[top]],
         "images": [_caption(image.label, image.name) for image in shown],
-        "png": base64.b64encode(side_by_side(tiles)).decode("ascii"),
+        "pictures": [base64.b64encode(picture).decode("ascii") for picture in pictures],
     }
 
 
@@ -153,12 +152,11 @@ def marked(image: Picture, strength_RC: NDArray[Any], colour: tuple[int, int, in
     return shown.round().astype(np.uint8)
 
 
-def side_by_side(tiles: list[Picture]) -> bytes:
-    """Pictures of one height in a row, as PNG."""
+def jpeg(picture: Picture) -> bytes:
+    """A picture as a small file."""
     from PIL import Image
 
-    gap = np.full((tiles[0].shape[0], _GAP, 3), 255, dtype=np.uint8)
-    row = np.concatenate([part for tile in tiles for part in (gap, tile)][1:], axis=1)
-    png = io.BytesIO()
-    Image.fromarray(row).quantize(_COLOURS).save(png, "PNG", optimize=True)
-    return png.getvalue()
+    content = io.BytesIO()
+    # Colours at full resolution: borders have one pixel.
+    Image.fromarray(picture).save(content, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
+    return content.getvalue()

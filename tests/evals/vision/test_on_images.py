@@ -11,11 +11,15 @@ from PIL import Image
 
 from ksvd_sae.activations.vision.heldout import HeldoutImages
 from ksvd_sae.evals.atoms import ImageAtomsConfig
-from ksvd_sae.evals.atoms.on_images import BLUE, ORANGE, atoms_on_images, marked, side_by_side
+from ksvd_sae.evals.atoms.on_images import BLUE, ORANGE, atoms_on_images, jpeg, marked
 from ksvd_sae.report.atoms import dictionary_atoms
 from tests.evals.vision.conftest import COLUMNS, N_IMAGES, ROWS, planted
 
 CONFIG = ImageAtomsConfig(atoms=6, examples=4, pixels=40)
+
+
+def opened(picture: str) -> np.ndarray:  # type: ignore[type-arg]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))
 
 
 def test_the_images_with_the_largest_codes_are_shown(sae: Any, images: HeldoutImages) -> None:
@@ -38,7 +42,7 @@ def test_the_images_with_the_largest_codes_are_shown(sae: Any, images: HeldoutIm
             top = largest_I.topk(n)
             assert side["values"] == pytest.approx((sign * top.values).tolist(), rel=1e-3)
             assert side["images"] == [f"class {i % 3}/{i}.png" for i in top.indices.tolist()]
-            assert Image.open(io.BytesIO(base64.b64decode(side["png"]))).size == (n * 48 + (n - 1) * 4, 40)
+            assert [opened(picture).shape for picture in side["pictures"]] == n * [(40, 48, 3)]
 
 
 def test_an_image_alone_is_looked_at(sae: Any, images: HeldoutImages) -> None:
@@ -68,13 +72,21 @@ def test_patches_that_fire_keep_their_colours_in_a_border(colour: tuple[int, int
     assert 100 > weak[20, 30, 0] > shown[0, 0, 0], "a weak patch is less bright"
 
 
-def test_pictures_are_small() -> None:
-    draw = np.random.default_rng(0)
-    tiles = [draw.integers(0, 255, (96, 96, 3)).astype(np.uint8) for _ in range(6)]
-    assert len(side_by_side(tiles)) < 6 * 96 * 96
+def test_pictures_are_small_and_borders_stay() -> None:
+    photograph = np.asarray(Image.effect_mandelbrot((96, 80), (-2, -1, 1, 1), 50).convert("RGB"))
+    strength_RC = np.zeros((5, 6))
+    strength_RC[2, 3] = 1
+    shown = marked(photograph, strength_RC, BLUE, 80)
+    picture = jpeg(shown)
+    assert len(picture) < shown.size / 4
+    found = opened(base64.b64encode(picture).decode()).astype(int)
+    assert abs(found - shown).mean() < 5
+    blueness_HW = found[..., 2] - found[..., 0]
+    assert blueness_HW[32:48, 48].mean() > 100
+    assert abs(blueness_HW[32:48, 44]).mean() < 20
 
 
-def test_the_page_has_a_picture_a_side(sae: Any, images: HeldoutImages) -> None:
+def test_the_page_has_a_picture_an_image(sae: Any, images: HeldoutImages) -> None:
     result = atoms_on_images(sae, images, CONFIG, seed=0)
     shown = dictionary_atoms("ours", result)
     assert shown.on_images
@@ -84,8 +96,9 @@ def test_the_page_has_a_picture_a_side(sae: Any, images: HeldoutImages) -> None:
     assert len(atoms) == 6
     for atom in atoms:
         assert atom.facts[0][1].endswith("of patches")
-        assert all(side.data_uri.startswith("data:image/png;base64,") for side in atom.sides)
-        assert all(len(side.captions) <= 4 for side in atom.sides)
+        for side in atom.sides:
+            assert 1 <= len(side.pictures) <= 4
+            assert all(data_uri.startswith("data:image/jpeg;base64,") for data_uri, _, _ in side.pictures)
 
 
 def test_outliers_are_not_coded(sae: Any, images: HeldoutImages, monkeypatch: pytest.MonkeyPatch) -> None:
