@@ -23,7 +23,8 @@ from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.coding import AnyCoder, Coding
-from ksvd_sae.learning.weighting import Weighting, make_weighting
+from ksvd_sae.learning.pca import covariance
+from ksvd_sae.learning.weighting import DEFAULT_POWER, Weighting, WeightingKind, make_weighting
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
@@ -41,19 +42,25 @@ CODER_LABELS: dict[AnyCoder, str] = {
     "projection": "projection",
 }
 TRAIN_LOG = "train_log.jsonl"
+_COVARIANCE_BATCH = 16_384
 
 
 class WeightingConfig(Strict):
     """The metric that a dictionary is learned in; see ksvd_sae/learning/weighting.py. A bare name is short for kind."""
 
-    kind: Literal["none", "std", "fisher_diag", "fisher"] = "none"
-    power: float = Field(0.5, gt=0, le=2, description="of 'std': 1 makes all dimensions equally loud")
+    kind: WeightingKind = "none"
+    power: float = Field(
+        0.5, gt=0, le=2, description="of 'std' and, there 1 unless given, 'whiten': 1 makes all equally loud"
+    )
     ridge: float | None = Field(None, ge=0, description="fraction of the mean moment; null takes the kind's default")
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
+        named = {"kind": value} if isinstance(value, str) else value
+        if isinstance(named, dict) and named.get("kind") == "whiten":
+            return {"power": DEFAULT_POWER["whiten"], **named}
+        return named
 
     @property
     def needs_gradients(self) -> bool:
@@ -128,11 +135,18 @@ class TrainingSetting:
         )
 
     def weighting(self, wanted: WeightingConfig) -> Weighting | None:
-        """The metric that the config asks for, from the harvest's moments."""
-        outer_DD = self.gradient_moments().outer_DD if wanted.needs_gradients else None
-        variance_D = self.shards.statistics.variance_D
+        """The metric that the config asks for, from the harvest's moments; 'whiten' reads all of its samples."""
+        covariance_DD = None
+        if wanted.kind == "whiten":
+            batches = (batch_BD.to(self.device) for batch_BD in self.shards.batches(_COVARIANCE_BATCH))
+            covariance_DD = covariance(batches, self.shards.centre_D)
         return make_weighting(
-            wanted.kind, variance_D=variance_D, outer_DD=outer_DD, power=wanted.power, ridge=wanted.ridge
+            wanted.kind,
+            variance_D=self.shards.statistics.variance_D,
+            covariance_DD=covariance_DD,
+            outer_DD=self.gradient_moments().outer_DD if wanted.needs_gradients else None,
+            power=wanted.power,
+            ridge=wanted.ridge,
         )
 
     def save(self, dictionary: Dictionary, folder: Path) -> None:
@@ -166,8 +180,6 @@ class Method(Strict, ABC):
 
     Class attributes:
         version: goes up when the same options come to make another dictionary; trainings are found by it.
-        is_control: what every method must beat; no contestant.
-        is_sae: an SAE, what DB-KSVD is compared with.
         learns: whether it is made from activations.
         has_atoms: whether others can take atoms from it.
         may_vary: options that a grid of runs, or several seeds, may set.
@@ -181,8 +193,6 @@ class Method(Strict, ABC):
     kind: str
 
     version: ClassVar[int] = 1
-    is_control: ClassVar[bool] = False
-    is_sae: ClassVar[bool] = False
     learns: ClassVar[bool] = True
     has_atoms: ClassVar[bool] = True
     may_vary: ClassVar[frozenset[str]] = frozenset()
@@ -192,6 +202,16 @@ class Method(Strict, ABC):
     unfinished: ClassVar[frozenset[str]] = frozenset({TRAIN_LOG})
 
     # ------------------------------------------------------------ what is known before it is made
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is what every method must beat; no contestant."""
+        return False
+
+    @property
+    def is_sae(self) -> bool:
+        """Whether it is an SAE, what DB-KSVD is compared with."""
+        return False
 
     @property
     @abstractmethod
