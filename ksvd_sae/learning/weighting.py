@@ -122,8 +122,8 @@ def make_weighting(
     raise WeightingError(
         f"weighting {kind!r}: the moments that it needs are not there",
         limit=", ".join(WEIGHTING_KINDS) if kind not in WEIGHTING_KINDS else None,
-        cure="give the variances for 'std', the covariance for 'whiten'; collect gradients (harvest.gradient_tokens) for "
-        "'fisher_diag' and 'fisher'",
+        cure="give the variances for 'std', the covariance for 'whiten'; collect gradients (harvest.gradient_tokens) "
+        "for 'fisher_diag' and 'fisher'",
     )
 
 
