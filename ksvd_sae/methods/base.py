@@ -30,6 +30,8 @@ from ksvd_sae.strict import Strict
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
 
+    from ksvd_sae.activations.language import ActivationReader
+
 # How a signed code is given to evals; see ksvd_sae/sae.py.
 View = Literal["signed", "split"]
 Coder = Literal["mp", "mp_refit", "omp", "ormp", "matryoshka"]
@@ -101,6 +103,8 @@ class TrainingSetting:
     """Where a dictionary is made: a model and its hook, activations, a device, a seed.
 
     gradient_moments: called only for the metrics that need them.
+    training_text: the loaded language model and the contexts that the activations come from, from their beginning;
+        called only by trainings that run the model. None: there is none.
     weights: the model's, where they are not those that its name stands for.
     """
 
@@ -113,6 +117,7 @@ class TrainingSetting:
     shards: ActivationShards
     gradient_moments: Callable[[], GradientMoments]
     weights: OwnWeights | None = None
+    training_text: "Callable[[], tuple[ActivationReader, Iterator[Tensor]]] | None" = None
 
     @property
     def of_weights(self) -> dict[str, Any]:
@@ -181,6 +186,7 @@ class Method(Strict, ABC):
     Class attributes:
         version: goes up when the same options come to make another dictionary; trainings are found by it.
         learns: whether it is made from activations.
+        runs_model: whether its training runs the language model.
         has_atoms: whether others can take atoms from it.
         may_vary: options that a grid of runs, or several seeds, may set.
         chosen_at_load: options that its training does not follow from.
@@ -194,6 +200,7 @@ class Method(Strict, ABC):
 
     version: ClassVar[int] = 1
     learns: ClassVar[bool] = True
+    runs_model: ClassVar[bool] = False
     has_atoms: ClassVar[bool] = True
     may_vary: ClassVar[frozenset[str]] = frozenset()
     chosen_at_load: ClassVar[frozenset[str]] = frozenset()
@@ -256,7 +263,7 @@ class Method(Strict, ABC):
     @property
     def learns_anywhere(self) -> bool:
         """Whether it can be learned on any activations."""
-        return self.learns and not self.metric.needs_gradients
+        return self.learns and not self.runs_model and not self.metric.needs_gradients
 
     @property
     def coder_label(self) -> str:
