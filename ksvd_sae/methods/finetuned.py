@@ -77,7 +77,7 @@ class FinetunedMethod(Derived, Viewed):
 
     @property
     def coder_label(self) -> str:
-        return "own encoder" if self.coder is None else CODER_LABELS[self.coder]
+        return ("own encoder" if self.coder is None else CODER_LABELS[self.coder]) + ", fine-tuned"
 
     def is_drawn(self, source: Method | None) -> bool:
         """Nothing is drawn here; the other may be."""

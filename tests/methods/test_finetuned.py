@@ -22,6 +22,7 @@ from ksvd_sae.methods.controls import PCAMethod
 from ksvd_sae.methods.db_ksvd import DBKSVDMethod
 from ksvd_sae.methods.finetuned import FinetunedMethod
 from ksvd_sae.methods.sae import BatchTopKSAEMethod, TopKSAEMethod
+from ksvd_sae.report.pivot import places
 from tests.activations.test_divergence import BOS, plain, tokens
 from tests.methods.test_derived_config import run_with
 from tests.tiny_saes import HOOK, one_thread, tiny_model
@@ -204,8 +205,23 @@ def finetuned(**fields: Any) -> FinetunedMethod:
 
 def test_is_as_the_other() -> None:
     sae, ksvd, plus = (finetuned(of=name) for name in ("topk", "ksvd", "plus"))
-    assert (sae.k, sae.coder, sae.has_signs, sae.is_sae, sae.coder_label) == (4, None, False, True, "own encoder")
-    assert (ksvd.k, ksvd.coder, ksvd.has_signs, ksvd.is_sae, ksvd.coder_label) == (8, "mp", True, False, "MP")
+    assert (sae.k, sae.coder, sae.has_signs, sae.is_sae, sae.coder_label) == (
+        4,
+        None,
+        False,
+        True,
+        "own encoder, fine-tuned",
+    )
+    assert (ksvd.k, ksvd.coder, ksvd.has_signs, ksvd.is_sae, ksvd.coder_label) == (
+        8,
+        "mp",
+        True,
+        False,
+        "MP, fine-tuned",
+    )
+    # In a table of dictionaries by coders it stands beside the other, not in its place.
+    found = places(run_with(it={"kind": "finetuned", "of": "topk", "tokens": 64}))
+    assert found == {"topk": ("topk", "own encoder"), "it": ("topk", "own encoder, fine-tuned")}
     assert (plus.has_signs, plus.metric.kind) == (False, "std")
     assert not sae.learns_anywhere
     # The other's key does not say how it codes, and that is fine-tuned.
