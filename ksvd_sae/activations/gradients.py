@@ -41,7 +41,7 @@ STAGE = "gradients"
 GRADIENTS_FILE = "gradients.safetensors"
 # 134 MB in float32. Gemma's vocabulary has 262,144 tokens: the logits of 4 contexts of 128 tokens would be four times
 # that, and the loss and its gradient need several copies.
-_LOGITS_AT_ONCE = 2**25
+GRADIENT_LOGITS_AT_ONCE = 2**25
 
 
 class GradientConfig(Strict):
@@ -119,7 +119,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
         leaves.append(activation.detach().requires_grad_())
         return leaves[-1]
 
-    with _frozen(model):
+    with frozen(model):
         with model.hooks(fwd_hooks=[(reader.hook, start_graph)]):
             final_BLD = before_unembedding(model, tokens_BL)
         reader.check_rows(leaves, tokens_BL)
@@ -127,7 +127,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
         targets_N = tokens_BL[:, 1:][predicted_BL]
         pull_BLD = torch.zeros_like(final_BLD)
         final_ND = final_BLD.detach()[:, :-1][predicted_BL]
-        pull_BLD[:, :-1][predicted_BL] = Unembedding(model).loss_gradient(final_ND, targets_N, _LOGITS_AT_ONCE)
+        pull_BLD[:, :-1][predicted_BL] = Unembedding(model).loss_gradient(final_ND, targets_N, GRADIENT_LOGITS_AT_ONCE)
         gradient = None
         if final_BLD.requires_grad:
             (gradient,) = torch.autograd.grad(final_BLD, leaves[0], pull_BLD, allow_unused=True)
@@ -150,7 +150,7 @@ def read_gradients(reader: ActivationReader, tokens_BL: Tensor) -> tuple[Tensor,
 
 
 @contextmanager
-def _frozen(model: "AnyModel") -> Iterator[None]:
+def frozen(model: "AnyModel") -> Iterator[None]:
     """No parameter requires a gradient meanwhile: autograd then records nothing before the hook."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learned:

@@ -112,6 +112,13 @@ def run_harvest(harvest: Harvest, folder: Path, reader: Callable[[], ActivationR
     return shards
 
 
+def training_contexts(harvest: Harvest, shards: ActivationShards, reader: ActivationReader) -> Iterator[Tensor]:
+    """The contexts that a finished harvest's training part comes from, from its beginning."""
+    texts = _training_texts(shards, harvest.texts(), lambda: reader)
+    model, length = reader.model, harvest.config.context_tokens
+    return contexts(texts, model.tokenizer, length, model.cfg.d_vocab, prepend_bos=shards.prepend_bos)
+
+
 def _training_texts(
     shards: ActivationShards, texts: Iterator[Document], reader: Callable[[], ActivationReader]
 ) -> Iterator[Document]:

@@ -129,6 +129,10 @@ class RunsFromHook:
     @torch.no_grad()
     def again(self, started: Started, change: Callable[[Tensor], Tensor]) -> Tensor:
         """(B, L, d_model) that the unembedding gets when the hook's activation is changed."""
+        return self.differentiable(started, change)
+
+    def differentiable(self, started: Started, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """As ``again``, with gradients where they are enabled and ``change`` gives what requires them."""
         if self._direct:
             assert started.start_BLD is not None
             return self._finish(change(started.start_BLD), started)
@@ -147,6 +151,13 @@ class RunsFromHook:
 
     def _finish(self, start_BLD: Tensor, started: Started) -> Tensor:
         return before_unembedding(self.model, start_BLD, self._layer or 0, **started.options)
+
+
+def replace_rows(replaced_BL: Tensor, rebuilt_ND: Tensor, activation: Tensor) -> Tensor:
+    """The activation with other rows at some tokens, in its dtype; heads come back."""
+    spliced = activation.clone()
+    spliced[replaced_BL] = rebuilt_ND.to(spliced).reshape(-1, *spliced.shape[2:])
+    return spliced
 
 
 def _resume(hook: str, n_layers: int) -> tuple[int | None, bool]:
@@ -204,6 +215,24 @@ class Unembedding:
 
     def rows_at_once(self, logits: int) -> int:
         return max(1, logits // self._model.cfg.d_vocab_out)
+
+    def divergence_gradient(self, final_ND: Tensor, clean_ND: Tensor, logits_at_once: int) -> tuple[float, Tensor]:
+        """Σ KL(clean ‖ final) over the rows' distributions, and its gradient in ``final_ND``.
+
+        Cost: three products with the unembedding a row. Numerics: softmax in float32 at least.
+        """
+        step = self.rows_at_once(logits_at_once)
+        total, gradients = 0.0, list[Tensor]()
+        for rows_nD, clean_nD in zip(torch.split(final_ND, step), torch.split(clean_ND, step), strict=True):
+            with torch.no_grad():
+                log_p_nV = torch.log_softmax(_wide(self.logits(clean_nD.detach())), dim=1)
+            rows_nD = rows_nD.detach().requires_grad_()
+            with torch.enable_grad():
+                log_q_nV = torch.log_softmax(_wide(self.logits(rows_nD)), dim=1)
+                divergence = torch.nn.functional.kl_div(log_q_nV, log_p_nV, reduction="sum", log_target=True)
+            gradients += torch.autograd.grad(divergence, rows_nD)
+            total += float(divergence.detach())
+        return total, torch.cat(gradients)
 
     def loss_gradient(self, final_ND: Tensor, targets_N: Tensor, logits_at_once: int) -> Tensor:
         """Gradient of Σ −ln p(target) in what the unembedding gets."""

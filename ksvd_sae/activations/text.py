@@ -45,6 +45,9 @@ class TextConfig(Strict):
         description="which files of the data set; with dataset: csv, json, parquet, text, ...: local files or URLs",
     )
     endings: list[str] | None = Field(None, description="of files in a folder that are text, beside .txt, e.g. [.md]")
+    skip_documents: int | None = Field(
+        None, ge=1, description="leave out so many at the beginning: what another config holds out comes first"
+    )
 
     @model_validator(mode="after")
     def _named(self) -> "TextConfig":
@@ -64,7 +67,7 @@ class TextConfig(Strict):
     @model_serializer(mode="wrap")
     def _without_absent(self, serialised: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keys that came later are there only where they are given: what was made without them is found again."""
-        later = (*_OF_HUB, *_OF_FOLDERS)
+        later = (*_OF_HUB, *_OF_FOLDERS, "skip_documents")
         return {key: value for key, value in serialised(self).items() if value is not None or key not in later}
 
     @property
@@ -115,7 +118,7 @@ class TextConfig(Strict):
 
 
 def documents(config: TextConfig, seed: int) -> Iterator[Document]:
-    """The documents of a text source, in a fixed order.
+    """The documents of a text source, in a fixed order, from the first that is not to be skipped.
 
     bbc-news: the half of the articles set aside for harvests, shuffled by ``seed``. folder: every
     .txt file, or the rows of .jsonl / .parquet files, in the order of their names, also of .gz and .zst; hidden and
@@ -124,7 +127,7 @@ def documents(config: TextConfig, seed: int) -> Iterator[Document]:
     Raises: TextError (no such folder, no text in it, a file or row that is none), HubError (not reachable; no such data
         set, configuration, split or file).
     """
-    return config.documents(seed)
+    return islice(config.documents(seed), config.skip_documents, None)
 
 
 @dataclass(frozen=True)

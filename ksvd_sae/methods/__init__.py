@@ -6,6 +6,7 @@ A new kind is a file beside these with a subclass of ``Method`` (base.py), and i
 from ksvd_sae.methods.base import Method
 from ksvd_sae.methods.controls import IdentityMethod, PCAMethod, RandomMethod
 from ksvd_sae.methods.db_ksvd import DBKSVDMethod
+from ksvd_sae.methods.finetuned import FinetunedMethod
 from ksvd_sae.methods.linear_topk import LinearTopKMethod
 from ksvd_sae.methods.published import PublishedSAEMethod
 from ksvd_sae.methods.recoded import RecodedMethod
@@ -28,4 +29,5 @@ METHODS: tuple[type[Method], ...] = (
     RandomMethod,
     RecodedMethod,
     LinearTopKMethod,
+    FinetunedMethod,
 )

@@ -23,11 +23,14 @@ from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.coding import AnyCoder, Coding
-from ksvd_sae.learning.weighting import Weighting, make_weighting
+from ksvd_sae.learning.pca import covariance
+from ksvd_sae.learning.weighting import DEFAULT_POWER, Weighting, WeightingKind, make_weighting
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
+
+    from ksvd_sae.activations.language import ActivationReader
 
 # How a signed code is given to evals; see ksvd_sae/sae.py.
 View = Literal["signed", "split"]
@@ -41,19 +44,25 @@ CODER_LABELS: dict[AnyCoder, str] = {
     "projection": "projection",
 }
 TRAIN_LOG = "train_log.jsonl"
+_COVARIANCE_BATCH = 16_384
 
 
 class WeightingConfig(Strict):
     """The metric that a dictionary is learned in; see ksvd_sae/learning/weighting.py. A bare name is short for kind."""
 
-    kind: Literal["none", "std", "fisher_diag", "fisher"] = "none"
-    power: float = Field(0.5, gt=0, le=2, description="of 'std': 1 makes all dimensions equally loud")
+    kind: WeightingKind = "none"
+    power: float = Field(
+        0.5, gt=0, le=2, description="of 'std' and, there 1 unless given, 'whiten': 1 makes all equally loud"
+    )
     ridge: float | None = Field(None, ge=0, description="fraction of the mean moment; null takes the kind's default")
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
+        named = {"kind": value} if isinstance(value, str) else value
+        if isinstance(named, dict) and named.get("kind") == "whiten":
+            return {"power": DEFAULT_POWER["whiten"], **named}
+        return named
 
     @property
     def needs_gradients(self) -> bool:
@@ -94,6 +103,8 @@ class TrainingSetting:
     """Where a dictionary is made: a model and its hook, activations, a device, a seed.
 
     gradient_moments: called only for the metrics that need them.
+    training_text: the loaded language model and the contexts that the activations come from, from their beginning;
+        called only by trainings that run the model. None: there is none.
     weights: the model's, where they are not those that its name stands for.
     """
 
@@ -106,6 +117,7 @@ class TrainingSetting:
     shards: ActivationShards
     gradient_moments: Callable[[], GradientMoments]
     weights: OwnWeights | None = None
+    training_text: "Callable[[], tuple[ActivationReader, Iterator[Tensor]]] | None" = None
 
     @property
     def of_weights(self) -> dict[str, Any]:
@@ -128,11 +140,18 @@ class TrainingSetting:
         )
 
     def weighting(self, wanted: WeightingConfig) -> Weighting | None:
-        """The metric that the config asks for, from the harvest's moments."""
-        outer_DD = self.gradient_moments().outer_DD if wanted.needs_gradients else None
-        variance_D = self.shards.statistics.variance_D
+        """The metric that the config asks for, from the harvest's moments; 'whiten' reads all of its samples."""
+        covariance_DD = None
+        if wanted.kind == "whiten":
+            batches = (batch_BD.to(self.device) for batch_BD in self.shards.batches(_COVARIANCE_BATCH))
+            covariance_DD = covariance(batches, self.shards.centre_D)
         return make_weighting(
-            wanted.kind, variance_D=variance_D, outer_DD=outer_DD, power=wanted.power, ridge=wanted.ridge
+            wanted.kind,
+            variance_D=self.shards.statistics.variance_D,
+            covariance_DD=covariance_DD,
+            outer_DD=self.gradient_moments().outer_DD if wanted.needs_gradients else None,
+            power=wanted.power,
+            ridge=wanted.ridge,
         )
 
     def save(self, dictionary: Dictionary, folder: Path) -> None:
@@ -166,9 +185,8 @@ class Method(Strict, ABC):
 
     Class attributes:
         version: goes up when the same options come to make another dictionary; trainings are found by it.
-        is_control: what every method must beat; no contestant.
-        is_sae: an SAE, what DB-KSVD is compared with.
         learns: whether it is made from activations.
+        runs_model: whether its training runs the language model.
         has_atoms: whether others can take atoms from it.
         may_vary: options that a grid of runs, or several seeds, may set.
         chosen_at_load: options that its training does not follow from.
@@ -181,9 +199,8 @@ class Method(Strict, ABC):
     kind: str
 
     version: ClassVar[int] = 1
-    is_control: ClassVar[bool] = False
-    is_sae: ClassVar[bool] = False
     learns: ClassVar[bool] = True
+    runs_model: ClassVar[bool] = False
     has_atoms: ClassVar[bool] = True
     may_vary: ClassVar[frozenset[str]] = frozenset()
     chosen_at_load: ClassVar[frozenset[str]] = frozenset()
@@ -192,6 +209,16 @@ class Method(Strict, ABC):
     unfinished: ClassVar[frozenset[str]] = frozenset({TRAIN_LOG})
 
     # ------------------------------------------------------------ what is known before it is made
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is what every method must beat; no contestant."""
+        return False
+
+    @property
+    def is_sae(self) -> bool:
+        """Whether it is an SAE, what DB-KSVD is compared with."""
+        return False
 
     @property
     @abstractmethod
@@ -236,7 +263,7 @@ class Method(Strict, ABC):
     @property
     def learns_anywhere(self) -> bool:
         """Whether it can be learned on any activations."""
-        return self.learns and not self.metric.needs_gradients
+        return self.learns and not self.runs_model and not self.metric.needs_gradients
 
     @property
     def coder_label(self) -> str:

@@ -27,7 +27,7 @@ _METRICS: dict[str, tuple[str, int, bool]] = {
     "dead_fraction": ("dead ↓", 3, True),
 }
 _ERRORS = {"fvu": "FVU (raw space)", "fisher_error": "Fisher error"}
-_WEIGHTING_MARKERS = {"none": "o", "std": "^", "fisher_diag": "s", "fisher": "D"}
+_WEIGHTING_MARKERS = {"none": "o", "std": "^", "whiten": "v", "fisher_diag": "s", "fisher": "D"}
 
 
 def summarise(rows: list[dict[str, Any]]) -> pd.DataFrame:

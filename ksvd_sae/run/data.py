@@ -3,16 +3,17 @@
 import hashlib
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ksvd_sae.activations.gradients import GradientMoments, gradients_key
-from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, run_harvest
+from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, run_harvest, training_contexts
 from ksvd_sae.activations.language import ActivationReader, check_contexts, load_model
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.vision.harvest import run_image_harvest
@@ -72,6 +73,10 @@ class RunData(ABC):
         """The language model, loaded. Of a run on text."""
 
     @abstractmethod
+    def training_text(self, device: torch.device) -> tuple[ActivationReader, Iterator[Tensor]]:
+        """The language model, loaded, and the contexts of the training part. Of a run on text."""
+
+    @abstractmethod
     def heldout(self, device: torch.device, gradient_moments: Callable[[], GradientMoments]) -> Heldout:
         """What no dictionary learns from; ManifestError before it is harvested."""
 
@@ -104,6 +109,10 @@ class TextData(RunData):
         model = load_model(self.config.model, device)
         check_contexts(model, self._context_lengths())
         return ActivationReader(model, self.config.model.hook, self.config.harvest.keep_special_tokens)
+
+    def training_text(self, device: torch.device) -> tuple[ActivationReader, Iterator[Tensor]]:
+        reader = self.reader(device)
+        return reader, training_contexts(self.config.harvested, self.shards("train"), reader)
 
     def _context_lengths(self) -> dict[str, int]:
         """Tokens of a context, by key: of the harvest, and of every eval that is to run."""
@@ -212,6 +221,9 @@ class ImageData(RunData):
 
     def reader(self, device: torch.device) -> ActivationReader:
         raise ConfigError("a run on images has no language model", cure="take a config with `text`")
+
+    def training_text(self, device: torch.device) -> tuple[ActivationReader, Iterator[Tensor]]:
+        raise ConfigError("a run on images has no text", cure="take a config with `text`")
 
     def heldout(self, device: torch.device, gradient_moments: Callable[[], GradientMoments]) -> Heldout:
         return Heldout(self.heldout_name, self.shards("heldout"), None)

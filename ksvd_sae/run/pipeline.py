@@ -241,6 +241,7 @@ class Run:
             shards=shards or self.shards(),
             gradient_moments=self.gradient_moments,
             weights=model.own_weights(),
+            training_text=partial(self.data.training_text, self.device),
         )
 
     def load_sae(self, trained: TrainedDictionary) -> "SAE[Any]":

@@ -244,6 +244,8 @@ class Planner:
                 self._rates[key] = "the width of the activations is not known"
             elif not method.learns or not (self.config.source_of(method) or method).learns:
                 self._rates[key] = "made elsewhere, and fetched"
+            elif method.runs_model:
+                self._rates[key] = "its training runs the language model, which is not tried"
             else:
                 try:
                     self._rates[key] = self.trainings.rates(method, self.config.harvest.train_tokens)

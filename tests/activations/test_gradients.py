@@ -184,7 +184,7 @@ def test_chunks_of_the_vocabulary_change_nothing(
         return original(logits_CV, *args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", counted)
-    monkeypatch.setattr(gradients, "_LOGITS_AT_ONCE", chunk * tiny_models.VOCABULARY_SIZE + 1)
+    monkeypatch.setattr(gradients, "GRADIENT_LOGITS_AT_ONCE", chunk * tiny_models.VOCABULARY_SIZE + 1)
     _, g_ND = read_gradients(reader, tokens_BL)
     assert max(calls) == chunk
     assert sum(calls) == 3 * (CONTEXT_TOKENS - 1) - 1

@@ -259,6 +259,13 @@ def test_bbc_news_documents_are_the_harvest_half() -> None:
     assert len(texts) == len(set(map(id, texts))) > 1000
     assert texts != list(documents(TextConfig(source="bbc-news"), seed=1))
     assert sorted(texts) == sorted(documents(TextConfig(source="bbc-news"), seed=1))
+    assert list(documents(TextConfig(source="bbc-news", skip_documents=3), seed=0)) == texts[3:]
+    assert not list(documents(TextConfig(source="bbc-news", skip_documents=10_000), seed=0))
+
+
+def test_skipping_is_a_key_where_it_is_asked_for() -> None:
+    assert "skip_documents" not in TextConfig(source="bbc-news").model_dump(mode="json")
+    assert TextConfig(source="bbc-news", skip_documents=3).model_dump(mode="json")["skip_documents"] == 3
 
 
 def test_examples_of_the_docs() -> None:

@@ -1,4 +1,4 @@
-"""Principal components against scikit-learn."""
+"""Covariances against NumPy, principal components against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from ksvd_sae.errors import ActivationError, ShapeError
-from ksvd_sae.learning.pca import principal_components
+from ksvd_sae.learning.pca import covariance, principal_components
 from ksvd_sae.learning.sparse_coding import project
 from tests import tolerances
 from tests.strategies import generator
@@ -21,6 +21,16 @@ def samples(n_samples: int, d_in: int, offset: float = 0.0) -> Tensor:
     x_ND = torch.randn(n_samples, d_in, generator=draw, dtype=torch.float64)
     rotated_ND: Tensor = (x_ND * spread_D) @ axes_DD
     return rotated_ND + offset
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("batch", [1, 100, 501])
+def test_covariance_against_numpy(batch: int, offset: float) -> None:
+    x_ND = samples(501, 11, offset).float()
+    got_DD = covariance(torch.split(x_ND, batch), x_ND.double().mean(dim=0))
+    wanted_DD = np.cov(x_ND.double().numpy().T, bias=True)
+    assert got_DD.dtype == torch.float64
+    assert np.abs(got_DD.numpy() - wanted_DD).max() <= tolerances.SUMMED_IN_FLOAT64 * wanted_DD.max()
 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0])
@@ -65,8 +75,10 @@ def test_k_out_of_range(k: int) -> None:
 
 
 def test_no_samples() -> None:
-    with pytest.raises(ShapeError, match="no samples"):
+    with pytest.raises(ShapeError, match="principal_components: no samples"):
         principal_components([], 3, torch.zeros(7))
+    with pytest.raises(ShapeError, match="covariance: no samples"):
+        covariance([], torch.zeros(7))
 
 
 def test_not_finite() -> None:

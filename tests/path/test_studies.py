@@ -38,6 +38,7 @@ def study_file(place: Workplace) -> Path:
             "topk-sae": {"dictionary": TOPK, "codings": {"own": None, "omp": {"coder": "omp"}}},
             "recoded": {"dictionary": {"kind": "recoded", "of": "db-ksvd", "coder": "omp"}, "layers": LAYERS[:1]},
             "linear": {"dictionary": {**LINEAR, "of": "topk-sae"}, "layers": LAYERS[:1]},
+            "finetuned": {"dictionary": {"kind": "finetuned", "of": "db-ksvd", "tokens": 256}, "layers": LAYERS[:1]},
         },
     }
     path = place.folder / "tiny-study.yaml"
@@ -52,7 +53,7 @@ def measured(workplace: Workplace) -> list[dict[str, Any]]:
     where = {"folder": workplace.folder, "hf_home": workplace.hf_home, "cache": workplace.folder / "cache"}
     done = ksvd_sae("study", str(path), **where)  # type: ignore[arg-type]
     assert done.returncode == 0, done.stderr
-    assert "32 new rows, 0 still to measure" in done.stdout
+    assert "34 new rows, 0 still to measure" in done.stdout
     again = ksvd_sae("study", str(path), **where)  # type: ignore[arg-type]
     assert "0 new rows, 0 still to measure" in again.stdout, again.stderr
     return rows_of(workplace.folder / "results" / "tiny-study" / "rows.jsonl")
@@ -60,7 +61,7 @@ def measured(workplace: Workplace) -> list[dict[str, Any]]:
 
 def test_every_cell_has_its_row(measured: list[dict[str, Any]]) -> None:
     cells = [(row["entry"], row["layer"], row["seed"], row["coding"]) for row in measured]
-    assert len(set(cells)) == len(cells) == 2 * 2 * (len(CODINGS) + 1 + 2) + 2 * (1 + 1)
+    assert len(set(cells)) == len(cells) == 2 * 2 * (len(CODINGS) + 1 + 2) + 2 * (1 + 1 + 1)
     assert {row["weighting"] for row in measured} == {"none", "fisher_diag"}
 
 
@@ -90,6 +91,9 @@ def test_one_dictionary_under_another_coder(measured: list[dict[str, Any]]) -> N
         assert fvu["topk-sae", "omp", seed] < fvu["topk-sae", "own", seed]
         assert seen["recoded", seed] == seen["db-ksvd", seed]
         assert seen["linear", seed] == 2 * seen["topk-sae", seed]
+        # 8 contexts of 32 tokens; BOS is none of the samples.
+        assert 0 < seen["finetuned", seed] - seen["db-ksvd", seed] <= 8 * 31
+        assert fvu["finetuned", "own", seed] != fvu["db-ksvd", "mp", seed]
     assert {r["n_atoms"] for r in measured} == {128}
 
 

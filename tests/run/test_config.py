@@ -13,7 +13,7 @@ from ksvd_sae.errors import ConfigError
 from ksvd_sae.methods.controls import PCAMethod, RandomMethod
 from ksvd_sae.methods.db_ksvd import DBKSVDMethod
 from ksvd_sae.methods.sae import TopKSAEMethod
-from ksvd_sae.run.config import RunConfig, dump_config, load_config, parse_config, view_name
+from ksvd_sae.run.config import RunConfig, TextRunConfig, dump_config, load_config, parse_config, view_name
 from ksvd_sae.run.curves import load_curves
 from ksvd_sae.run.grid import load_study
 from ksvd_sae.run.replicas import replicas
@@ -490,3 +490,17 @@ def test_demo_full_has_seeds_for_error_bars() -> None:
     by_budget = Counter((replica.name, replica.method.budget) for replica in replicas(run))
     assert {n for (_, k), n in by_budget.items() if k != 20} == {1}
     assert {n for (name, k), n in by_budget.items() if k == 20 and name != "pca"} == {3}
+
+
+def test_rates_are_chosen_on_documents_that_no_table_shows() -> None:
+    """The configs with tables hold out 64 articles; those are in neither part, and what is held out they learn from."""
+
+    def texts(name: str) -> list[Any]:
+        run = load_config(EVAL_CONFIGS / f"{name}.yaml")
+        assert isinstance(run, TextRunConfig)
+        return list(run.harvested.texts())
+
+    shown, rates = texts("demo-full"), texts("sae-rates")
+    assert rates == shown[64:]
+    # Of some 450 tokens each.
+    assert load_config(EVAL_CONFIGS / "sae-rates.yaml").harvest.train_tokens < 300 * (len(rates) - 64)

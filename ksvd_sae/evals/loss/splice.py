@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations.language import ActivationReader, check_tokens
-from ksvd_sae.activations.splicing import Exact, NextTokenLosses, RunsFromHook, Started
+from ksvd_sae.activations.splicing import Exact, NextTokenLosses, RunsFromHook, Started, replace_rows
 from ksvd_sae.errors import ActivationError, ConfigError, EvaluationError, ShapeError
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class SpliceEvaluator:
         final_PD = []
         for batch in self._batches:
             rebuilt_ND = _checked_rows(reconstruct(batch.x_ND.clone()), batch.x_ND, name)
-            final_BLD = self._runs.again(batch.started, partial(_replace_rows, batch.replaced_BL, rebuilt_ND))
+            final_BLD = self._runs.again(batch.started, partial(replace_rows, batch.replaced_BL, rebuilt_ND))
             final_PD.append(self._predicting(batch.started.tokens_BL, final_BLD))
         return torch.cat(final_PD)
 
@@ -228,13 +228,6 @@ class SpliceEvaluator:
                 cure="set model.dtype to bfloat16 or float32",
             )
         return ce_P, kl_P
-
-
-def _replace_rows(replaced_BL: Tensor, rebuilt_ND: Tensor, activation: Tensor) -> Tensor:
-    """The activation with the rebuilt rows, in its dtype; heads come back."""
-    spliced = activation.clone()
-    spliced[replaced_BL] = rebuilt_ND.to(spliced).reshape(-1, *spliced.shape[2:])
-    return spliced
 
 
 def _checked_rows(rebuilt_ND: Tensor, x_ND: Tensor, name: str) -> Tensor:

@@ -31,12 +31,23 @@ class SAEMethod(SAETraining, Seeded, KeptAsSAE):
     n_atoms: int = Field(gt=0)
     k: int = Field(gt=0)
     weighting: WeightingConfig = Field(default_factory=WeightingConfig)
+    frozen_decoder: bool = Field(
+        False, description="a control: the decoder stays as it was drawn and the rest is trained (arXiv 2602.14111)"
+    )
     snapshots: list[Annotated[int, Field(gt=0)]] = Field(
         default_factory=list, description="samples seen at which to save the SAE as it is then, in snapshot-<samples>"
     )
 
-    is_sae: ClassVar[bool] = True
     may_vary: ClassVar[frozenset[str]] = frozenset({"k", "seed", "passes"})
+    newer: ClassVar[frozenset[str]] = frozenset({"frozen_decoder"})
+
+    @property
+    def is_sae(self) -> bool:
+        return not self.frozen_decoder
+
+    @property
+    def is_control(self) -> bool:
+        return self.frozen_decoder
 
     @property
     def budget(self) -> int:

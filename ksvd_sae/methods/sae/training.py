@@ -75,9 +75,19 @@ def train_sae(
         device=str(device),
         **at_the_hook(setting),
     )
+    if method.frozen_decoder:
+        _freeze_decoder_(sae)
     space = trained_space(shards, weighting).to(device)
     save = partial(_save, sae, space, shards, batch_samples)
     return fit_sae(method, sae, space, setting, folder, save, method.k, log_steps, method.snapshots)
+
+
+@torch.no_grad()
+def _freeze_decoder_(sae: Any) -> None:
+    # SAELens draws directions and gives them the norm 0.1.
+    sae.W_dec.copy_(torch.nn.functional.normalize(sae.W_dec, dim=1))
+    # Without a gradient, Adam leaves it alone.
+    sae.W_dec.requires_grad_(False)
 
 
 def at_the_hook(setting: TrainingSetting) -> dict[str, Any]:

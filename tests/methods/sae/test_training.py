@@ -395,3 +395,95 @@ def test_sparse_products_train_the_same_sae(
         assert sparse["fvu"] == pytest.approx(dense["fvu"], rel=SPARSE_TRAINING)
         assert sparse["dead"] == pytest.approx(dense["dead"], abs=2)
     assert log_lines(tmp_path / "dense")[-1]["dead"] > 0
+
+
+# ---------------------------------------------------------------- with a decoder that stays
+
+
+@pytest.mark.parametrize("products", ["sparse", "dense"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_frozen_decoder_stays_and_the_rest_moves(
+    shards: ActivationShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, products: str
+) -> None:
+    """Bit for bit in what is trained; the encoder learns to use the drawn directions."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def watched(config: Any, sae: Any, *rest: Any) -> Facts:
+        seen.update({key: value.detach().clone() for key, value in sae.named_parameters()})
+        facts = fit_sae(config, sae, *rest)
+        seen.update({f"{key} at end": value.detach().clone() for key, value in sae.named_parameters()})
+        return facts
+
+    fit_sae = baselines.fit_sae
+    monkeypatch.setattr(baselines, "fit_sae", watched)
+    if products == "dense":
+        monkeypatch.setattr(baselines, "sparse_steps_pay", lambda device: False)
+    frozen = CONFIGS[name].model_copy(update={"frozen_decoder": True, "passes": 4})
+    facts = train(frozen, shards, tmp_path / "frozen")
+    assert facts.more["products"] == ("dense" if name == "jumprelu" else products)
+    assert torch.equal(seen["W_dec"], seen["W_dec at end"])
+    assert float((torch.linalg.vector_norm(seen["W_dec"], dim=1) - 1).abs().max()) < UNIT_NORM[torch.float32]
+    for moved in seen.keys() - {"W_dec", *(key for key in seen if key.endswith(" at end"))}:
+        assert not torch.equal(seen[moved], seen[f"{moved} at end"]), moved
+    # What is saved are those directions, and drawn ones rebuild less than learned ones.
+    sae = load_sae(tmp_path / "frozen", torch.device("cpu"))
+    torch.testing.assert_close(sae.W_dec.detach(), seen["W_dec"], rtol=0, atol=UNIT_NORM[torch.float32])
+    lines = log_lines(tmp_path / "frozen")
+    assert lines[-1]["fvu"] < 0.8 * lines[0]["fvu"]
+    train(frozen.model_copy(update={"frozen_decoder": False}), shards, tmp_path / "learned")
+    assert heldout_fvu(tmp_path / "learned", shards) < 0.9 * heldout_fvu(tmp_path / "frozen", shards)
+
+
+def test_a_frozen_decoder_is_a_control_with_a_key_of_its_own() -> None:
+    frozen = SHORT.model_copy(update={"frozen_decoder": True})
+    assert (frozen.is_control, frozen.is_sae) == (True, False)
+    assert (SHORT.is_control, SHORT.is_sae) == (False, True)
+    assert frozen.key() == {**SHORT.key(), "frozen_decoder": True}
+    assert "frozen_decoder" not in SHORT.key()
+
+
+def test_fitting_an_encoder_to_a_frozen_decoder_follows_the_reference(
+    shards: ActivationShards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TopK by autograd in float64, dense, with torch's Adam and SAELens' clipping: the same steps."""
+    started: list[dict[str, torch.Tensor]] = []
+    batches: list[torch.Tensor] = []
+    made = baselines._freeze_decoder_
+
+    def recorded(sae: Any) -> None:
+        made(sae)
+        started.append({key: value.detach().double() for key, value in sae.named_parameters()})
+        forward = sae.training_forward_pass
+
+        def kept(step_input: Any) -> Any:
+            batches.append(step_input.sae_in.detach().double())
+            return forward(step_input)
+
+        sae.training_forward_pass = kept
+
+    monkeypatch.setattr(baselines, "_freeze_decoder_", recorded)
+    config = SHORT.model_copy(update={"frozen_decoder": True, "batch_samples": 100, "lr_decay_fraction": 0.0})
+    train(config, shards, tmp_path)
+    w_dec_MD = started[0]["W_dec"]
+    w_enc_DM, b_enc_M, b_dec_D = (started[0][key].requires_grad_() for key in ("W_enc", "b_enc", "b_dec"))
+    adam = torch.optim.Adam([w_enc_DM, b_enc_M, b_dec_D], lr=config.lr, betas=(0.9, 0.999))
+    for z_BD in batches:
+        before_BM = (z_BD - b_dec_D) @ w_enc_DM + b_enc_M
+        best = before_BM.topk(config.k, dim=1)
+        acts_BM = torch.zeros_like(before_BM).scatter(1, best.indices, best.values.relu())
+        loss = (acts_BM @ w_dec_MD + b_dec_D - z_BD).square().sum(dim=1).mean()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([w_enc_DM, b_enc_M, b_dec_D], 1.0)
+        adam.step()
+    with torch.no_grad():
+        saved, space = load_sae(tmp_path, torch.device("cpu")), baselines.trained_space(shards, None)
+        x_BD = shards.tensor()[:200].double()
+        z_BD = (x_BD - space.centre_D.double()) * space.scale
+        before_BM = (z_BD - b_dec_D) @ w_enc_DM + b_enc_M
+        best = before_BM.topk(config.k, dim=1)
+        acts_BM = torch.zeros_like(before_BM).scatter(1, best.indices, best.values.relu())
+        wanted_BD = (acts_BM @ w_dec_MD + b_dec_D) / space.scale + space.centre_D.double()
+        off_B = (saved.to(torch.float64)(x_BD) - wanted_BD).norm(dim=1) / (x_BD - space.centre_D.double()).norm(dim=1)
+    # One near tie in a hundred choices may fall the other way in float32.
+    assert float((off_B < FOLDED_SAE).double().mean()) > 0.97
