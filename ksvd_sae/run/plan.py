@@ -453,7 +453,7 @@ class Planner(ABC):
             batch = replica.method.batch(config.harvest.train_tokens)
             rates = self.rates(replica)
             peak = rates.peak_bytes if isinstance(rates, TrainingRates) else 0
-            a_sample = peak * d_in / max(1.0, replica.method.floats(d_in))
+            a_sample = peak * replica.method.floats_of_sample(d_in) / max(1.0, replica.method.floats(d_in))
             smaller = _power_of_two(batch - over / max(1.0, a_sample))
             if hasattr(replica.method, "batch_samples") and smaller:
                 return f"dictionaries.{replica.name}.batch_samples", str(smaller)

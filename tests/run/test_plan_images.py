@@ -63,6 +63,7 @@ def test_a_plan_is_what_a_harvest_then_has(place: Path, tmp_path: Path) -> None:
     assert "4 images by judge" in stage(plan, "evaluate monosemanticity").amount
     assert stage(plan, "evaluate image_probing").note == "without its probes"
     assert plan.problems == []
+    assert Plan.model_validate_json(plan.model_dump_json(exclude={"seconds", "host_bytes"})) == plan
     assert not list(tmp_path.glob("activations/*")), "nothing was run"
 
     run = Run(asked, tmp_path / "results", tmp_path)
