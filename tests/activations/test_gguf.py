@@ -31,7 +31,7 @@ def qwen_2() -> Any:
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=0,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     return Qwen2ForCausalLM(config).eval()
 
@@ -61,8 +61,8 @@ def write_gguf(path: Path, model: Any, tokenizer: Any) -> Path:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), weight.numpy())
+    for name, weight in model.named_parameters():
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), weight.detach().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
