@@ -96,14 +96,14 @@ def plan(
     def steps(run: "Run") -> None:
         from ksvd_sae.progress import printed_to
         from ksvd_sae.report.plan import plan_table
-        from ksvd_sae.run.plan import Planner
+        from ksvd_sae.run.planners import planner_of
 
         if not verbose:
             # Of trainings that are tried out.
             logging.getLogger("ksvd_sae").setLevel(logging.WARNING)
         # What is loaded and trained prints as it goes.
         with printed_to(sys.stderr, "stdout"):
-            made = Planner(run).plan()
+            made = planner_of(run).plan()
         if as_json:
             typer.echo(made.model_dump_json(indent=2))
         else:

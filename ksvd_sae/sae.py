@@ -373,11 +373,11 @@ def sae_from_dictionary(
     *,
     model_name: str,
     hook_name: str,
-    context_size: int = 128,
+    context_size: int | None = 128,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     view: Literal["signed", "split"] = "signed",
-    prepend_bos: bool = True,
+    prepend_bos: bool | None = True,
     **metadata: Any,
 ) -> DBKSVDSAE:
     """Wrap a dictionary for SAELens and SAEBench.
@@ -385,9 +385,9 @@ def sae_from_dictionary(
     Args:
         model_name: TransformerLens name of the model the activations came from.
         hook_name: the hook they were read at.
-        context_size: tokens a context, for SAELens' ActivationsStore.
+        context_size: tokens a context, for SAELens' ActivationsStore; None: of images, which have none.
         view: 'signed', the code as it comes, or 'split', its positive and negative parts as two latents an atom.
-        prepend_bos: whether contexts began with a BOS, for SAELens' ActivationsStore.
+        prepend_bos: whether contexts began with a BOS, for SAELens' ActivationsStore; None: of images.
         metadata: anything else to keep in ``cfg.metadata`` (JSON values; numpy's numbers and arrays become Python's).
     Raises: ShapeError (no such view, metadata that JSON has no form for, as NaN), DictionaryError (the split view of a
         non-negative dictionary), ConfigError (no such device or dtype).
@@ -402,6 +402,11 @@ def sae_from_dictionary(
     metadata = {name: json_value(value, name, where) for name, value in metadata.items()}
     if view not in ("signed", "split"):
         raise ShapeError("sae_from_dictionary: unknown view", got=repr(view), limit="'signed' or 'split'")
+    contexts: dict[str, Any] = {}
+    if context_size is not None:
+        contexts["context_size"] = whole(context_size, "context_size", where)
+    if prepend_bos is not None:
+        contexts["prepend_bos"] = flag(prepend_bos, "prepend_bos", where)
     weighting, split = dictionary.weighting, view == "split"
     cfg = DBKSVDSAEConfig(
         d_in=dictionary.d_in,
@@ -412,13 +417,7 @@ def sae_from_dictionary(
         **dictionary.coding.as_json(),
         weighting="none" if weighting is None else "diagonal" if weighting.is_diagonal else "full",
         split=split,
-        metadata=SAEMetadata(
-            model_name=model_name,
-            hook_name=hook_name,
-            context_size=whole(context_size, "context_size", where),
-            prepend_bos=flag(prepend_bos, "prepend_bos", where),
-            **metadata,
-        ),
+        metadata=SAEMetadata(model_name=model_name, hook_name=hook_name, **contexts, **metadata),
     )
     sae = DBKSVDSAE(cfg)
     with torch.no_grad():

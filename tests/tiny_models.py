@@ -16,6 +16,8 @@ PYTHIA = "EleutherAI/pythia-160m-deduped"
 GEMMA_2 = "google/gemma-2-2b"
 # TransformerLens has no model of its own by this name.
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M"
+# Nor a bridge to one.
+HELIUM = "kyutai/helium-1-preview-2b"
 REVISION = "0" * 40
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY_SIZE = 512
@@ -252,17 +254,46 @@ def smollm2(home: Path) -> Path:
     return snapshot
 
 
+def helium(home: Path) -> Path:
+    """A tiny HeliumForCausalLM under the name kyutai/helium-1-preview-2b in the HF_HOME ``home``; its snapshot."""
+    from transformers import HeliumConfig, HeliumForCausalLM
+
+    torch.manual_seed(0)
+    config = HeliumConfig(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=D_MODEL,
+        intermediate_size=2 * D_MODEL,
+        num_hidden_layers=3,
+        num_attention_heads=N_HEADS,
+        num_key_value_heads=N_HEADS,
+        head_dim=D_MODEL // N_HEADS,
+        max_position_embeddings=N_CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    snapshot = snapshot_of(home, HELIUM)
+    HeliumForCausalLM(config).save_pretrained(snapshot)
+    byte_pair_tokenizer().save_pretrained(snapshot)
+    return snapshot
+
+
 def gemma_2_2b(home: Path) -> Path:
     """Full-size random bfloat16 weights under the name google/gemma-2-2b in the HF_HOME ``home``.
 
-    TransformerLens takes the model's sizes from its name, so they are the real ones. A shard a block: at no time is
-    more than one in memory.
+    TransformerLens takes the model's sizes from its name, so they are the real ones.
     """
+    return wide_gemma_2(snapshot_of(home, GEMMA_2))
+
+
+def wide_gemma_2(snapshot: Path, **sizes: Any) -> Path:
+    """Random bfloat16 weights of Gemma-2-2B's sizes, but for those given; a shard a block: at no time is more than one
+    in memory."""
     from safetensors.torch import save_file
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    snapshot = snapshot_of(home, GEMMA_2)
-    config = Gemma2Config(dtype="bfloat16", architectures=["Gemma2ForCausalLM"])
+    config = Gemma2Config(dtype="bfloat16", architectures=["Gemma2ForCausalLM"], **sizes)
     with torch.device("meta"):
         shapes = {
             # The output matrix is the embedding's: a checkpoint has it once.

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
+from ksvd_sae.activations.layers import LayerModel
 from ksvd_sae.activations.transformers_5 import loadable
 from ksvd_sae.activations.weights import (
     OwnWeights,
@@ -19,6 +20,8 @@ from ksvd_sae.activations.weights import (
     config_of,
     find_weights,
     has_bridge,
+    has_layers,
+    hub_layers,
     weights_name,
 )
 from ksvd_sae.errors import ActivationError, ConfigError, HookError, HubError, ShapeError
@@ -122,19 +125,32 @@ def load_model(config: ModelConfig, device: torch.device) -> "AnyModel":
 
 def load_as(load: "Callable[..., HookedTransformer]", own: OwnWeights | None, name: str, **options: Any) -> "AnyModel":
     """What ``load``, TransformerLens' from_pretrained, makes of a name or of weights beside it; of a name that it does
-    not know, a bridge to the model of transformers. Raises: as they do."""
+    not know, a bridge to the model of transformers; where it has none, hooks around its layers. Raises: as they do."""
     try:
         return load(name, **options) if own is None else own.hooked(load, name, **options)
     # Of a name that it does not know; it looks there before it loads anything.
     except ValueError:
         if has_hooked(name):
             raise
+    if _layers_alone(name, own):
+        logger.info("TransformerLens has neither a model named %r nor a bridge to it: hooks around its layers", name)
+        return hub_layers(name, **options) if own is None else own.layered(**options)
     from transformer_lens.model_bridge import TransformerBridge
 
     logger.info("TransformerLens has no model of its own named %r: a bridge to that of transformers", name)
     if own is None:
         return TransformerBridge.boot_transformers(name, **options)
     return own.bridged(TransformerBridge.boot_transformers, **options)
+
+
+def layers_alone(config: ModelConfig) -> bool:
+    """Whether of this model nothing but the residual stream between its layers is known. No weights are loaded."""
+    return not has_hooked(config.name) and _layers_alone(config.name, config.own_weights())
+
+
+def _layers_alone(name: str, own: OwnWeights | None) -> bool:
+    architecture = architecture_of(config_of(name if own is None else str(own.folder)))
+    return not has_bridge(architecture) and has_layers(architecture)
 
 
 def has_hooked(name: str) -> bool:
@@ -149,7 +165,7 @@ def has_hooked(name: str) -> bool:
 
 
 def check_bridgeable(name: str) -> None:
-    """Raise HubError for a name that is no repository of a model to which TransformerLens has a bridge.
+    """Raise HubError for a name that is no repository of a causal language model of TransformerLens or transformers.
 
     Before any weights are downloaded.
     """
@@ -157,7 +173,8 @@ def check_bridgeable(name: str) -> None:
 
     config = config_of(name)
     # A folder goes beside a name, and by its content: what is in it may change.
-    if not Path(name).expanduser().is_dir() and has_bridge(architecture_of(config)):
+    architecture = architecture_of(config)
+    if not Path(name).expanduser().is_dir() and (has_bridge(architecture) or has_layers(architecture)):
         return
     known = [*MODEL_ALIASES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
@@ -166,10 +183,10 @@ def check_bridgeable(name: str) -> None:
 
 
 def is_bridge(model: Any) -> bool:
-    """Whether this is TransformerLens' bridge to a model of transformers, and no model of its own."""
+    """Whether this is a bridge to a model of transformers, TransformerLens' or ours, and not TransformerLens' own."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    return isinstance(model, TransformerBridge)
+    return isinstance(model, TransformerBridge | LayerModel)
 
 
 def hook_layer(hook: str) -> int | None:

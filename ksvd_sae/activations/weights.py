@@ -19,7 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ksvd_sae.activations.hub import hub_errors
+from ksvd_sae.activations.layers import LayerModel
 from ksvd_sae.errors import ConfigError, HubError
+from ksvd_sae.offline.gguf import converted
 from ksvd_sae.store import file_sha256
 
 if TYPE_CHECKING:
@@ -114,6 +116,16 @@ class OwnWeights:
         model.cfg.model_name = self.name
         return model
 
+    def layered(self, device: str = "cpu", dtype: torch.dtype = torch.float32, **_: Any) -> LayerModel:
+        """Hooks around their layers. Raises: ConfigError (damaged files, no tokenizer beside them; as LayerModel)."""
+        if not self.has_tokenizer:
+            raise ConfigError(
+                f"model.weights {self.name!r}: no tokenizer beside them",
+                cure="save it there with tokenizer.save_pretrained",
+            )
+        tokenizer = self.tokenizer(str(self.folder))
+        return LayerModel(self._weights(dtype).to(device), tokenizer, self.name)
+
     def tokenizer(self, model_name: str) -> Any:
         """Theirs, or the architecture's if they have none."""
         from transformers import AutoTokenizer
@@ -202,11 +214,15 @@ def weights_name(weights: str) -> str:
 
 
 def find_weights(weights: str, revision: str | None) -> OwnWeights:
-    """A folder's or a repository's weights; those of the Hub are downloaded.
+    """A folder's, a GGUF file's or a repository's weights; those of the Hub are downloaded.
 
-    Raises: ConfigError (no such folder; no safetensors, or not all of them; an adapter alone), HubError.
+    Raises: ConfigError (no such folder; no safetensors, or not all of them; an adapter alone), HubError; of a GGUF file
+        as ``converted``.
     """
     folder, commit = Path(weights).expanduser(), None
+    if (gguf := _gguf(folder)) is not None:
+        content = _sha256(gguf)
+        return OwnWeights(converted(gguf, content), weights_name(weights), None, content[:12])
     if folder.is_dir():
         folder, name = folder.resolve(), weights_name(weights)
         if revision is not None:
@@ -230,6 +246,22 @@ def find_weights(weights: str, revision: str | None) -> OwnWeights:
     for file in sorted(files):
         digest.update(f"{file}\0{_sha256(folder / file)}\n".encode())
     return OwnWeights(folder, name, commit, digest.hexdigest()[:12])
+
+
+def _gguf(place: Path) -> Path | None:
+    """A GGUF file, or the one in a folder without a model of transformers; None where there is none."""
+    if place.is_file() and place.suffix == ".gguf":
+        return place.resolve()
+    if not place.is_dir() or (place / _CONFIG).exists():
+        return None
+    files = sorted(place.glob("*.gguf"))
+    if len(files) > 1:
+        raise ConfigError(
+            f"model.weights {str(place)!r}: several GGUF files",
+            got=", ".join(file.name for file in files[:4]),
+            cure="give one of them; of a model in parts, its safetensors",
+        )
+    return files[0].resolve() if files else None
 
 
 @lru_cache
@@ -367,6 +399,22 @@ def has_bridge(architecture: str | None) -> bool:
 
     causal = architecture is not None and architecture.endswith(("ForCausalLM", "LMHeadModel"))
     return causal and architecture in SUPPORTED_ARCHITECTURES
+
+
+def has_layers(architecture: str | None) -> bool:
+    """Whether transformers has this class of language models."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return architecture is not None and architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def hub_layers(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **_: Any) -> LayerModel:
+    """A repository's model with hooks around its layers. Raises: OSError (not to be had), ConfigError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return LayerModel(model.eval().to(device), tokenizer, name)
 
 
 def config_of(name: str) -> dict[str, Any]:

@@ -220,7 +220,8 @@ class Work:
     A plan multiplies it by the rates that it measures, and adds loading the model.
 
     read: tokens that the model reads up to the hook. rest: tokens that go on from there; there and back counts thrice.
-    predicted: tokens whose next one's distribution is computed. coded: activations that a dictionary codes.
+    predicted: tokens whose next one's distribution is computed. coded: activations that a dictionary codes. passes:
+    over the dense code of an activation, and of how many.
     kept, cached: activations of the model that stay on disk, and in the cache of a size that the config gives.
     other_s: seconds of what is none of these, such as probes: as the demo took them on one core, in proportion.
     """
@@ -235,6 +236,7 @@ class Work:
     rest_each: float = 0
     predicted_each: float = 0
     coded_each: float = 0
+    passes_each: float = 0
     other_each_s: float = 0
 
 
@@ -251,6 +253,7 @@ class Eval(Strict, ABC):
         at_once: it is cheap, and runs on each dictionary as soon as that is there.
         loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
         reads: what it takes from a run beside dictionaries: activations alone, or the text or images that they are of.
+        of_layers: it can be had of a model of which only the residual stream between its layers is known.
         needs_labels: it needs the images' classes.
         hooks: names of the hooks that it can be had at, as a pattern.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
@@ -267,6 +270,7 @@ class Eval(Strict, ABC):
     at_once: ClassVar[bool] = False
     loads_own_model: ClassVar[bool] = False
     reads: ClassVar[Reads] = "text"
+    of_layers: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = False
     hooks: ClassVar[str] = ".*"
     reads_signs: ClassVar[bool] = False

@@ -8,14 +8,17 @@ import jinja2
 import yaml
 
 from ksvd_sae import __version__
+from ksvd_sae.activations.vision.model import place_of
 from ksvd_sae.hub.layout import RESULTS
 from ksvd_sae.hub.source import Entry, FinishedRun, Source
 from ksvd_sae.methods.base import CODER_LABELS
 from ksvd_sae.report.headline import MISSING
 from ksvd_sae.report.markdown import markdown_table, markdown_text
 from ksvd_sae.report.tables import by_seed, headings, legend, seeds_text
+from ksvd_sae.run.config import ImageRunConfig, TextRunConfig
 
 _TEMPLATE = "card.md.j2"
+_TAGS = ("sparse-autoencoder", "dictionary-learning", "k-svd", "interpretability", "saelens")
 # What an SAE for SAELens alone is held against its dictionary by.
 _BESIDE = ("FVU", "L0", "nats lost", "nats lost, spliced")
 
@@ -24,13 +27,13 @@ def model_card(source: Source, repo_id: str, license_id: str | None) -> str:
     """README.md of the repository, with its YAML header."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    run, weights = source.run, source.weights
+    run, weights, place = source.run, source.weights, place_of(source.hook)
     header = ModelCardData(
         library_name="saelens",
-        base_model=weights["name"] if weights is not None and "revision" in weights else source.model_name,
+        base_model=source.base_model,
         datasets=[run.dataset] if run is not None and run.dataset else None,
         license=license_id,
-        tags=["sparse-autoencoder", "dictionary-learning", "k-svd", "interpretability", "saelens"],
+        tags=[*_TAGS, *(["vision"] if place else [])],
     )
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: files("ksvd_sae.hub").joinpath(name).read_text(encoding="utf-8")),
@@ -44,6 +47,7 @@ def model_card(source: Source, repo_id: str, license_id: str | None) -> str:
     own = [entry for entry in source.entries if entry.stock is None]
     body = environment.get_template(_TEMPLATE).render(
         model=markdown_text(source.model_name),
+        linked=source.base_model is not None,
         weights=weights,
         hook=source.hook,
         repo_id=repo_id,
@@ -52,6 +56,7 @@ def model_card(source: Source, repo_id: str, license_id: str | None) -> str:
         first=own[0],
         entries=_entry_table(own),
         training=list(_training(own)),
+        place=place,
         harvest=None if run is None else _harvest(run),
         run=None if run is None else f"{RESULTS}/{run.folder.name}",
         has_plot=run is not None and (run.folder / "plots" / "metrics.png").is_file(),
@@ -109,16 +114,26 @@ def _training(entries: list[Entry]) -> Iterator[dict[str, Any]]:
 
 def _harvest(finished: FinishedRun) -> dict[str, Any]:
     config, shards = finished.config, finished.run.shards()
-    parts = shards.manifest["parts"]["train"]
-    return {
-        "text": markdown_text(config.text.name),
+    part = shards.manifest["parts"]["train"]
+    common = {
+        "data": markdown_text(config.data_name),
         "tokens": f"{shards.n_samples:,}",
-        "context": config.harvest.context_tokens,
-        "bos": shards.prepend_bos,
         "factor": config.harvest.outlier_factor,
-        "outliers": f"{parts['outliers']:,}",
+        "outliers": f"{part['outliers']:,}",
         "dtype": config.model.dtype,
     }
+    if isinstance(config, ImageRunConfig):
+        names = {"cls": "CLS", "registers": "registers"}
+        return common | {
+            "kinds": " and ".join(["patches", *(names[token] for token in config.model.also)]),
+            "images": f"{part['n_images']:,}",
+            "grid": shards.manifest["grid"],
+            # Not of harvests that an earlier version made.
+            "preprocessing": shards.manifest.get("preprocessing"),
+            "revision": config.model.revision,
+        }
+    assert isinstance(config, TextRunConfig)
+    return common | {"context": config.harvest.context_tokens, "bos": shards.prepend_bos}
 
 
 def _seeds(finished: FinishedRun) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,14 @@ from sae_lens.saes.sae import SAE
 
 from ksvd_sae import __version__
 from ksvd_sae.activations.text_datasets import FORMATS
+from ksvd_sae.activations.vision.model import place_of, shown_name
 from ksvd_sae.dictionary import CONFIG_FILE, Dictionary
 from ksvd_sae.errors import ConfigError, DictionaryError, ManifestError
 from ksvd_sae.hub.stock import Stock, by_matching_pursuit
 from ksvd_sae.methods.base import KeptAsDictionary, KeptAsSAE, Method
 from ksvd_sae.report.scores import read_csv
 from ksvd_sae.report.tables import cells, intervals, summary
-from ksvd_sae.run.config import TextRunConfig, load_config, view_name
+from ksvd_sae.run.config import ImageRunConfig, RunConfig, TextRunConfig, load_config, view_name
 from ksvd_sae.run.pipeline import EVALUATE_STAGE, TRAIN_STAGE, Run
 from ksvd_sae.run.trained import TrainedDictionary
 from ksvd_sae.sae import sae_from_dictionary
@@ -28,6 +29,8 @@ Views = Literal["split", "signed", "both"]
 _DATASET = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What codes without signs are called where a view is named.
 NONNEGATIVE = "nonnegative"
+# What SAELens knows of text that nothing else has.
+_OF_CONTEXTS = frozenset(("context_size", "prepend_bos"))
 NEEDS = f"the package ksvd-sae {__version__}: `import ksvd_sae` before loading makes SAELens know this architecture"
 
 
@@ -65,13 +68,7 @@ class FinishedRun:
     @classmethod
     def open(cls, folder: Path) -> "FinishedRun":
         """Raises: ConfigError, ManifestError: trainings that are not there, or not those that were scored."""
-        config = load_config(folder / "config.yaml")
-        if not isinstance(config, TextRunConfig):
-            raise ConfigError(
-                f"publishing {folder}: a run on images, of which there is no model card",
-                cure="publish its dictionaries one by one, from the folders that `ksvd-sae train` names",
-            )
-        finished = cls(Run(config, folder.parent), folder)
+        finished = cls(Run(load_config(folder / "config.yaml"), folder.parent), folder)
         scored = {label: known[0] for label, known in finished.manifest["key"]["dictionaries"].items()}
         stale = [t.label for t in finished.trained if t.manifest["hash"] != scored.get(t.label)]
         if stale:
@@ -89,17 +86,20 @@ class FinishedRun:
         return read_manifest(self.folder, EVALUATE_STAGE)
 
     @property
-    def config(self) -> TextRunConfig:
-        config = self.run.config
-        assert isinstance(config, TextRunConfig)
-        return config
+    def config(self) -> RunConfig:
+        return self.run.config
 
     @property
     def dataset(self) -> str | None:
-        """The text's name on the Hub; None where it is not from there: nobody else has the path of a local one."""
-        text = self.config.text
-        named = text.source == "hub" and text.dataset not in FORMATS and _DATASET.fullmatch(str(text.dataset))
-        return text.dataset if named and not Path(str(text.dataset)).exists() else None
+        """The data's name on the Hub; None where it is not from there: nobody else has the path of a local one."""
+        data = self.config.images if isinstance(self.config, ImageRunConfig) else self._on_text.text
+        named = data.source == "hub" and data.dataset not in FORMATS and _DATASET.fullmatch(str(data.dataset))
+        return data.dataset if named and not Path(str(data.dataset)).exists() else None
+
+    @property
+    def _on_text(self) -> TextRunConfig:
+        assert isinstance(self.config, TextRunConfig)
+        return self.config
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -155,6 +155,13 @@ class Source:
         return weights
 
     @property
+    def base_model(self) -> str | None:
+        """The model's name on the Hub; None for a vision model of a folder."""
+        if place_of(self.hook) is not None and "/" not in self.model_name:
+            return None
+        return self.weights["name"] if self.weights is not None and "revision" in self.weights else self.model_name
+
+    @property
     def hook(self) -> str:
         return self.entries[0].hook
 
@@ -203,7 +210,7 @@ def _of_run(finished: FinishedRun, names: list[str], views: Views) -> Source:
 def _entries(finished: FinishedRun, trained: TrainedDictionary, views: Views) -> list[Entry]:
     """The dictionary in its views, and what SAELens loads alone."""
     run, method = finished.run, trained.method
-    dictionary = method.dictionary(run.setting(method), trained.folder)
+    dictionary = _for_others(method.dictionary(run.setting(method), trained.folder))
     common = metadata_of_run(finished, trained)
     entries = [
         Entry(
@@ -236,6 +243,9 @@ def _for_saelens_alone(first: Entry, trained: TrainedDictionary, view: str, stoc
     known |= {"training_tokens": trained.manifest["samples_seen"], "stands_beside": first.sae_id}
     for key, value in known.items():
         sae.cfg.metadata[key] = value
+    for key in _OF_CONTEXTS:
+        if key not in known and key in sae.cfg.metadata:
+            delattr(sae.cfg.metadata, key)
     sae.cfg.reshape_activations = first.sae.cfg.reshape_activations
     return Entry(trained.name, first.hook, view, sae, None, trained.manifest, trained.method, stock)
 
@@ -243,19 +253,40 @@ def _for_saelens_alone(first: Entry, trained: TrainedDictionary, view: str, stoc
 def metadata_of_run(finished: FinishedRun, trained: TrainedDictionary) -> dict[str, Any]:
     """What ``cfg.metadata`` says of a run's dictionary, by SAELens' names where it has some."""
     config, setting = finished.config, finished.run.setting(trained.method)
+    common = {
+        "dataset_path": finished.dataset or config.data_name,
+        "outlier_factor": config.harvest.outlier_factor,
+        "tokens_harvested": setting.shards.n_samples,
+        # By this name SAEBench's plots find it.
+        "training_tokens": trained.manifest["samples_seen"],
+    }
+    if isinstance(config, ImageRunConfig):
+        return {**_of_model(config.model.name, config.model.hook), "tokens": ["patches", *config.model.also], **common}
+    assert isinstance(config, TextRunConfig)
     return {
         "model_name": config.model.name,
         **setting.of_weights,
         "hook_name": config.model.hook,
         "context_size": config.harvest.context_tokens,
         "prepend_bos": setting.shards.prepend_bos,
-        "dataset_path": finished.dataset or config.text.name,
         "exclude_special_tokens": True,
-        "outlier_factor": config.harvest.outlier_factor,
-        "tokens_harvested": setting.shards.n_samples,
-        # By this name SAEBench's plots find it.
-        "training_tokens": trained.manifest["samples_seen"],
+        **common,
     }
+
+
+def _of_model(name: str, hook: str) -> dict[str, Any]:
+    """What metadata say of the model; of a vision model no context and no BOS."""
+    if place_of(hook) is None:
+        return {"model_name": name, "hook_name": hook}
+    return {"model_name": shown_name(name), "hook_name": hook, **dict.fromkeys(_OF_CONTEXTS)}
+
+
+def _for_others(dictionary: Dictionary) -> Dictionary:
+    """Without the path of a vision model's folder."""
+    known = dictionary.provenance
+    if place_of(known["hook"]) is None:
+        return dictionary
+    return replace(dictionary, provenance={**known, "model": shown_name(known["model"])})
 
 
 def _of_dictionary(folder: Path, views: Views) -> list[Entry]:
@@ -268,7 +299,7 @@ def _of_dictionary(folder: Path, views: Views) -> list[Entry]:
             cure="dataclasses.replace(dictionary, provenance={'model': ..., 'hook': ...}).save(folder)",
         )
     training = read_manifest(folder, TRAIN_STAGE) if (folder / MANIFEST).is_file() else None
-    common = {"model_name": known["model"], "hook_name": known["hook"]}
+    dictionary, common = _for_others(dictionary), _of_model(known["model"], known["hook"])
     common |= {"model_weights": known["model_weights"]} if "model_weights" in known else {}
     common |= {} if training is None else {"training_tokens": training["samples_seen"]}
     name = re.sub(r"[^A-Za-z0-9._-]+|^\W+", "-", folder.resolve().name if training is None else training["name"])

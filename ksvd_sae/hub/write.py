@@ -12,6 +12,7 @@ from ksvd_sae.hub.card import model_card
 from ksvd_sae.hub.layout import CARD, RESULTS, SAE_FILES, Manifest, check_name, check_repository
 from ksvd_sae.hub.source import Entry, FinishedRun, Source
 from ksvd_sae.report.raw import OWN_EVALS, RawResults, result_name
+from ksvd_sae.run.config import TextRunConfig
 from ksvd_sae.store import MANIFEST, write_json
 
 logger = logging.getLogger(__name__)
@@ -65,15 +66,15 @@ def _write_entry(entry: Entry, folder: Path) -> None:
 
 def _write_dashboards(entry: Entry, finished: FinishedRun, folder: Path) -> None:
     """For Neuronpedia, of the atoms that the run's report shows; what stands beside a dictionary has none."""
-    file = None if entry.stock is not None else finished.examples(entry.name)
-    if file is None:
+    file, config = None if entry.stock is not None else finished.examples(entry.name), finished.config
+    # Of images Neuronpedia shows none, and theirs hold parts of the images, which are not ours to publish.
+    if file is None or not isinstance(config, TextRunConfig):
         return
     with RawResults(finished.folder) as raw:
         found = json.loads(raw[f"atoms/{file}"])
     if found["format"] < 2:
         logger.warning("%s: no dashboards for Neuronpedia: its atoms in context are of an older version", entry.name)
         return
-    config = finished.config
     dataset = finished.dataset or config.text.name
     batch = neuronpedia.dashboards(found, config.model.name, entry.hook, entry.name, entry.view, dataset)
     if batch is not None:

@@ -309,9 +309,17 @@ class Method(Strict, ABC):
         """About how many multiplications learning from samples takes: one try tells the time of another size."""
         return float(n_samples * d_in * (self.size or d_in)) if self.learns else 0.0
 
+    def operations_of_batch(self, d_in: int) -> float:
+        """About how many of them are done once a batch, whatever its size."""
+        return float((self.size or d_in) * d_in)
+
+    def floats_of_sample(self, d_in: int) -> float:
+        """How many numbers training holds at least of each sample of a batch."""
+        return float(d_in)
+
     def floats(self, d_in: int) -> float:
         """About how many numbers training holds: one try tells the memory of another size."""
-        return float(self.batch(1 << 62) * d_in + (self.size or d_in) * d_in)
+        return self.batch(1 << 62) * self.floats_of_sample(d_in) + (self.size or d_in) * d_in
 
     def check(self, harvest: CollectingConfig) -> None:
         """Raise ValueError where the options do not fit each other or what is harvested."""

@@ -128,7 +128,14 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     def operations(self, n_samples: int, d_in: int) -> float:
         """Products and sums with the atoms, a row of the Gram matrix a pick, and of each batch the Gram matrix."""
         of_a_sample = self.n_atoms * (2 * d_in + self.k)
-        return n_samples * (of_a_sample + 2 * self.n_atoms**2 * d_in / self.batch(n_samples))
+        return n_samples * (of_a_sample + self.operations_of_batch(d_in) / self.batch(n_samples))
+
+    def floats_of_sample(self, d_in: int) -> float:
+        """As it was read, centred and weighted, what is left of it, and its part in the update."""
+        return 4.0 * d_in
+
+    def operations_of_batch(self, d_in: int) -> float:
+        return 2.0 * self.n_atoms**2 * d_in
 
     def check(self, harvest: CollectingConfig) -> None:
         super().check(harvest)

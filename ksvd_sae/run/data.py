@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ksvd_sae.activations.gradients import GradientMoments, gradients_key
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, run_harvest, training_contexts
-from ksvd_sae.activations.language import ActivationReader, check_contexts, load_model
+from ksvd_sae.activations.language import ActivationReader, check_contexts, layers_alone, load_model
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.vision.harvest import run_image_harvest
 from ksvd_sae.activations.vision.model import ImageReader
 from ksvd_sae.errors import ConfigError, ManifestError
+from ksvd_sae.evals import EVALS
 from ksvd_sae.evals.base import EvalSetting, Heldout, Panelist
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.run.config import ImageRunConfig, RunConfig, TextRunConfig
@@ -106,6 +107,7 @@ class TextData(RunData):
         return run_harvest(self.config.harvested, self.folder, partial(self.reader, device))
 
     def reader(self, device: torch.device) -> ActivationReader:
+        self._check_layers()
         model = load_model(self.config.model, device)
         check_contexts(model, self._context_lengths())
         return ActivationReader(model, self.config.model.hook, self.config.harvest.keep_special_tokens)
@@ -113,6 +115,22 @@ class TextData(RunData):
     def training_text(self, device: torch.device) -> tuple[ActivationReader, Iterator[Tensor]]:
         reader = self.reader(device)
         return reader, training_contexts(self.config.harvested, self.shards("train"), reader)
+
+    def _check_layers(self) -> None:
+        """Raise ConfigError for what needs more of the model than the residual stream between its layers."""
+        if not layers_alone(self.config.model):
+            return
+        asked = {f"evaluation.{one.name}": "null" for one in self.config.evaluation.evals() if not one.of_layers}
+        asked |= {"harvest.gradient_tokens": "0"} if self.config.harvest.has_gradients else {}
+        if asked:
+            able = ", ".join(kind.name for kind in EVALS if kind.of_layers)
+            raise ConfigError(
+                f"model {self.config.model.title!r}: {', '.join(asked)} cannot be had of it",
+                limit=f"evals: {able}",
+                cause="TransformerLens has neither a model of its own for it nor a bridge: only the residual stream "
+                "between its layers is known",
+                cure=", ".join(f"{key}: {value}" for key, value in asked.items()),
+            )
 
     def _context_lengths(self) -> dict[str, int]:
         """Tokens of a context, by key: of the harvest, and of every eval that is to run."""
@@ -129,6 +147,7 @@ class TextData(RunData):
         return gradients_key(content_hash(self.key), self.config.harvest)
 
     def eval_setting(self, device: torch.device, gradient_moments: Callable[[], GradientMoments]) -> EvalSetting:
+        self._check_layers()
         evaluation = self.config.evaluation
         data_folder, data_hash = self._local_data()
         return EvalSetting(

@@ -7,26 +7,24 @@ the stage says so.
 
 import heapq
 import logging
+import math
 import shutil
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from ksvd_sae.activations import harvest as harvesting
-from ksvd_sae.activations.gradients import gradients_folder, gradients_key
-from ksvd_sae.activations.language import ModelConfig, has_heads, hook_layer
 from ksvd_sae.activations.shards import STAGE
-from ksvd_sae.errors import ConfigError, DiskSpaceError, HubError, KsvdSaeError, MemorySpaceError
+from ksvd_sae.errors import DiskSpaceError, KsvdSaeError, MemorySpaceError
 from ksvd_sae.evals.base import Eval, Work
 from ksvd_sae.memory import free_bytes, resident_bytes
-from ksvd_sae.run.config import on_text
 from ksvd_sae.run.pipeline import Run
-from ksvd_sae.run.probe import ModelRates, TrainingRates, Trainings, clock, matmul_rate, probe_model
+from ksvd_sae.run.probe import ModelRates, TrainingRates, Trainings, clock
 from ksvd_sae.run.replicas import Replica, replicas
-from ksvd_sae.store import MANIFEST, content_hash, is_finished
+from ksvd_sae.store import content_hash, is_finished
 
 logger = logging.getLogger(__name__)
 How = Literal["done", "measured", "arithmetic", "not known"]
@@ -128,54 +126,48 @@ def side_by_side_s(seconds: list[float], processes: int) -> float:
     return max(ends)
 
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """Of a model that is not here, as TransformerLens knows them."""
-
-    d_in: int
-    weights: int
-    multiplications: float
-    rest: float
-    vocabulary: float
-
-
-def model_sizes(config: ModelConfig, context_tokens: int) -> ModelSizes:
-    """Sizes by the model's name. Raises: HubError: TransformerLens asks the Hub for them."""
-    from transformer_lens.loading_from_pretrained import get_pretrained_model_config
-
-    try:
-        cfg = get_pretrained_model_config(config.name)
-    except Exception as error:
-        raise HubError(f"sizes of model {config.name!r}: {str(error).splitlines()[0][:200]}") from error
-    heads, keys = cfg.n_heads * cfg.d_head, (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
-    block = 2 * cfg.d_model * (heads + keys) + cfg.d_model * (cfg.d_mlp or 0) * (3 if cfg.gated_mlp else 2)
-    layer = hook_layer(config.hook)
-    done = cfg.n_layers if layer is None else layer + 1
-    a_token = block + 2 * heads * context_tokens
-    hook = config.hook.rpartition(".")[2]
-    d_in = cfg.d_mlp if hook in ("hook_pre", "hook_post") else heads if has_heads(config.hook) else cfg.d_model
-    weights = cfg.n_layers * block + 2 * cfg.d_vocab * cfg.d_model
-    return ModelSizes(d_in, weights, done * a_token, (cfg.n_layers - done) * a_token, cfg.d_vocab * cfg.d_model)
-
-
-class Planner:
+class Planner(ABC):
     """Plans one run. Args: run: prepared."""
 
+    # How much the model reads at a time.
+    batch_key: ClassVar[str]
+
     def __init__(self, run: Run):
-        self.run, self.config = run, on_text(run.config, "plan")
+        self.run, self.config = run, run.config
         self.why: str | None = None
         self._rates: dict[str, TrainingRates | str] = {}
+
+    # ------------------------------------------------------------ what the model reads
+
+    @cached_property
+    @abstractmethod
+    def model(self) -> ModelRates | None:
+        """What the model was measured at; by arithmetic where it is not here; None where its sizes are not, either, and
+        where nothing is left to do for it."""
+
+    @property
+    @abstractmethod
+    def _batch(self) -> tuple[int, int]:
+        """(units that the model reads at a time, tokens of a unit)."""
+
+    @property
+    def _kept_share(self) -> float:
+        """The part of what is read that is kept."""
+        return 1.0
+
+    @abstractmethod
+    def _amount(self) -> str:
+        """What is harvested."""
+
+    @abstractmethod
+    def _shown(self) -> tuple[str, float | None]:
+        """What the report looks for atoms in, and the seconds that it takes; None: not known."""
 
     # ------------------------------------------------------------ what is there
 
     @cached_property
     def harvested(self) -> bool:
         return is_finished(self.run.harvest_folder, STAGE, self.config.harvested.key)
-
-    @cached_property
-    def has_gradients(self) -> bool:
-        key = gradients_key(content_hash(self.config.harvested.key), self.config.harvest)
-        return (gradients_folder(self.run.harvest_folder, key) / MANIFEST).exists()
 
     @cached_property
     def panel(self) -> list[tuple[Replica, str]]:
@@ -188,42 +180,6 @@ class Planner:
         return [replica for replica, content in self.panel if not section.is_scored(content, output, heldout)]
 
     # ------------------------------------------------------------ rates
-
-    @cached_property
-    def model(self) -> ModelRates | None:
-        """What the model was measured at; by arithmetic where it is not here; None where its sizes are not, either."""
-        evals = [section for section in self.config.evaluation.seeded() if self.unscored(section)]
-        if self.harvested and (self.has_gradients or not self.config.harvest.gradient_tokens) and not evals:
-            return None
-        predicts = any((w := self.work(section)) is not None and (w.rest or w.rest_each) for section in evals)
-        try:
-            return probe_model(self.run, predicts=predicts)
-        except (HubError, ConfigError) as error:
-            self.why = error.what
-        try:
-            return self._by_arithmetic(model_sizes(self.config.model, self.config.harvest.context_tokens))
-        except HubError as error:
-            self.why += f"; {error.what}"
-            return None
-
-    def _by_arithmetic(self, sizes: ModelSizes) -> ModelRates:
-        dtype = getattr(torch, self.config.model.dtype)
-        rate = matmul_rate(sizes.d_in, dtype, self.run.device)
-        weight_bytes = sizes.weights * dtype.itemsize
-        tokens = self.config.harvest.batch_contexts * self.config.harvest.context_tokens
-        return ModelRates(
-            load_s=weight_bytes / 2e8,
-            read_s=sizes.multiplications / rate,
-            rest_s=sizes.rest / rate,
-            predict_s=sizes.vocabulary / rate,
-            gradient_s=(sizes.multiplications + 3 * sizes.rest + 2 * sizes.vocabulary) / rate,
-            write_s=1e-9,
-            # The checkpoint and the model made of it.
-            load_bytes=2 * weight_bytes,
-            weight_bytes=weight_bytes,
-            read_bytes=16 * tokens * sizes.d_in * 4,
-            rows_ND=torch.randn(2048, sizes.d_in, generator=torch.Generator().manual_seed(0)),
-        )
 
     @property
     def how_model(self) -> How:
@@ -298,14 +254,9 @@ class Planner:
     @property
     def _kept_tokens(self) -> int:
         """Activations that are stored: parts end with whole batches."""
-        harvest = self.config.harvest
-        batch = harvest.batch_contexts * self._ordinary
+        harvest, (units, tokens) = self.config.harvest, self._batch
+        batch = round(units * tokens * self._kept_share)
         return harvest.train_tokens + harvest.heldout_tokens + (self._n_parts * batch) // 2
-
-    @property
-    def _ordinary(self) -> int:
-        """Tokens of a context that are kept: all but its BOS."""
-        return self.config.harvest.context_tokens - (not self.config.harvest.keep_special_tokens)
 
     @property
     def _n_parts(self) -> int:
@@ -318,16 +269,9 @@ class Planner:
         return 0 if self.harvested else self._kept_tokens * (self._token_bytes or 0)
 
     def _harvest(self) -> list[Stage]:
-        harvest = self.config.harvest
-        amount = f"{harvest.train_tokens:,} + {harvest.heldout_tokens:,} tokens at {self.config.model.hook}"
-        stages = [Stage(name="harvest", amount=amount, how="done")]
-        if not self.harvested:
-            stages = [self._reading("harvest", amount, self._tokens_left, self.model)]
-        if harvest.gradient_tokens and not self.has_gradients:
-            stages.append(self._gradients(loads=self.harvested))
-        elif harvest.gradient_tokens:
-            stages.append(Stage(name="gradients", amount=f"{harvest.gradient_tokens:,} tokens", how="done"))
-        return stages
+        if self.harvested:
+            return [Stage(name="harvest", amount=self._amount(), how="done")]
+        return [self._reading("harvest", self._amount(), self._tokens_left, self.model)]
 
     def _unknown(self, name: str, amount: str, why: str | None) -> Stage:
         nothing = dict.fromkeys(("seconds", "host_bytes", "device_bytes", "disk_bytes"))
@@ -337,7 +281,7 @@ class Planner:
         if model is None:
             return self._unknown(name, amount, self.why)
         harvest, stored = self.config.harvest, self._kept_tokens * (self._token_bytes or 0)
-        read = tokens * harvest.context_tokens / self._ordinary + self._overshoot(tokens)
+        read = tokens / self._kept_share + self._overshoot(tokens)
         # Written and read again twice: as it comes, and shuffled.
         seconds = model.load_s + read * model.read_s + 4 * stored * model.write_s
         in_hand = _SHARD_COPIES * min(harvest.shard_tokens, harvest.train_tokens) * (self._token_bytes or 0)
@@ -356,26 +300,13 @@ class Planner:
     def _overshoot(self, tokens: int) -> float:
         """Half a batch for each part that is still to come."""
         share = tokens / max(1, self.config.harvest.train_tokens + self.config.harvest.heldout_tokens)
-        return share * self._n_parts * self.config.harvest.batch_contexts * self.config.harvest.context_tokens / 2
+        return share * self._n_parts * math.prod(self._batch) / 2
 
     def _memory(self, model: ModelRates, in_hand: int) -> tuple[int, int]:
         """(host, device): of loading or of reading, whichever is more."""
         if self.run.device.type == "cuda":
             return max(model.load_bytes, in_hand), model.weight_bytes + model.read_bytes
         return max(model.load_bytes, model.weight_bytes + model.read_bytes + in_hand), 0
-
-    def _gradients(self, *, loads: bool) -> Stage:
-        tokens = self.config.harvest.gradient_tokens
-        amount = f"{tokens:,} tokens"
-        if self.model is None:
-            return self._unknown("gradients", amount, self.why)
-        batch = self.config.harvest.gradient_batch_contexts * self.config.harvest.context_tokens
-        seconds = (tokens + batch / 2) * self.model.gradient_s + loads * self.model.load_s
-        host, device = self._memory(self.model, 0)
-        stage = Stage(name="gradients", amount=amount, how=self.how_model, seconds=seconds, note=self.why)
-        return stage.model_copy(
-            update={"host_bytes": host, "device_bytes": device, "disk_bytes": 8 * self.model.d_in**2}
-        )
 
     def _trainings(self) -> list[Stage]:
         return [self._training(replica) for replica in replicas(self.config)]
@@ -404,22 +335,17 @@ class Planner:
         )
 
     def _evals(self) -> list[Stage]:
-        evaluation = self.config.evaluation
         finished = self.run.is_evaluated()
-        stages = [self._eval(section, finished) for section in evaluation.seeded()]
-        report = self.config.report
-        amount = f"{report.tokens:,} tokens, {len(self.config.dictionaries)} dictionaries"
+        stages = [self._eval(section, finished) for section in self.config.evaluation.seeded()]
+        shown, shown_s = self._shown()
+        amount = f"{shown}, {len(self.config.dictionaries)} dictionaries"
         if finished:
             return [*stages, Stage(name="report", amount=amount, how="done")]
-        # Atoms in context: the model loads once more and reads; each dictionary codes and shows.
-        model, tokens = self.model, min(report.tokens, self.config.harvest.heldout_tokens * 2) if report.atoms else 0
         n_bytes = _RESULT_BYTES + _RESULT_BYTES_EACH * len(self.panel)
-        if model is None:
+        if shown_s is None:
             return [*stages, self._unknown("report", amount, self.why)]
-        seconds = (model.load_s + tokens * model.read_s) * bool(report.atoms) + _REPORT_S * len(
-            self.config.dictionaries
-        )
-        host, device = self._memory(model, 0)
+        seconds = shown_s + _REPORT_S * len(self.config.dictionaries)
+        host, device = (0, 0) if self.model is None else self._memory(self.model, 0)
         last = Stage(name="report", amount=amount, how=self.how_model, seconds=seconds, disk_bytes=n_bytes)
         return [*stages, last.model_copy(update={"host_bytes": host, "device_bytes": device})]
 
@@ -454,14 +380,14 @@ class Planner:
             known = [rates for rates in map(self.rates, left) if isinstance(rates, TrainingRates)]
             if not known and not asks:
                 return self._unknown(name, amount, "how fast dictionaries code is not known")
-            seconds += work.coded_each * sum(rates.code_s for rates in known)
+            seconds += sum(work.coded_each * rates.code_s + work.passes_each * rates.pass_s for rates in known)
             if len(known) < n:
                 notes.append(f"without the codes of {n - len(known)} that are not known")
         if guessed > 0.1 * seconds:
             notes.append(f"{guessed:.0f} s of it are in proportion to the demo's, not measured")
         host, device = (0, 0) if model is None or not asks else self._memory(model, 0)
         wide = model.d_in * 4 if model is not None else 0
-        kept = work.kept * wide + min(work.cached * wide, self.config.evaluation.llm_cache_gb * 1e9)
+        kept = work.kept * wide + min(work.cached * wide, getattr(self.config.evaluation, "llm_cache_gb", 0) * 1e9)
         return Stage(
             name=name,
             amount=amount,
@@ -529,7 +455,7 @@ class Planner:
             batch = replica.method.batch(config.harvest.train_tokens)
             rates = self.rates(replica)
             peak = rates.peak_bytes if isinstance(rates, TrainingRates) else 0
-            a_sample = peak * d_in / max(1.0, replica.method.floats(d_in))
+            a_sample = peak * replica.method.floats_of_sample(d_in) / max(1.0, replica.method.floats(d_in))
             smaller = _power_of_two(batch - over / max(1.0, a_sample))
             if hasattr(replica.method, "batch_samples") and smaller:
                 return f"dictionaries.{replica.name}.batch_samples", str(smaller)
@@ -543,9 +469,9 @@ class Planner:
             smaller = _power_of_two(shard - over / shard_bytes)
             if model.load_bytes <= there and smaller:
                 return "harvest.shard_tokens", str(smaller)
-            contexts = _power_of_two(config.harvest.batch_contexts * (1 - over / max(1, model.read_bytes)))
-            if model.load_bytes <= there and contexts:
-                return "harvest.batch_contexts", str(contexts)
+            units = _power_of_two(self._batch[0] * (1 - over / max(1, model.read_bytes)))
+            if model.load_bytes <= there and units:
+                return self.batch_key, str(units)
         if config.model.dtype == "float32" and needed - model.load_bytes // 2 <= there:
             return "model.dtype", "bfloat16"
         return None, None

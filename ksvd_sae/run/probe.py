@@ -1,15 +1,17 @@
 """What this machine needs for the pieces of a run, measured in seconds on a little of each.
 
 The language model reads random tokens, at the batch of the harvest or as much of it as a few seconds allow. A
-dictionary is learned at its own size from two batches, or at a smaller size where one batch would take long; the rest
-is in proportion to the counted operations. Peaks of memory are the process' own (``ksvd_sae.memory``).
+dictionary is learned at its own size from two batches, or at a smaller size where one batch would take long: then with
+batches of two sizes, which tell what is done and held for a sample from what is for a batch; the rest is in proportion
+to the counted operations. Peaks of memory are the process' own (``ksvd_sae.memory``).
 """
 
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,14 +22,17 @@ from ksvd_sae.activations.gradients import GradientMoments, read_gradients
 from ksvd_sae.activations.language import ActivationReader, has_hooked, hook_layer
 from ksvd_sae.activations.shards import ActivationShards, shard_name, write_harvest, write_shard
 from ksvd_sae.activations.splicing import LOGITS_AT_ONCE, Unembedding, before_unembedding
+from ksvd_sae.activations.vision.heldout import write_images
+from ksvd_sae.activations.vision.images import LabelledImage
+from ksvd_sae.activations.vision.model import ImageReader, VisionModelConfig
 from ksvd_sae.memory import peak_growth
-from ksvd_sae.methods.base import Method, Source
-from ksvd_sae.run.config import on_text
+from ksvd_sae.methods.base import Method, Source, TrainingSetting
+from ksvd_sae.run.config import ImageRunConfig, on_text
 from ksvd_sae.run.pipeline import Run
 from ksvd_sae.run.replicas import source_training
 
 # Of one measured piece, and of what is learned in one: some seconds on a core.
-_SECONDS, _OPERATIONS = 2.0, 3e10
+_SECONDS, _OPERATIONS = 2.0, 6e10
 # Rows that are coded, and predicted from, to know how fast.
 _CODED = 1024
 # To learn from, where batches are smaller.
@@ -62,14 +67,30 @@ class ModelRates:
 
 
 @dataclass(frozen=True)
+class ImageRates(ModelRates):
+    """Of a vision model, an image's preprocessing included.
+
+    image_tokens: of an image. image_s: to prepare and read an image. keep_s, keep_bytes: to keep an image as the model
+    sees it, as a harvest keeps the held-out ones.
+    """
+
+    image_tokens: int
+    image_s: float
+    keep_s: float
+    keep_bytes: int
+
+
+@dataclass(frozen=True)
 class TrainingRates:
-    """Of a dictionary: seconds of its training, of coding a row; most bytes that training took; bytes on disk.
+    """Of a dictionary: seconds of its training, of coding a row, of a pass over a row's dense code; most bytes that
+    training took; bytes on disk.
 
     scaled: measured at a smaller size.
     """
 
     seconds: float
     code_s: float
+    pass_s: float
     peak_bytes: int
     disk_bytes: int
     scaled: bool
@@ -130,12 +151,57 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
         predict_s = _per_item(lambda: unembedding.logits(final_ND).float().log_softmax(-1), len(final_ND), device)
     if config.gradient_tokens:
         gradient_s = _per_item(lambda: read_gradients(reader, tokens_BL[:1]), length, device)
-    with tempfile.TemporaryDirectory(dir=run.cache, prefix=".plan-") as folder:
-        stored_ND = rows_ND.to(getattr(torch, config.dtype))
-        write_s = _per_item(lambda: write_shard(Path(folder) / shard_name(0), stored_ND), stored_ND.nbytes, host)
+    write_s = _writing(run, rows_ND.to(getattr(torch, config.dtype)))
     weight_bytes = sum(weight.nbytes for weight in model.parameters())
     peaks = (_bytes(load_mib), weight_bytes, _bytes(read_mib) * len(tokens_BL) // n)
     return ModelRates(load_s, read_s, rest_s, predict_s, gradient_s, write_s, *peaks, rows_ND)
+
+
+def _writing(run: Run, stored_ND: Tensor) -> float:
+    """Seconds a byte."""
+    with tempfile.TemporaryDirectory(dir=run.cache, prefix=".plan-") as folder:
+        path = Path(folder) / shard_name(0)
+        return _per_item(lambda: write_shard(path, stored_ND), stored_ND.nbytes, torch.device("cpu"))
+
+
+@torch.no_grad()
+def probe_images(run: Run, model: VisionModelConfig) -> ImageRates:
+    """Load a vision model and let it read the run's first images. Raises: as ``ImageReader`` and what images raise."""
+    config, device = run.config, run.device
+    assert isinstance(config, ImageRunConfig)
+    images = list(islice(config.images.images(config.seed), config.harvest.batch_images))
+    (reader, load_s), load_mib = peak_growth(
+        lambda: timed(partial(ImageReader, model, device), device), torch.device("cpu")
+    )
+
+    def read(some: list[LabelledImage]) -> Tensor:
+        return reader.read(reader.pixels(some)).flatten(0, 1)
+
+    _, one_s = timed(lambda: read(images[:1]), device)
+    some = images[: max(1, int(_SECONDS / one_s))]
+    rows_ND, read_mib = peak_growth(partial(read, some), device)
+    image_s, tokens = _per_item(lambda: read(some), len(some), device), reader.grid.tokens
+    rows_ND = rows_ND.cpu()
+    with tempfile.TemporaryDirectory(dir=run.cache, prefix=".plan-") as folder:
+        kept = Path(folder) / "kept"
+        keep_s = _per_item(lambda: write_images(kept, some, reader, len(some)), len(some), torch.device("cpu"))
+        keep_bytes = kept.stat().st_size // len(some)
+    return ImageRates(
+        load_s=load_s,
+        read_s=image_s / tokens,
+        rest_s=0.0,
+        predict_s=0.0,
+        gradient_s=0.0,
+        write_s=_writing(run, rows_ND.to(getattr(torch, config.harvest.dtype))),
+        load_bytes=_bytes(load_mib),
+        weight_bytes=sum(weight.nbytes for weight in reader.model.parameters()),
+        read_bytes=_bytes(read_mib) * config.harvest.batch_images // len(some),
+        rows_ND=rows_ND,
+        image_tokens=tokens,
+        image_s=image_s,
+        keep_s=keep_s,
+        keep_bytes=keep_bytes,
+    )
 
 
 def _tokens(reader: ActivationReader, contexts: int, length: int) -> Tensor:
@@ -158,32 +224,50 @@ class Trainings:
         d_in, source = self.rows_ND.shape[1], source_training(self.run.config, method)
         small = _within(method, d_in)
         small_source = None if source is None else _within(source, d_in)
+        own = small.batch(n_samples)
         # Enough of small batches to tell their time from what comes before and after.
-        many = min(
-            _ROWS, 8 * small.batch(n_samples), int(_OPERATIONS / max(1.0, small.operations(1 << 16, d_in) / (1 << 16)))
-        )
-        batch = max(small.batch(n_samples), 2 * (small.size or 1), many)
+        many = min(_ROWS, 8 * own, int(_OPERATIONS / max(1.0, small.operations(1 << 16, d_in) / (1 << 16))))
+        rows = -(-max(own, 2 * (small.size or 1), many) // own) * own
         with tempfile.TemporaryDirectory(dir=self.run.cache, prefix=".plan-") as name:
             folder = Path(name)
-            shards = self._shards(folder / "shards", 2 * batch)
+            shards = self._shards(folder / "shards", 2 * rows)
             taken = None if small_source is None else self._source(small_source, folder / "source", shards)
             train = partial(self._train, small, folder, taken)
             if method.kind not in self._warm:
-                train(self._part(shards, batch))
+                train(self._part(shards))
                 self._warm.add(method.kind)
-            one_s, _ = train(self._part(shards, batch))
+            one_s, _ = train(self._part(shards))
             (more_s, made), peak_mib = peak_growth(partial(train, shards), self.run.device)
+            if small is not method:
+                large = small.resized({"batch_samples": 2 * own})
+                (large_s, _), large_mib = peak_growth(
+                    partial(self._train, large, folder, taken, shards), self.run.device
+                )
             disk_bytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
-            code_s = self._coding(small, made, taken)
-        # Of what is done for a batch, whatever comes before and after is not done twice.
-        per_batch_s = min(max(more_s - one_s, 0.25 * one_s), one_s)
-        passes = getattr(method, "passes", 1)
-        ratio = method.operations(n_samples * passes, d_in) / max(1.0, small.operations(batch, d_in))
-        grown = method.floats(d_in) / max(1.0, small.floats(d_in))
+            code_s, pass_s = self._coding(small, made)
+        # Of what is done for the rows, whatever comes before and after is not done twice.
+        rows_s = min(max(more_s - one_s, 0.25 * one_s), one_s)
+        samples = n_samples * getattr(method, "passes", 1)
+        seconds, peak_bytes = max(0.0, one_s - rows_s) + rows_s * samples / rows, float(_bytes(peak_mib))
+        if small is not method:
+            # Half as many batches: what is done once for each is done half as often, and what is held of each sample
+            # is held twice.
+            batches_s = min(max(more_s - large_s, 0.0), rows_s)
+            # Small batches may hide in what is held besides.
+            a_sample = max(4 * method.floats_of_sample(d_in), (_bytes(large_mib) - peak_bytes) / own)
+            wider = (method.size or 1) / (small.size or 1)
+            heavier = method.operations_of_batch(d_in) / small.operations_of_batch(d_in)
+            batch = method.batch(n_samples)
+            seconds = max(0.0, one_s - rows_s) + (rows_s - batches_s) * wider * samples / rows
+            seconds += batches_s * heavier * samples / rows * own / batch
+            peak_bytes = (
+                max(0.0, peak_bytes - a_sample * own) * heavier + a_sample * (wider if method.is_sae else 1) * batch
+            )
         return TrainingRates(
-            seconds=max(0.0, one_s - per_batch_s) + per_batch_s * ratio if method.learns else more_s,
+            seconds=seconds if method.learns else more_s,
             code_s=code_s * (method.size or 1) / (small.size or 1),
-            peak_bytes=int(_bytes(peak_mib) * max(1.0, grown)),
+            pass_s=pass_s * (method.size or 1) / (small.size or 1),
+            peak_bytes=int(peak_bytes),
             disk_bytes=int(disk_bytes * (method.size or 1) / (small.size or 1)),
             scaled=small is not method,
         )
@@ -197,37 +281,50 @@ class Trainings:
         return write_harvest(folder, {"plan": n}, (x_ND[: n // 2], x_ND[n // 2 : n]), (x_ND[n:],))
 
     @staticmethod
-    def _part(shards: ActivationShards, n: int) -> ActivationShards:
+    def _part(shards: ActivationShards) -> ActivationShards:
         """The first half alone."""
         train = {**shards.manifest["parts"]["train"]}
         train["shards"] = train["shards"][:1]
         parts = {**shards.manifest["parts"], "train": train}
         return ActivationShards(shards.folder, "train", {**shards.manifest, "parts": parts})
 
-    def _setting(self, method: Method, shards: ActivationShards) -> Any:
-        variance_D = shards.statistics.variance_D.double()
+    def _setting(self, shards: ActivationShards) -> TrainingSetting:
+        """Of no harvest: there need be none yet."""
+        variance_D, config = shards.statistics.variance_D.double(), self.run.config
         moments = GradientMoments(len(variance_D), torch.diag(1 / (variance_D + variance_D.mean())))
-        return replace(self.run.setting(method, shards), gradient_moments=lambda: moments)
+        return TrainingSetting(
+            model_name=config.model.name,
+            hook=config.model.hook,
+            context_tokens=1,
+            seed=config.seed,
+            device=self.run.device,
+            harvest_hash="plan",
+            shards=shards,
+            gradient_moments=lambda: moments,
+        )
 
     def _train(
         self, method: Method, folder: Path, source: Source | None, shards: ActivationShards
     ) -> tuple[float, Path]:
         made = Path(tempfile.mkdtemp(dir=folder))
         once = method.model_copy(update={"passes": 1}) if hasattr(method, "passes") else method
-        _, seconds = timed(lambda: once.train(self._setting(method, shards), made, source), self.run.device)
+        _, seconds = timed(lambda: once.train(self._setting(shards), made, source), self.run.device)
         return seconds, made
 
     def _source(self, method: Method, folder: Path, shards: ActivationShards) -> Source:
         folder.mkdir()
-        facts = method.train(self._setting(method, shards), folder, None)
+        facts = method.train(self._setting(shards), folder, None)
         return Source(method, folder, facts.samples_seen)
 
     @torch.no_grad()
-    def _coding(self, method: Method, made: Path, source: Source | None) -> float:
+    def _coding(self, method: Method, made: Path) -> tuple[float, float]:
+        """Seconds of a row: to code it and rebuild it; of a pass over its dense code."""
         shards = ActivationShards.open(made.parent / "shards")
-        sae = method.load(self._setting(method, shards), made)
+        sae = method.load(self._setting(shards), made)
         x_BD = self.rows_ND[:_CODED].float().to(self.run.device)
-        return _per_item(lambda: sae.decode(sae.encode(x_BD)), len(x_BD), self.run.device)
+        code_BF = sae.encode(x_BD)
+        pass_s = _per_item(code_BF.square, len(x_BD), self.run.device)
+        return _per_item(lambda: sae.decode(sae.encode(x_BD)), len(x_BD), self.run.device), pass_s
 
 
 def _within(method: Method, d_in: int) -> Method:
@@ -235,7 +332,8 @@ def _within(method: Method, d_in: int) -> Method:
     small = method
     while small.operations(small.batch(1 << 62), d_in) > _OPERATIONS and (small.size or 0) > 2 * (small.budget or 1):
         batch, n_atoms = small.batch(1 << 62), small.size or 1
-        if batch > 2 * n_atoms:
+        # The batch first: it is known how time goes with it.
+        if batch > n_atoms:
             small = small.resized({"batch_samples": batch // 2})
         else:
             small = small.resized({"n_atoms": n_atoms // 2, "batch_samples": batch // 2})

@@ -21,7 +21,7 @@ from ksvd_sae.hub.write import write_folder
 from ksvd_sae.run.config import parse_config
 from ksvd_sae.run.pipeline import Run
 from ksvd_sae.store import content_hash, file_sha256
-from tests.command_line import EVAL_CONFIGS, REPOSITORY
+from tests.command_line import REPOSITORY
 from tests.hub.conftest import CONFIG, HOOK, REPO, Published
 from tests.tiny_saes import tiny_dictionary
 from tests.tiny_shards import raw_activations
@@ -210,10 +210,6 @@ def test_what_cannot_be_published(published: Published, tmp_path: Path) -> None:
     tiny_dictionary().save(tmp_path / "d")
     refused(DictionaryError, "(?s)which model and hook.*provenance", tmp_path / "d", [], "split")
     refused(ConfigError, "holds one dictionary", tmp_path / "d", ["d"], "split")
-    vision = tmp_path / "results" / "vision"
-    vision.mkdir(parents=True)
-    (vision / "config.yaml").write_text((EVAL_CONFIGS / "dinov2-s.yaml").read_text())
-    refused(ConfigError, "a run on images", vision, [], "split")
 
 
 def test_scores_of_another_training_are_refused(published: Published, tmp_path: Path) -> None:

@@ -62,6 +62,30 @@ def test_from_text_to_scores(tmp_path: Path) -> None:
     assert float(torch.cdist(found_ND[:500], true_ND).amin(dim=1).max()) <= bound
 
 
+def test_without_a_bridge(tmp_path: Path) -> None:
+    """Scores that need the stream between layers alone; all others are refused by name, before anything is read."""
+    tiny_models.helium(tmp_path / "hf-home")
+    tiny_models.write_text_folder(tmp_path / "text", 150)
+    places = {"folder": tmp_path, "hf_home": tmp_path / "hf-home", "cache": tmp_path / "cache"}
+    (tmp_path / "layers.yaml").write_text(CONFIG.replace(tiny_models.SMOLLM2, tiny_models.HELIUM))
+    refused = ksvd_sae("run", "layers.yaml", *set_options(SMALL), **places)
+    assert refused.returncode == 1
+    assert "evaluation.core cannot be had of it" in refused.stderr
+    assert "heldout, loss, sparse_probing, stability, truth" in refused.stderr
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+    changes = {
+        **{k: v for k, v in SMALL.items() if "core" not in k},
+        "evaluation.core": "null",
+        "evaluation.loss": "{}",
+    }
+    done = ksvd_sae("run", "layers.yaml", *set_options(changes), **places)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "results" / "layers" / "comparison.csv")
+    assert {"heldout", "loss", "sparse_probing"} <= set(table["eval"])
+    assert table.loc[table["eval"] == "loss", "value"].notna().all()
+
+
 def test_scores_are_those_of_transformer_lens_own_model(tmp_path: Path) -> None:
     """Of one folder of weights: under a name that TransformerLens knows, and under one that it does not.
 

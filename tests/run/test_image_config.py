@@ -1,6 +1,5 @@
 """Runs on images: their keys, and what of a config is refused before anything is read."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from ksvd_sae.evals import EVALS
 from ksvd_sae.offline.pictures import CROPS_OF_A_PHOTO
 from ksvd_sae.run.config import ImageRunConfig, TextRunConfig, dump_config, load_config, parse_config
 from ksvd_sae.run.grid import layer_run, load_study
-from ksvd_sae.run.pipeline import Run
-from ksvd_sae.run.plan import Planner
 from tests.command_line import EVAL_CONFIGS
 
 RAW: dict[str, Any] = {
@@ -138,8 +135,3 @@ def test_studies_of_layers_are_of_text() -> None:
     study, _ = load_study("study-engine")
     with pytest.raises(ConfigError):
         layer_run(study, EVAL_CONFIGS / "dinov2-s.yaml", 3)
-
-
-def test_a_plan_is_of_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="plan: tiny is a run on images"):
-        Planner(Run(parse_config(RAW), tmp_path, tmp_path))

@@ -13,21 +13,19 @@ from rich.console import Console
 
 from ksvd_sae.errors import DiskSpaceError, HubError, MemorySpaceError
 from ksvd_sae.evals import EVALS
-from ksvd_sae.evals.base import Eval
 from ksvd_sae.methods.db_ksvd import DBKSVDMethod
 from ksvd_sae.report.plan import plan_table
 from ksvd_sae.run import plan as planning
-from ksvd_sae.run import probe
+from ksvd_sae.run import planners, probe
 from ksvd_sae.run.config import RunConfig, load_config, parse_config
 from ksvd_sae.run.pipeline import Run
-from ksvd_sae.run.plan import Plan, Planner, side_by_side_s
+from ksvd_sae.run.plan import Plan, side_by_side_s
+from ksvd_sae.run.planners import planner_of
 from ksvd_sae.run.probe import ModelRates, TrainingRates
 from tests.run.test_pipeline import D_IN, RAW
 from tests.tiny_shards import raw_activations, write_harvest
 
 GIB = 2**30
-# Evals of images: of these a plan says that their time is not known.
-UNCOUNTED = {"ProbePreservationEval", "ImageProbingEval", "SpatialEval", "MonosemanticityEval"}
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -57,13 +55,13 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         config: RunConfig, *, disk: int = 100 * GIB, memory: int = 100 * GIB, tries: bool = False, **changes: Any
     ) -> Plan:
         if not tries:
-            known = TrainingRates(1.0, 1e-6, 1 << 20, 1 << 20, False)
+            known = TrainingRates(1.0, 1e-6, 1e-7, 1 << 20, 1 << 20, False)
             monkeypatch.setattr(probe.Trainings, "rates", lambda *_: known)
-        monkeypatch.setattr(planning, "probe_model", lambda run, **_: rates(**changes))
+        monkeypatch.setattr(planners, "probe_model", lambda run, **_: rates(**changes))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(disk, 0, disk))
         monkeypatch.setattr(planning, "free_bytes", lambda _: memory)
         monkeypatch.setattr(planning, "resident_bytes", lambda: 0)
-        return Planner(Run(config, tmp_path / "results", tmp_path / "cache")).plan()
+        return planner_of(Run(config, tmp_path / "results", tmp_path / "cache")).plan()
 
     return plan
 
@@ -118,6 +116,34 @@ def test_a_training_is_its_samples_at_the_measured_rate(planned: Any, monkeypatc
     )
     assert stage(plan, "train one").seconds == pytest.approx(1 + 2, rel=0.01)
     assert stage(plan, "train fifty").seconds == pytest.approx(1 + 100, rel=0.01)
+
+
+def test_a_training_at_a_smaller_size_tells_batches_from_samples(planned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, tried = probe.Trainings._train, list[Any]()
+
+    def takes(self: Any, method: Any, folder: Path, source: Any, shards: Any) -> tuple[float, Path]:
+        """A second, a millisecond a sample, and half a second a batch."""
+        tried.append(method)
+        seconds = 1 + 1e-3 * shards.n_samples + 0.5 * shards.n_samples / method.batch_samples
+        return seconds, train(self, method, folder, source, shards)[1]
+
+    def holds(call: Any, _: Any) -> tuple[Any, float]:
+        """Ten MiB, and a hundredth of one a sample of the batch."""
+        result = call()
+        return result, 10 + 0.01 * tried[-1].batch_samples
+
+    learned = {"kind": "db_ksvd", "n_atoms": 32, "k": 4, "batch_samples": 4096}
+    asked = config(harvest={**RAW["harvest"], "train_tokens": 100_000}, dictionaries={"d": learned})
+    method = asked.dictionaries["d"]
+    monkeypatch.setattr(probe, "_OPERATIONS", method.operations(512, D_IN))
+    monkeypatch.setattr(probe.Trainings, "_train", takes)
+    monkeypatch.setattr(probe, "peak_growth", holds)
+    training = stage(planned(asked, tries=True), "train d")
+    assert {one.batch_samples for one in tried} == {512, 1024}
+    assert training.note is not None
+    assert training.seconds == pytest.approx(1 + 100 + 0.5 * 100_000 / 4096, rel=0.01)
+    in_hand = 2 * RAW["harvest"].get("shard_tokens", 65_536) * D_IN * 4
+    assert training.host_bytes == pytest.approx((10 + 0.01 * 4096) * 2**20 + in_hand, rel=0.01)
 
 
 def test_what_is_there_is_done(planned: Any, tmp_path: Path) -> None:
@@ -198,16 +224,16 @@ def test_of_a_model_that_is_not_here_the_plan_says_what_is_arithmetic(
 
     asked = config(dictionaries={"pca": {"kind": "pca", "k": 3}}, evaluation={"core": {}, "sparse_probing": None})
     planned(asked, tries=True)
-    monkeypatch.setattr(planning, "probe_model", absent)
-    monkeypatch.setattr(planning, "model_sizes", lambda *_: planning.ModelSizes(24, 10**6, 1e5, 2e5, 3e5))
-    plan = Planner(Run(asked, tmp_path / "results", tmp_path / "cache")).plan()
+    monkeypatch.setattr(planners, "probe_model", absent)
+    monkeypatch.setattr(planners, "model_sizes", lambda *_: planners.ModelSizes(24, 10**6, 1e5, 2e5, 3e5))
+    plan = planner_of(Run(asked, tmp_path / "results", tmp_path / "cache")).plan()
     harvest, trained, core = (stage(plan, name) for name in ("harvest", "train pca", "evaluate core"))
     assert (harvest.how, trained.how, core.how) == ("arithmetic", "measured", "arithmetic")
     assert "no network" in (harvest.note or "")
     assert harvest.disk_bytes == pytest.approx(2500 * 24 * 4, rel=0.1)
     assert (core.seconds or 0) > (harvest.seconds or 0), "four million tokens"
-    monkeypatch.setattr(planning, "model_sizes", absent)
-    plan = Planner(Run(asked, tmp_path / "results", tmp_path / "cache")).plan()
+    monkeypatch.setattr(planners, "model_sizes", absent)
+    plan = planner_of(Run(asked, tmp_path / "results", tmp_path / "cache")).plan()
     # One training of each: nothing to match.
     assert {one.how for one in plan.stages if one.name != "evaluate stability"} == {"not known"}
     assert harvest.seconds is not None
@@ -215,7 +241,7 @@ def test_of_a_model_that_is_not_here_the_plan_says_what_is_arithmetic(
 
 
 def test_sizes_of_a_known_architecture() -> None:
-    sizes = planning.model_sizes(load_config("gemma-2-2b").model, 128)
+    sizes = planners.model_sizes(load_config("gemma-2-2b").model, 128)
     assert sizes.d_in == 2304
     # 2.6 billion, and the output matrix by itself, as TransformerLens has it.
     assert sizes.weights == pytest.approx(3.2e9, rel=0.02)
@@ -239,10 +265,8 @@ def test_evals_side_by_side_end_with_the_longest() -> None:
 
 @pytest.mark.parametrize("kind", EVALS)
 def test_every_eval_counts_what_it_does(kind: Any) -> None:
-    if kind.__name__ in UNCOUNTED:
-        assert kind.work is Eval.work, "counted by now"
-        return
-    work = kind().work(10_000, 3)
+    backbone = {"backbone": {"name": "some/model", "layer": 1}} if kind.name == "monosemanticity" else {}
+    work = kind(**backbone).work(10_000, 3)
     assert work is not None
     assert any(vars(work).values())
 

@@ -26,7 +26,7 @@ from ksvd_sae.errors import ImageError
 from ksvd_sae.progress import progress
 from ksvd_sae.store import atomic_path, content_hash, file_sha256, write_json
 
-_GRID_FILE = "grid.json"
+_GRID_FILE, _PREPROCESSING_FILE = "grid.json", "preprocessing.json"
 
 
 class ImageHarvestConfig(CollectingConfig):
@@ -86,22 +86,28 @@ def run_image_harvest(
 def _make(harvest: ImageHarvest, folder: Path, reader: Callable[[], ImageReader], needs_labels: bool) -> None:
     started = time.perf_counter()
     collection = Collection(folder, harvest.config, "images")
-    if not collection.is_whole or not (folder / IMAGES_FILE).exists():
-        _collect(harvest, reader(), collection, needs_labels)
-    grid = json.loads((collection.raw / _GRID_FILE).read_text())
+    prepared = collection.raw / _PREPROCESSING_FILE
+    if not (collection.is_whole and (folder / IMAGES_FILE).exists() and prepared.exists()):
+        loaded = reader()
+        write_json(prepared, loaded.preprocessing)
+        _collect(harvest, loaded, collection, needs_labels)
+    facts = {
+        "grid": json.loads((collection.raw / _GRID_FILE).read_text()),
+        "preprocessing": json.loads(prepared.read_text()),
+    }
 
     def of_part(part: str, place_N: Tensor) -> dict[str, Any]:
-        facts: dict[str, Any] = {"n_images": collection.n_units(part)}
+        known: dict[str, Any] = {"n_images": collection.n_units(part)}
         if part == "heldout":
             with atomic_path(folder / PLACES_FILE) as temporary:
                 save_file({PLACES: place_N.contiguous()}, temporary)
-            facts["places_sha256"] = file_sha256(folder / PLACES_FILE)
-        return facts
+            known["places_sha256"] = file_sha256(folder / PLACES_FILE)
+        return known
 
     def seconds() -> float:
         return time.perf_counter() - started
 
-    collection.finish(harvest.key, harvest.seed, seconds, of_part, prepend_bos=False, grid=grid)
+    collection.finish(harvest.key, harvest.seed, seconds, of_part, prepend_bos=False, **facts)
 
 
 def _collect(harvest: ImageHarvest, reader: ImageReader, collection: Collection, needs_labels: bool) -> None:

@@ -1,6 +1,7 @@
 """A vision transformer and a place in it: images in, activations of patches out."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +20,10 @@ from ksvd_sae.strict import Strict
 
 # transformers' types of models that are blocks of tokens, CLS first, registers next, then patches, and a final norm.
 _TYPES = ("dinov2", "dinov2_with_registers", "vit")
+_HOOK = re.compile(r"encoder\.layer\.(\d+)(-layernorm)?")
+_ON_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# What of a processor's settings says how an image becomes pixels.
+_PREPARED_BY = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
 
 
 class VisionModelConfig(Strict):
@@ -63,9 +68,14 @@ class VisionModelConfig(Strict):
         return f"encoder.layer.{self.layer}" + ("-layernorm" if self.final_norm else "")
 
     @property
+    def shown_name(self) -> str:
+        """The name without the path of a folder."""
+        return shown_name(self.name)
+
+    @property
     def title(self) -> str:
         """The model as reports name it."""
-        return f"{self.name} at {self.revision}" if self.revision else self.name
+        return f"{self.shown_name} at {self.revision}" if self.revision else self.shown_name
 
     def own_weights(self) -> None:
         """Weights beside the name: there are none."""
@@ -89,6 +99,17 @@ class VisionModelConfig(Strict):
         for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
             digest.update(f"{path.name}\0{file_sha256(path)}\n".encode())
         return digest.hexdigest()[:12]
+
+
+def place_of(hook: str) -> tuple[int, bool] | None:
+    """(layer, final_norm) of a place in a vision model; None for a place in a language model."""
+    found = _HOOK.fullmatch(hook)
+    return (int(found[1]), found[2] is not None) if found else None
+
+
+def shown_name(name: str) -> str:
+    """What a model is called elsewhere: nobody else has the path of a folder of this machine."""
+    return name if _ON_HUB.fullmatch(name) and not Path(name).is_dir() else Path(name).name
 
 
 @dataclass(frozen=True)
@@ -153,6 +174,13 @@ class ImageReader:
                 cure="crop the images to one size",
             )
         return torch.stack([torch.as_tensor(image) for image in prepared])
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image becomes pixels, by the names of preprocessor_config.json."""
+        known = self._processor.to_dict()
+        done = {name: known[name] for name in known if name.startswith("do_")}
+        return done | {name: known[name] for name in _PREPARED_BY if known.get(name) is not None}
 
     def pictures(self, pixels_BCHW: Tensor) -> Tensor:
         """(B, H, W, 3) bytes: what the model sees, without its normalisation."""

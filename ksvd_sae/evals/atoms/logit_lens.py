@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations.language import is_bridge
+from ksvd_sae.activations.layers import LayerModel
 from ksvd_sae.evals.atoms.token_texts import TokenTexts
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ def logit_lens(model: "AnyModel", hook: str, rows_AD: Tensor, texts: TokenTexts)
     the norm) and through the unembedding; ``raised_logits`` and ``lowered_logits`` are what it adds there. What the
     layers in between make of it is left out: from an early layer this says little. Special tokens are left out too.
     """
-    if not hook.endswith(_IN_THE_STREAM) or rows_AD.shape[1] != model.cfg.d_model:
+    # Of a model of layers alone the final norm is not known.
+    inside = hook.endswith(_IN_THE_STREAM) and rows_AD.shape[1] == model.cfg.d_model
+    if not inside or isinstance(model, LayerModel):
         return None
     rows_AD = rows_AD.to(model.W_U.device, model.W_U.dtype)
     if (model.cfg.normalization_type or "").startswith("LN"):

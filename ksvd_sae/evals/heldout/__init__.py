@@ -15,6 +15,7 @@ class HeldoutEval(MeasuredHere):
     """What a dictionary does on activations that no dictionary has learned from, the same code for every SAE."""
 
     name: ClassVar[str] = "heldout"
+    of_layers: ClassVar[bool] = True
     reads: ClassVar[Reads] = "activations"
     on_by_default: ClassVar[bool] = True
     at_once: ClassVar[bool] = True

@@ -30,6 +30,7 @@ class LossEval(MeasuredHere):
     context_tokens: int = Field(97, ge=2, description="their length, with BOS")
 
     name: ClassVar[str] = "loss"
+    of_layers: ClassVar[bool] = True
     at_once: ClassVar[bool] = True
     counts: ClassVar[str] = "n_predictions"
     cost: ClassVar[str] = "the language model over the contexts once; its layers after the hook for each dictionary"

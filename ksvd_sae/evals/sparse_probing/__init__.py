@@ -20,6 +20,7 @@ class SparseProbingEval(SeededEval):
     k_values: list[int] = Field(default_factory=lambda: [1, 2, 5])
 
     name: ClassVar[str] = "sparse_probing"
+    of_layers: ClassVar[bool] = True
     hooks: ClassVar[str] = IN_A_BLOCK
     on_by_default: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"

@@ -25,6 +25,7 @@ class StabilityEval(Eval):
     largest on average (the Hungarian method), of decoder rows in raw coordinates. Needs no truth and no data."""
 
     name: ClassVar[str] = "stability"
+    of_layers: ClassVar[bool] = True
     reads: ClassVar[Reads] = "activations"
     on_by_default: ClassVar[bool] = True
     ours: ClassVar[bool] = True

@@ -47,6 +47,7 @@ class TruthEval(MeasuredHere, SeededEval):
     twice: bool = Field(False, description="learn each once more with another seed, for its stability there")
 
     name: ClassVar[str] = "truth"
+    of_layers: ClassVar[bool] = True
     reads: ClassVar[Reads] = "activations"
     counts: ClassVar[str] = "n_samples"
     cost: ClassVar[str] = "a training in the world for each; no language model"

@@ -10,7 +10,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field, JsonValue
 
 from ksvd_sae.activations.vision.model import VisionModelConfig
-from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Reads, SeededEval
+from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Reads, SeededEval, Work
+
+# Over dense codes: to put them in place, and to look at them.
+_PLACED, _LARGEST, _NEIGHBOURS = 3, 1, 16
 
 
 class ImageEval(MeasuredHere, SeededEval):
@@ -19,6 +22,12 @@ class ImageEval(MeasuredHere, SeededEval):
     version: ClassVar[int] = 1
     reads: ClassVar[Reads] = "images"
     counts: ClassVar[str] = "n_images"
+    # Passes over the dense codes of all held-out patches.
+    passes: ClassVar[int] = 0
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        """Without probes: their time goes with the number of classes, which nobody knows before."""
+        return Work(coded_each=heldout_tokens, passes_each=self.passes * heldout_tokens)
 
     def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
         return {**super().follows_from(heldout), "version": self.version}
@@ -31,6 +40,7 @@ class ProbePreservationEval(ImageEval):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="of the images: the probe is tested on them")
 
     name: ClassVar[str] = "probe_preservation"
+    passes: ClassVar[int] = _PLACED
     on_by_default: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
     cost: ClassVar[str] = "coding the held-out images; a logistic regression"
@@ -61,6 +71,7 @@ class ImageProbingEval(ImageEval):
     test_fraction: float = Field(0.2, gt=0, lt=1, description="of the images: the probes are tested on them")
 
     name: ClassVar[str] = "image_probing"
+    passes: ClassVar[int] = _PLACED + _LARGEST
     on_by_default: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = True
     reads_signs: ClassVar[bool] = True
@@ -95,6 +106,7 @@ class SpatialEval(ImageEval):
     max_latents: int = Field(500, ge=1, description="drawn, where there are more")
 
     name: ClassVar[str] = "spatial"
+    passes: ClassVar[int] = _PLACED + _NEIGHBOURS
     on_by_default: ClassVar[bool] = True
     counts: ClassVar[str] = "n_latents"
     cost: ClassVar[str] = "coding the held-out images"
@@ -126,6 +138,7 @@ class MonosemanticityEval(ImageEval):
     max_latents: int = Field(1000, ge=1, description="drawn, where there are more that fire")
 
     name: ClassVar[str] = "monosemanticity"
+    passes: ClassVar[int] = _PLACED + _LARGEST
     reads_signs: ClassVar[bool] = True
     counts: ClassVar[str] = "n_latents"
     cost: ClassVar[str] = "the other model over the held-out images once; coding them"

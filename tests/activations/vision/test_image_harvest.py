@@ -64,6 +64,7 @@ def test_sizes_and_manifest(finished: ActivationShards) -> None:
     manifest = finished.manifest
     assert (finished.d_in, finished.n_samples) == (D_MODEL, 8 * PATCHES), "whole batches of images"
     assert manifest["grid"] == {"rows": SIDE, "columns": SIDE, "others": 0}
+    assert manifest["preprocessing"]["crop_size"] == {"height": PIXELS, "width": PIXELS}
     assert manifest["parts"]["heldout"]["n_images"] == 4
     assert manifest["prepend_bos"] is False
     assert not (finished.folder / "raw").exists()

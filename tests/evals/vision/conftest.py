@@ -41,7 +41,9 @@ def planted() -> tuple[Tensor, Tensor, list[str]]:
     return x_IPD, atoms_MD, [f"class {i % N_CLASSES}" for i in range(N_IMAGES)]
 
 
-def heldout_of(folder: Path, x_IPD: Tensor, labels: list[str | None]) -> Heldout:
+def heldout_of(
+    folder: Path, x_IPD: Tensor, labels: list[str | None], key: dict[str, Any] | None = None, **facts: Any
+) -> Heldout:
     """A finished harvest whose held-out samples are those of the images in a random order."""
     import pyarrow
     import pyarrow.parquet
@@ -49,12 +51,14 @@ def heldout_of(folder: Path, x_IPD: Tensor, labels: list[str | None]) -> Heldout
     x_ND = x_IPD.flatten(0, 1)
     place_N = torch.randperm(len(x_ND), generator=generator(1))
     shuffled = x_ND[place_N]
-    write_harvest(folder, {"made": "by hand"}, [x_ND], [shuffled[:500], shuffled[500:]])
+    write_harvest(folder, key or {"made": "by hand"}, [x_ND], [shuffled[:500], shuffled[500:]])
     save_file({PLACES: place_N}, folder / PLACES_FILE)
     manifest = json.loads((folder / MANIFEST).read_text())
     # Of what it said before.
     del manifest["checksum"]
     manifest["grid"] = {"rows": ROWS, "columns": COLUMNS, "others": 0}
+    manifest |= facts
+    manifest["parts"]["train"]["n_images"] = len(x_IPD)
     manifest["parts"]["heldout"] |= {"n_images": len(x_IPD), "places_sha256": file_sha256(folder / PLACES_FILE)}
     write_json(folder / MANIFEST, manifest)
     png = io.BytesIO()
