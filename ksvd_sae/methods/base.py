@@ -23,6 +23,7 @@ from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.coding import AnyCoder, Coding
+from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.weighting import Weighting, make_weighting
 from ksvd_sae.strict import Strict
 
@@ -95,6 +96,7 @@ class TrainingSetting:
 
     gradient_moments: called only for the metrics that need them.
     weights: the model's, where they are not those that its name stands for.
+    ranks: the processes that make it together; those of a method that ``learns_by_ranks``.
     """
 
     model_name: str
@@ -106,6 +108,7 @@ class TrainingSetting:
     shards: ActivationShards
     gradient_moments: Callable[[], GradientMoments]
     weights: OwnWeights | None = None
+    ranks: Ranks = ALONE
 
     @property
     def of_weights(self) -> dict[str, Any]:
@@ -237,6 +240,11 @@ class Method(Strict, ABC):
     def learns_anywhere(self) -> bool:
         """Whether it can be learned on any activations."""
         return self.learns and not self.metric.needs_gradients
+
+    @property
+    def learns_by_ranks(self) -> bool:
+        """Whether several processes can make it together: each calls ``train``, and rank 0 saves it."""
+        return False
 
     @property
     def coder_label(self) -> str:
