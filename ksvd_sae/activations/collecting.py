@@ -5,7 +5,7 @@ harvest that was stopped goes on at the next part. Finishing drops outlier token
 writes the shards that training reads; then ``raw/`` is deleted.
 
 Of several processes each collects every so manyth part: how many units a part takes is known without the model, so the
-parts are those of one process. Rank 0 finishes.
+parts are those of one process. And each writes every so manyth shard.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STAGE, ActivationShards, finish, shard_name, write_shard
-from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
+from ksvd_sae.activations.statistics import Moments, RunningStatistics, outlier_limit
 from ksvd_sae.errors import ManifestError, ShardError
 from ksvd_sae.progress import Advance
-from ksvd_sae.store import content_hash, file_sha256, is_finished, require_disk_space, write_json
+from ksvd_sae.store import atomic_path, content_hash, file_sha256, is_finished, require_disk_space, write_json
 from ksvd_sae.strict import Strict
 from ksvd_sae.together import ALONE, Together
 
@@ -249,36 +249,55 @@ class Collection:
         of_part: Callable[[str, Tensor], dict[str, Any]],
         **facts: Any,
     ) -> None:
-        """Outliers out, shuffle, statistics, shards, manifest; then the raw parts go. By rank 0, once all are here.
+        """Outliers out, shuffle, shards; then statistics and manifest by rank 0, and the raw parts go.
 
         Args: of_part: what the manifest says of a part beside its shards, from the places in reading order of the
             samples of its shards. facts: what it says of the harvest.
         """
         self._together.wait()
-        if not self._together.is_first:
-            return
         raw = {part: [self._open_raw(part, number) for number in range(len(self._parts[part]))] for part in PARTS}
-        d_in = raw["train"][0].shape[1]
-        norms = {part: [torch.linalg.vector_norm(x_ND.float(), dim=1) for x_ND in raw[part]] for part in PARTS}
+        d_in, norms = raw["train"][0].shape[1], self._norms(raw)
         median_norm, limit = outlier_limit(torch.cat(norms["train"]), self.config.outlier_factor)
         n_total = sum(len(n) for n in chain(*norms.values()))
         size = n_total * d_in * raw["train"][0].element_size()
         require_disk_space(self.folder, size, "harvest: writing shuffled shards")
-        running, parts = RunningStatistics(d_in), {}
+        where = {}
         for part in PARTS:
             kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
             generator = torch.Generator().manual_seed(seed + PARTS.index(part))
-            where = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
-            where = where[torch.randperm(len(where), generator=generator)]
-            parts[part] = self._write_shuffled(part, raw[part], where, running if part == "train" else None)
-            parts[part]["outliers"] = sum(len(n) for n in norms[part]) - len(where)
-            starts = torch.tensor([0, *(len(x_ND) for x_ND in raw[part])]).cumsum(0)
-            parts[part] |= of_part(part, starts[where[:, 0]] + where[:, 1])
+            of = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
+            where[part] = of[torch.randperm(len(of), generator=generator)]
+            self._write_shuffled(part, raw[part], where[part])
+        raw.clear()
+        self._together.wait()
+        if not self._together.is_first:
+            return
+        running, parts = RunningStatistics(d_in), {}
+        for part in PARTS:
+            written = [self._written(part, index) for index in range(self._n_shards(where[part]))]
+            parts[part] = {"n_samples": len(where[part]), "shards": [one["shard"] for one in written]}
+            parts[part]["outliers"] = sum(len(n) for n in norms[part]) - len(where[part])
+            starts = torch.tensor([0, *(len(n) for n in norms[part])]).cumsum(0)
+            parts[part] |= of_part(part, starts[where[part][:, 0]] + where[part][:, 1])
+            for one in written if part == "train" else ():
+                running.merge(Moments.from_json(one["moments"]))
         statistics = running.result(median_norm)
         limit_kept = limit if limit != float("inf") else None
         finish(self.folder, key, parts, statistics, limit_kept, seconds(), **facts)
-        raw.clear()
         shutil.rmtree(self.raw)
+
+    def _norms(self, raw: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Of every sample; each process takes those of its raw parts."""
+
+        def path(part: str, number: int) -> Path:
+            return self.raw / f"norms-{part}-{number:05d}.safetensors"
+
+        for part, parts in raw.items():
+            for number in filter(self._is_own, range(len(parts))):
+                with atomic_path(path(part, number)) as temporary:
+                    save_file({"norms": torch.linalg.vector_norm(parts[number].float(), dim=1)}, temporary)
+        self._together.wait()
+        return {part: [load_file(path(part, n))["norms"] for n in range(len(parts))] for part, parts in raw.items()}
 
     def _open_raw(self, part: str, number: int) -> Tensor:
         entry = json.loads(self._entry_path(part, number).read_text())
@@ -294,25 +313,35 @@ class Collection:
             )
         return x_ND
 
-    def _write_shuffled(
-        self, part: str, raw: list[Tensor], where: Tensor, running: RunningStatistics | None
-    ) -> dict[str, Any]:
-        """Shards in one random order over the whole part, gathered from the raw parts shard by shard.
+    def _write_shuffled(self, part: str, raw: list[Tensor], where: Tensor) -> None:
+        """This process' shards, in one random order over the whole part, gathered from the raw parts shard by shard.
 
         Args: where: raw part, and row in it, of each sample.
         """
-        writing: list[Future[dict[str, Any]]] = []
+        writing: list[Future[None]] = []
         with ThreadPoolExecutor(_WRITERS) as writers:
-            for index, start in enumerate(range(0, len(where), self.config.shard_tokens)):
-                wanted = where[start : start + self.config.shard_tokens]
+            for index in filter(self._is_own, range(self._n_shards(where))):
+                wanted = where[index * self.config.shard_tokens : (index + 1) * self.config.shard_tokens]
                 shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
                 for source in torch.unique(wanted[:, 0]).tolist():
                     slots = (wanted[:, 0] == source).nonzero().flatten()
                     shard_ND[slots] = raw[source][wanted[slots, 1]]
-                # Sums depend on their order.
-                if running is not None:
-                    running.add(shard_ND)
-                if index >= _WRITERS:
-                    writing[index - _WRITERS].result()
-                writing.append(writers.submit(write_shard, self.folder / part / shard_name(index), shard_ND))
-            return {"n_samples": len(where), "shards": [shard.result() for shard in writing]}
+                if len(writing) >= _WRITERS:
+                    writing[-_WRITERS].result()
+                writing.append(writers.submit(self._write_one, part, index, shard_ND))
+            for shard in writing:
+                shard.result()
+
+    def _n_shards(self, where: Tensor) -> int:
+        return -(-len(where) // self.config.shard_tokens)
+
+    def _write_one(self, part: str, index: int, shard_ND: Tensor) -> None:
+        entry = write_shard(self.folder / part / shard_name(index), shard_ND)
+        write_json(self._written_path(part, index), {"shard": entry, "moments": Moments.of(shard_ND).as_json()})
+
+    def _written(self, part: str, index: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._written_path(part, index).read_text())
+        return found
+
+    def _written_path(self, part: str, index: int) -> Path:
+        return self.raw / f"written-{part}-{index:05d}.json"

@@ -118,6 +118,7 @@ def same(where: Path, alone: Path) -> None:
     assert (where / "results" / "together" / "report.html").exists()
 
 
+@pytest.mark.timeout(1800)
 def test_three_processes_of_which_one_is_killed_and_then_two(place: Path, alone: Path) -> None:
     ranks = begun_without_torchrun(place, "killed", 3)
     cache = place / "killed" / "cache"
@@ -146,6 +147,7 @@ def test_three_processes_of_which_one_is_killed_and_then_two(place: Path, alone:
     assert [json.loads(line)["batch"] for line in log] == list(range(len(log)))
 
 
+@pytest.mark.timeout(1800)
 def test_three_processes(place: Path, alone: Path) -> None:
     ranks = begun_without_torchrun(place, "three", 3)
     said = [ended(rank) for rank in ranks]
