@@ -160,16 +160,21 @@ _ON_A_MACHINE, _MESSAGE_S = 8, {8: 15e-6, 64: 40e-6}
 LARGE = Shape(PLANTED, n=262_144, d=2304, m=65_536, k=40)
 
 
-def sent_bytes(shape: Shape) -> tuple[int, float]:
-    """Messages of a batch of ``sweep`` on CUDA, and their bytes: each block's sums, then the atoms of rank 0."""
+# Multiplied by each process for a part of the atoms, whatever samples it has.
+_BY_ATOMS = ("gram", "duplicates")
+
+
+def sent_bytes(shape: Shape) -> tuple[int, float, float]:
+    """Messages of a batch of ``sweep`` on CUDA, bytes of sums (of each block), and of what one gives all: the Gram
+    matrix in 16 bits, and rank 0's atoms."""
     blocks = -(-shape.m // SOLVED_ROWS)
-    return 2 * blocks + 10, 4.0 * shape.m * (shape.d + SOLVED_ROWS) + 4.0 * shape.m * shape.d
+    return 2 * blocks + 10, 4.0 * shape.m * (shape.d + SOLVED_ROWS), 2.0 * shape.m**2 + 4.0 * shape.m * shape.d
 
 
 def sending_s(shape: Shape, gpus: int) -> float:
-    """A ring over each GPU's own network card: twice the bytes, an eighth of them each; in a machine twice all."""
-    messages, n_bytes = sent_bytes(shape)
-    around = 2 * (gpus - 1) / gpus * n_bytes
+    """Rings over each GPU's own network card, an eighth of the bytes each; in a machine all. Sums go round twice."""
+    messages, summed, given = sent_bytes(shape)
+    around = (gpus - 1) / gpus * (2 * summed + given)
     in_machine_s, between_s = around / NVLINK_BYTES_PER_S, around / _ON_A_MACHINE / NETWORK_BYTES_PER_S
     return messages * _MESSAGE_S[gpus] + (in_machine_s if gpus <= _ON_A_MACHINE else max(in_machine_s, between_s))
 
@@ -185,18 +190,23 @@ def memory_bytes(shape: Shape, gpus: int) -> dict[str, float]:
     }
 
 
+def _stages_s(shape: Shape, gpus: int) -> dict[str, float]:
+    some = stages(replace(shape, n=shape.n // gpus), "bfloat16")
+    return {stage.name: stage.seconds / (gpus if stage.name in _BY_ATOMS else 1) for stage in some}
+
+
 def prediction(shape: Shape = LARGE, samples: float = 1e9) -> str:
     """Markdown: milliseconds of a batch by 1, 8 and 64 H200, and hours of all samples."""
     counts = (1, 8, 64)
-    of_each = [stages(replace(shape, n=shape.n // gpus), "bfloat16") for gpus in counts]
+    of_each = [_stages_s(shape, gpus) for gpus in counts]
     lines = [
         "| ms a batch | " + " | ".join(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in counts) + " |",
         "| --- |" + " ---: |" * len(counts),
     ]
-    for some in zip(*of_each, strict=True):
-        lines.append(f"| {some[0].name} | " + " | ".join(f"{1e3 * stage.seconds:.1f}" for stage in some) + " |")
+    for name in of_each[0]:
+        lines.append(f"| {name} | " + " | ".join(f"{1e3 * seconds[name]:.1f}" for seconds in of_each) + " |")
     sending = [0.0, *(sending_s(shape, gpus) for gpus in counts[1:])]
-    totals = [sum(stage.seconds for stage in some) + s for some, s in zip(of_each, sending, strict=True)]
+    totals = [sum(seconds.values()) + s for seconds, s in zip(of_each, sending, strict=True)]
 
     def line(name: str, values: list[float], style: Callable[[float], str]) -> str:
         return f"| **{name}** | " + " | ".join(map(style, values)) + " |"

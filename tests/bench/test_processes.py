@@ -32,9 +32,11 @@ def test_a_smoke_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_what_is_predicted() -> None:
     table = processes.prediction()
     assert all(word in table for word in ("| gram |", "| **sending** |", "64 GPUs"))
-    # More GPUs send more messages and each holds less; the Gram matrix stays.
+    # Slower networks tell, and each holds less; the Gram matrix stays.
     assert processes.sending_s(LARGE, 64) > processes.sending_s(LARGE, 8)
     held = [sum(processes.memory_bytes(LARGE, gpus).values()) for gpus in (1, 8, 64)]
     assert held == sorted(held, reverse=True)
     assert held[-1] > 2 * LARGE.m**2
-    assert processes.sent_bytes(replace(LARGE, m=2 * LARGE.m))[1] == 2 * processes.sent_bytes(LARGE)[1]
+    twice, once = (processes.sent_bytes(replace(LARGE, m=m)) for m in (2 * LARGE.m, LARGE.m))
+    assert twice[1] == 2 * once[1]
+    assert twice[2] > 3 * once[2]
