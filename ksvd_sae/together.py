@@ -17,6 +17,7 @@ import platform
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class Together:
     def _say_who_failed(self, store: "Store", error: BaseException) -> None:
         """To the others that it is this process; or here which one, if sums failed because it is gone."""
         if not isinstance(error, ProcessError):
-            _say_failed(store, self.rank, _in_a_line(error))
+            _say_failed(store, _here(self.rank), _in_a_line(error))
         with suppress(RuntimeError):
             self._until(lambda store: bool(store.get(_FAILED)), 3 * _BEAT_S)
             if isinstance(error, ProcessError):
@@ -261,10 +262,14 @@ def _connected(may_hold: bool) -> "Store":
     return dist.PrefixStore(f"ksvd_sae/{start}", store)  # type: ignore[attr-defined]
 
 
-def _say_failed(store: "Store", rank: int, what: str) -> None:
+def _say_failed(store: "Store", who: str, what: str) -> None:
     """Whoever is first is what failed; the others follow from it."""
     with suppress(RuntimeError):
-        store.compare_set(_FAILED, "", f"rank {rank} on {platform.node()}: {what}")
+        store.compare_set(_FAILED, "", f"{who}: {what}")
+
+
+def _here(rank: int) -> str:
+    return f"rank {rank} on {platform.node()}"
 
 
 def _in_a_line(error: BaseException) -> str:
@@ -281,7 +286,11 @@ def _fork_watcher(rank: int, size: int) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
-    if watcher := os.fork():
+    with warnings.catch_warnings():
+        # That threads do not survive it: the new process has no use for them.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        watcher = os.fork()
+    if watcher:
         return watcher
     try:
         # Ctrl-C is for the process that it watches.
@@ -306,7 +315,7 @@ def _watch(parent: int, rank: int, size: int) -> None:
         store = _connected(may_hold=False)
         while not failed:
             if os.getppid() != parent:
-                _say_failed(store, rank, "it was killed, or ended without a word")
+                _say_failed(store, _here(rank), "it was killed, or ended without a word")
                 return
             store.add(beats[rank], 1)
             now = time.monotonic()
@@ -315,7 +324,7 @@ def _watch(parent: int, rank: int, size: int) -> None:
                 if count != heard[other][0] or not count:
                     heard[other] = count, now
                 elif now - heard[other][1] > _SILENT_S:
-                    _say_failed(store, other, f"not heard of for {_SILENT_S:.0f} s; its machine may be gone")
+                    _say_failed(store, f"rank {other}", f"not heard of for {_SILENT_S:.0f} s; its machine may be gone")
             failed = store.get(_FAILED).decode() if store.check([_FAILED]) else ""
             time.sleep(_BEAT_S)
     except RuntimeError as error:
