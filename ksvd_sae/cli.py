@@ -35,8 +35,15 @@ app = typer.Typer(
 _out, _err = Console(), Console(stderr=True)
 
 
+# Commands that several processes, started by torchrun, run together.
+_TOGETHER = ("harvest", "train", "evaluate", "compare", "run")
+
+
 @app.callback()
-def _process() -> None:
+def _process(context: typer.Context) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in _TOGETHER:
+        _err.print(f"ksvd-sae {context.invoked_subcommand} is for one process; under torchrun: {', '.join(_TOGETHER)}")
+        sys.exit(2)
     # Large pages for large tensors, where Linux gives them when asked: 512 times fewer page faults in fresh memory.
     # torch reads this before its first tensor. Of a whole process, so that importing this module does not set it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -69,17 +76,29 @@ def _stage(
     steps: Callable[..., None],
     cells: str | None = None,
 ) -> None:
-    """Load the config, prepare the model's place, run ``steps`` on the Run; our errors end with exit code 1."""
+    """Load the config, prepare the model's place, run ``steps`` on the Run; our errors end with exit code 1.
+
+    Of several processes rank 0 speaks; the others' warnings and errors have their rank before them.
+    """
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
         from ksvd_sae.device import keep_freed_memory
-        from ksvd_sae.run.config import load_config
-        from ksvd_sae.run.pipeline import Run
+        from ksvd_sae.together import Together
 
+        together = Together.of_torchrun()
+        if not together.is_first:
+            _out.quiet = True
+            logging.getLogger("ksvd_sae").setLevel(logging.WARNING)
+            for handler in logging.getLogger().handlers:
+                handler.setFormatter(logging.Formatter(f"rank {together.rank}: %(message)s"))
         keep_freed_memory()
-        run = Run(load_config(config, overrides or ()), results)
-        run.prepare()
-        steps(run if cells is None else run.part(cells))
+        with together.joined():
+            from ksvd_sae.run.config import load_config
+            from ksvd_sae.run.pipeline import Run
+
+            run = Run(load_config(config, overrides or ()), results, together=together)
+            run.prepare()
+            steps(run if cells is None else run.part(cells))
 
 
 @app.command(epilog="Example: ksvd-sae plan demo --set harvest.train_tokens=8192")
@@ -172,7 +191,12 @@ def compare(
     verbose: VerboseOption = False,
 ) -> None:
     """Write the tables, plots and report of a finished evaluation, and print the table."""
-    _stage(config, overrides, results, verbose, _print_comparison, cells)
+
+    def steps(run: "Run") -> None:
+        if run.together.is_first:
+            _print_comparison(run)
+
+    _stage(config, overrides, results, verbose, steps, cells)
 
 
 @app.command(epilog="Example: ksvd-sae run demo")
@@ -183,17 +207,23 @@ def run(
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
-    """All stages in order: harvest, train, evaluate, compare. What is finished is reused."""
+    """All stages in order: harvest, train, evaluate, compare. What is finished is reused.
+
+    By several processes: torchrun --nproc-per-node=N -m ksvd_sae run CONFIG ("Several processes" in the docs).
+    """
 
     def steps(run: "Run") -> None:
-        started = time.perf_counter()
+        started, together = time.perf_counter(), run.together
         run.harvest()
         harvested = time.perf_counter()
-        _err.print(f"[bold]harvest[/bold] done in {harvested - started:.0f} s", highlight=False)
-        run.evaluate(partial(_show, run), train=True)
+        if together.is_first:
+            _err.print(f"[bold]harvest[/bold] done in {harvested - started:.0f} s", highlight=False)
+        # Of several processes rank 0 has all scores at the end.
+        run.evaluate(partial(_show, run) if together.size == 1 else None, train=True)
         took_s = time.perf_counter() - harvested
-        _err.print(f"[bold]train, evaluate[/bold] done in {took_s:.0f} s", highlight=False)
-        _print_comparison(run)
+        if together.is_first:
+            _err.print(f"[bold]train, evaluate[/bold] done in {took_s:.0f} s", highlight=False)
+            _print_comparison(run)
 
     _stage(config, overrides, results, verbose, steps, cells)
 
@@ -525,7 +555,8 @@ def _errors_as_messages(verbose: bool) -> Iterator[None]:
     except KsvdSaeError as error:
         if verbose:
             traceback.print_exc()
-        _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
+        who = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        _err.print(f"[bold red]{who}{type(error).__name__}[/bold red]", highlight=False)
         _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

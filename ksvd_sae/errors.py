@@ -20,6 +20,7 @@
     ├── DiskSpaceError         too little room for what is about to be written
     ├── MemorySpaceError       too little memory for what is planned
     ├── HubError               the Hub cannot be reached, or lacks what was asked for
+    ├── ProcessError           several processes of one run, of which one is gone
     ├── MissingExtraError      an optional dependency that is not installed (also an ImportError)
     ├── UpstreamError          a library that is not what this package replaces parts of
     └── EvaluationError        an eval that gave no score

@@ -24,7 +24,8 @@ def progress(description: str, total: float, unit: str) -> Iterator[Advance]:
 
     Args: total: in ``unit``s; unit: e.g. 'tokens', shown with the rate.
     """
-    if sys.stderr.isatty():
+    # Of several processes, only rank 0 logs.
+    if sys.stderr.isatty() and logger.isEnabledFor(logging.INFO):
         yield from _bar(description, total, unit)
     else:
         yield from _lines(description, total, unit)

@@ -1,6 +1,7 @@
 """The ``ksvd-sae`` command in a process of its own: the Hub libraries read where their cache is at their import."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,3 +43,9 @@ def ksvd_sae(
 def set_options(values: dict[str, str]) -> list[str]:
     """``--set key=value`` for each."""
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])

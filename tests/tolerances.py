@@ -160,3 +160,5 @@ TEMPORARY_MIB, RSS_MIB = 64, 8
 # and where two atoms tie for a sample, the sample takes the other. 1 − cos grows with the square of the turn.
 RANKS_COSINE = 1e-6
 RANKS_FVU = 1e-4
+# Of scores of whole runs: a pick that a tie decides otherwise is one of a few hundred.
+RANKS_SCORE = 1e-2

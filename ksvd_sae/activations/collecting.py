@@ -3,6 +3,9 @@
 Two steps, both resumable. Collecting writes the activations as they come into ``raw/`` parts, one part after another; a
 harvest that was stopped goes on at the next part. Finishing drops outlier tokens, shuffles over the whole harvest and
 writes the shards that training reads; then ``raw/`` is deleted.
+
+Of several processes each collects every so manyth part: how many units a part takes is known without the model, so the
+parts are those of one process. And each writes every so manyth shard.
 """
 
 import json
@@ -10,21 +13,22 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, count, islice
+from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STAGE, ActivationShards, finish, shard_name, write_shard
-from ksvd_sae.activations.statistics import RunningStatistics, outlier_limit
+from ksvd_sae.activations.statistics import Moments, RunningStatistics, outlier_limit
 from ksvd_sae.errors import ManifestError, ShardError
 from ksvd_sae.progress import Advance
-from ksvd_sae.store import content_hash, file_sha256, is_finished, require_disk_space, sole_writer, write_json
+from ksvd_sae.store import atomic_path, content_hash, file_sha256, is_finished, require_disk_space, write_json
 from ksvd_sae.strict import Strict
+from ksvd_sae.together import ALONE, Together
 
 logger = logging.getLogger(__name__)
 PARTS = ("heldout", "train")
@@ -51,18 +55,20 @@ class CollectingConfig(Strict):
         return False
 
 
-def collected(folder: Path, key: dict[str, Any], make: Callable[[], None]) -> ActivationShards:
+def collected(
+    folder: Path, key: dict[str, Any], make: Callable[[], None], together: Together = ALONE
+) -> ActivationShards:
     """The finished harvest of this key in ``folder``, made by ``make`` if it is not there.
 
     Raises: ManifestError for a folder that another key made.
     """
-    if is_finished(folder, STAGE, key):
+    if together.first(lambda: is_finished(folder, STAGE, key)):
         logger.info("harvest: reusing %s", folder)
         return ActivationShards.open(folder, key=key)
-    with sole_writer(folder, "harvest"):
+    with together.writing(folder, "harvest"):
         # Another process may have finished it meanwhile.
-        if not is_finished(folder, STAGE, key):
-            _claim(folder, key)
+        if not together.first(lambda: is_finished(folder, STAGE, key)):
+            together.first(lambda: _claim(folder, key))
             make()
     return ActivationShards.open(folder, key=key)
 
@@ -79,16 +85,22 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
     write_json(path, key)
 
 
+def _without_gaps(entries: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entries[number] for number in takewhile(entries.__contains__, count())]
+
+
 class Collection:
     """The raw parts of a harvest that are there, and those to come.
 
     Args: unit: what the model reads a number of at a time, in the plural: contexts, images.
     """
 
-    def __init__(self, folder: Path, config: CollectingConfig, unit: str):
-        self.folder, self.config, self._unit = folder, config, f"n_{unit}"
+    def __init__(self, folder: Path, config: CollectingConfig, unit: str, together: Together = ALONE):
+        self.folder, self.config, self._unit, self._together = folder, config, f"n_{unit}", together
         self._wanted = {"heldout": config.heldout_tokens, "train": config.train_tokens}
-        self._parts = {part: self._read_parts(part) for part in PARTS}
+        # What is on disk, of parts that other processes collect as far as it is known here; and the parts so far.
+        self._there = {part: self._read_parts(part) for part in PARTS}
+        self._parts = {part: _without_gaps(there) for part, there in self._there.items()}
 
     @property
     def raw(self) -> Path:
@@ -113,49 +125,82 @@ class Collection:
     def n_units(self, part: str) -> int:
         return sum(entry[self._unit] for entry in self._parts[part])
 
-    def _read_parts(self, part: str) -> list[dict[str, Any]]:
-        """Entries of the raw parts that are whole, in order; what follows a broken one is collected again."""
-        entries: list[dict[str, Any]] = []
-        for index in count():
-            path = self.raw / f"{part}-{index:05d}.json"
-            if not path.exists():
-                return entries
-            entry = json.loads(path.read_text())
+    def _read_parts(self, part: str) -> dict[int, dict[str, Any]]:
+        """Entries of the raw parts that are whole, by their numbers; a broken one is collected again."""
+        entries: dict[int, dict[str, Any]] = {}
+        for path in sorted(self.raw.glob(f"{part}-*.json")):
+            number, entry = int(path.stem.rpartition("-")[2]), json.loads(path.read_text())
             shard = path.with_name(entry["file"])
-            if not shard.exists() or file_sha256(shard) != entry["sha256"]:
+            # Of several processes, each looks at those that it would collect.
+            if self._is_own(number) and (not shard.exists() or file_sha256(shard) != entry["sha256"]):
                 logger.warning("harvest: raw part %s is missing or altered; collecting it again", shard)
-                return entries
-            entries.append(entry)
+            else:
+                entries[number] = entry
         return entries
+
+    def _is_own(self, number: int) -> bool:
+        return number % self._together.size == self._together.rank
 
     # ------------------------------------------------------------ collecting
 
     def fill(
-        self, part: str, stream: Iterator[T], batch: int, read: Callable[[list[T]], Tensor], advance: Advance
+        self,
+        part: str,
+        stream: Iterator[T],
+        batch: int,
+        read: Callable[[list[T]], Tensor],
+        count: Callable[[list[T]], int],
+        advance: Advance,
     ) -> bool:
         """Go on until a part has what is wanted; False if the stream is over before.
 
-        Args: stream: of units, from its beginning. batch: units at a time. read: their activations.
+        Args: stream: of units, from its beginning. batch: units at a time. read: their activations. count: how many
+            these are, for units that another process reads.
         """
-        done = self._parts[part]
+        done, there = self._parts[part], self._there[part]
         for _ in islice(stream, self.n_units(part)):
             pass
         # Writing and hashing take as long as a GPU's reading: each part is written while the next is read.
         with ThreadPoolExecutor(1) as writer:
-            writing: Future[dict[str, Any]] | None = None
+            writing: tuple[int, Future[dict[str, Any]]] | None = None
             while self.n_tokens(part) < self._wanted[part]:
-                limit = min(self.config.shard_tokens, self._wanted[part] - self.n_tokens(part))
+                number, limit = len(done), min(self.config.shard_tokens, self._wanted[part] - self.n_tokens(part))
+                if (entry := there.get(number)) is not None:
+                    done.append(entry)
+                    for _ in islice(stream, entry[self._unit]):
+                        pass
+                    advance(entry["n_samples"])
+                    continue
+                if not self._is_own(number):
+                    if (counted := self._pass_over(limit, stream, batch, count, advance)) is None:
+                        return False
+                    done.append(counted)
+                    continue
                 rows = self._collect_part(limit, stream, batch, read, advance)
                 if writing is not None:
-                    done[-1] = writing.result()
+                    done[writing[0]] = writing[1].result()
                 if rows is None:
                     return False
                 x_ND, n_units = rows
-                writing = writer.submit(self._write_part, part, len(done), x_ND, n_units)
+                writing = number, writer.submit(self._write_part, part, number, x_ND, n_units)
                 done.append({"n_samples": len(x_ND), self._unit: n_units})
             if writing is not None:
-                done[-1] = writing.result()
+                done[writing[0]] = writing[1].result()
         return True
+
+    def _pass_over(
+        self, wanted_tokens: int, stream: Iterator[T], batch: int, count: Callable[[list[T]], int], advance: Advance
+    ) -> dict[str, Any] | None:
+        """The numbers of a raw part that another process collects; None if the stream is over."""
+        n_tokens = n_units = 0
+        while n_tokens < wanted_tokens:
+            units = list(islice(stream, batch))
+            if not units:
+                return None
+            n_new = count(units)
+            n_tokens, n_units = n_tokens + n_new, n_units + len(units)
+            advance(n_new)
+        return {"n_samples": n_tokens, self._unit: n_units}
 
     def _collect_part(
         self,
@@ -186,10 +231,13 @@ class Collection:
         return torch.cat(rows), n_units
 
     def _write_part(self, part: str, index: int, x_ND: Tensor, n_units: int) -> dict[str, Any]:
-        path = self.raw / f"{part}-{index:05d}.safetensors"
-        entry = {**write_shard(path, x_ND), self._unit: n_units}
-        write_json(path.with_suffix(".json"), entry)
+        path = self._entry_path(part, index)
+        entry = {**write_shard(path.with_suffix(".safetensors"), x_ND), self._unit: n_units}
+        write_json(path, entry)
         return entry
+
+    def _entry_path(self, part: str, number: int) -> Path:
+        return self.raw / f"{part}-{number:05d}.json"
 
     # ------------------------------------------------------------ finishing
 
@@ -201,60 +249,99 @@ class Collection:
         of_part: Callable[[str, Tensor], dict[str, Any]],
         **facts: Any,
     ) -> None:
-        """Outliers out, shuffle, statistics, shards, manifest; then the raw parts go.
+        """Outliers out, shuffle, shards; then statistics and manifest by rank 0, and the raw parts go.
 
         Args: of_part: what the manifest says of a part beside its shards, from the places in reading order of the
             samples of its shards. facts: what it says of the harvest.
         """
-        raw = {part: [self._open_raw(entry) for entry in self._parts[part]] for part in PARTS}
-        d_in = raw["train"][0].shape[1]
-        norms = {part: [torch.linalg.vector_norm(x_ND.float(), dim=1) for x_ND in raw[part]] for part in PARTS}
+        self._together.wait()
+        raw = {part: [self._open_raw(part, number) for number in range(len(self._parts[part]))] for part in PARTS}
+        d_in, norms = raw["train"][0].shape[1], self._norms(raw)
         median_norm, limit = outlier_limit(torch.cat(norms["train"]), self.config.outlier_factor)
         n_total = sum(len(n) for n in chain(*norms.values()))
         size = n_total * d_in * raw["train"][0].element_size()
         require_disk_space(self.folder, size, "harvest: writing shuffled shards")
-        running, parts = RunningStatistics(d_in), {}
+        where = {}
         for part in PARTS:
             kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
             generator = torch.Generator().manual_seed(seed + PARTS.index(part))
-            where = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
-            where = where[torch.randperm(len(where), generator=generator)]
-            parts[part] = self._write_shuffled(part, raw[part], where, running if part == "train" else None)
-            parts[part]["outliers"] = sum(len(n) for n in norms[part]) - len(where)
-            starts = torch.tensor([0, *(len(x_ND) for x_ND in raw[part])]).cumsum(0)
-            parts[part] |= of_part(part, starts[where[:, 0]] + where[:, 1])
+            of = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
+            where[part] = of[torch.randperm(len(of), generator=generator)]
+            self._write_shuffled(part, raw[part], where[part])
+        raw.clear()
+        self._together.wait()
+        if not self._together.is_first:
+            return
+        running, parts = RunningStatistics(d_in), {}
+        for part in PARTS:
+            written = [self._written(part, index) for index in range(self._n_shards(where[part]))]
+            parts[part] = {"n_samples": len(where[part]), "shards": [one["shard"] for one in written]}
+            parts[part]["outliers"] = sum(len(n) for n in norms[part]) - len(where[part])
+            starts = torch.tensor([0, *(len(n) for n in norms[part])]).cumsum(0)
+            parts[part] |= of_part(part, starts[where[part][:, 0]] + where[part][:, 1])
+            for one in written if part == "train" else ():
+                running.merge(Moments.from_json(one["moments"]))
         statistics = running.result(median_norm)
         limit_kept = limit if limit != float("inf") else None
         finish(self.folder, key, parts, statistics, limit_kept, seconds(), **facts)
-        raw.clear()
         shutil.rmtree(self.raw)
 
-    def _open_raw(self, entry: dict[str, Any]) -> Tensor:
+    def _norms(self, raw: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        """Of every sample; each process takes those of its raw parts."""
+
+        def path(part: str, number: int) -> Path:
+            return self.raw / f"norms-{part}-{number:05d}.safetensors"
+
+        for part, parts in raw.items():
+            for number in filter(self._is_own, range(len(parts))):
+                with atomic_path(path(part, number)) as temporary:
+                    save_file({"norms": torch.linalg.vector_norm(parts[number].float(), dim=1)}, temporary)
+        self._together.wait()
+        return {part: [load_file(path(part, n))["norms"] for n in range(len(parts))] for part, parts in raw.items()}
+
+    def _open_raw(self, part: str, number: int) -> Tensor:
+        entry = json.loads(self._entry_path(part, number).read_text())
         # safetensors maps the file: rows are read from disk as they are gathered.
         x_ND: Tensor = load_file(self.raw / entry["file"])[ACTIVATIONS_KEY]
-        if len(x_ND) != entry["n_samples"]:
-            raise ShardError(f"harvest: raw part {entry['file']} does not hold what its entry says", cure="run again")
+        if not len(x_ND) == entry["n_samples"] == self._parts[part][number]["n_samples"]:
+            raise ShardError(
+                f"harvest: raw part {entry['file']} does not hold what its entry says, or what it should",
+                got=len(x_ND),
+                limit=self._parts[part][number]["n_samples"],
+                cause="an altered file; or processes with different texts or tokenizers",
+                cure="run again",
+            )
         return x_ND
 
-    def _write_shuffled(
-        self, part: str, raw: list[Tensor], where: Tensor, running: RunningStatistics | None
-    ) -> dict[str, Any]:
-        """Shards in one random order over the whole part, gathered from the raw parts shard by shard.
+    def _write_shuffled(self, part: str, raw: list[Tensor], where: Tensor) -> None:
+        """This process' shards, in one random order over the whole part, gathered from the raw parts shard by shard.
 
         Args: where: raw part, and row in it, of each sample.
         """
-        writing: list[Future[dict[str, Any]]] = []
+        writing: list[Future[None]] = []
         with ThreadPoolExecutor(_WRITERS) as writers:
-            for index, start in enumerate(range(0, len(where), self.config.shard_tokens)):
-                wanted = where[start : start + self.config.shard_tokens]
+            for index in filter(self._is_own, range(self._n_shards(where))):
+                wanted = where[index * self.config.shard_tokens : (index + 1) * self.config.shard_tokens]
                 shard_ND = torch.empty(len(wanted), raw[0].shape[1], dtype=raw[0].dtype)
                 for source in torch.unique(wanted[:, 0]).tolist():
                     slots = (wanted[:, 0] == source).nonzero().flatten()
                     shard_ND[slots] = raw[source][wanted[slots, 1]]
-                # Sums depend on their order.
-                if running is not None:
-                    running.add(shard_ND)
-                if index >= _WRITERS:
-                    writing[index - _WRITERS].result()
-                writing.append(writers.submit(write_shard, self.folder / part / shard_name(index), shard_ND))
-            return {"n_samples": len(where), "shards": [shard.result() for shard in writing]}
+                if len(writing) >= _WRITERS:
+                    writing[-_WRITERS].result()
+                writing.append(writers.submit(self._write_one, part, index, shard_ND))
+            for shard in writing:
+                shard.result()
+
+    def _n_shards(self, where: Tensor) -> int:
+        return -(-len(where) // self.config.shard_tokens)
+
+    def _write_one(self, part: str, index: int, shard_ND: Tensor) -> None:
+        entry = write_shard(self.folder / part / shard_name(index), shard_ND)
+        write_json(self._written_path(part, index), {"shard": entry, "moments": Moments.of(shard_ND).as_json()})
+
+    def _written(self, part: str, index: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._written_path(part, index).read_text())
+        return found
+
+    def _written_path(self, part: str, index: int) -> Path:
+        return self.raw / f"written-{part}-{index:05d}.json"

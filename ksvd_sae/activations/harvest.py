@@ -30,6 +30,7 @@ from ksvd_sae.activations.token_ids import check_tokenizer
 from ksvd_sae.errors import ManifestError, TextError
 from ksvd_sae.progress import progress
 from ksvd_sae.store import content_hash, write_json
+from ksvd_sae.together import ALONE, Together
 
 logger = logging.getLogger(__name__)
 HELDOUT_DOCUMENTS = "heldout_documents.jsonl"
@@ -95,20 +96,25 @@ class Harvest:
         return documents(self.text, self.seed)
 
 
-def run_harvest(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader]) -> ActivationShards:
+def run_harvest(
+    harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader], together: Together = ALONE
+) -> ActivationShards:
     """Collect and finish a harvest in ``folder``, or reuse the finished one there.
 
     Args:
         folder: one that another key made is refused.
         reader: called once, and only if there is something left to collect.
+        together: the processes that collect it: the same bits as by one. Gradients are rank 0's.
     Raises: TextError (the text ends too early), ActivationError, HookError, DiskSpaceError, ManifestError.
     """
     if not harvest.config.gradient_tokens:
-        return _run_activations(harvest, folder, reader)
+        return _run_activations(harvest, folder, reader, together)
     # Only here does the model stay in memory while the shards are written: it is needed again after that.
     reader = cache(reader)
-    shards = _run_activations(harvest, folder, reader)
-    run_gradients(harvest.config, shards, reader, lambda: _training_texts(shards, harvest.texts(), reader))
+    shards = _run_activations(harvest, folder, reader, together)
+    if together.is_first:
+        run_gradients(harvest.config, shards, reader, lambda: _training_texts(shards, harvest.texts(), reader))
+    together.wait()
     return shards
 
 
@@ -136,19 +142,25 @@ def _training_texts(
         return islice(texts, sum(1 for _ in lines), None)
 
 
-def _run_activations(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader]) -> ActivationShards:
-    return collected(folder, harvest.key, lambda: _make(harvest, folder, reader))
+def _run_activations(
+    harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader], together: Together
+) -> ActivationShards:
+    return collected(folder, harvest.key, lambda: _make(harvest, folder, reader, together), together)
 
 
-def _make(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader]) -> None:
+def _make(harvest: Harvest, folder: Path, reader: Callable[[], ActivationReader], together: Together) -> None:
     started = time.perf_counter()
-    collection = Collection(folder, harvest.config, "contexts")
-    if not collection.is_whole:
+    collection = Collection(folder, harvest.config, "contexts", together)
+    if not together.all(collection.is_whole):
         loaded = reader()
-        if not collection.is_begun:
-            begin = {"prepend_bos": prepends_bos(harvest.config.prepend_bos, loaded.model)}
-            write_json(folder / _CONTEXTS_FILE, begin)
-        _collect(harvest, loaded, collection)
+
+        def begin() -> None:
+            if not collection.is_begun:
+                begins = {"prepend_bos": prepends_bos(harvest.config.prepend_bos, loaded.model)}
+                write_json(folder / _CONTEXTS_FILE, begins)
+
+        together.first(begin)
+        _collect(harvest, loaded, collection, together)
     split_file = collection.raw / _SPLIT_FILE
     split = {"split": json.loads(split_file.read_text())} if split_file.exists() else {}
     collection.finish(
@@ -175,7 +187,8 @@ def collected_tokens(folder: Path) -> dict[str, int]:
     return {part: sum(json.loads(path.read_text())["n_samples"] for path in paths) for part, paths in found.items()}
 
 
-def _collect(harvest: Harvest, reader: ActivationReader, collection: Collection) -> None:
+def _collect(harvest: Harvest, reader: ActivationReader, collection: Collection, together: Together) -> None:
+    """What all processes find alike, rank 0 writes."""
     folder = collection.folder
     tokenizer, length, bos = reader.model.tokenizer, harvest.config.context_tokens, _begin_with_bos(folder)
     texts, drawn = _readable_texts(harvest, reader), list[Readable]()
@@ -188,20 +201,27 @@ def _collect(harvest: Harvest, reader: ActivationReader, collection: Collection)
 
         def fill(part: str, stream: Iterator[Tensor]) -> bool:
             batch = harvest.config.batch_contexts
-            return collection.fill(part, stream, batch, lambda some: reader.read(torch.stack(some)), advance)
+            return collection.fill(part, stream, batch, lambda some: reader.read(torch.stack(some)), count, advance)
+
+        def count(some: list[Tensor]) -> int:
+            return int(reader.kept(torch.stack(some).to(reader.model.cfg.device)).sum())
 
         # Each part has documents of its own: the text goes on after those that the part before it drew.
         if not fill("heldout", contexts(_remember(texts, drawn), tokenizer, length, prepend_bos=bos)):
             found = f"{collection.n_tokens('heldout'):,} tokens from {len(drawn)} documents"
             raise _too_short(harvest.config, "heldout", found)
         split_file = collection.raw / _SPLIT_FILE
-        if not split_file.exists():
-            write_documents(folder / HELDOUT_DOCUMENTS, drawn, tokenizer)
+        split = Split(**json.loads(split_file.read_text())) if split_file.exists() else None
+        if split is None:
+            if together.is_first:
+                write_documents(folder / HELDOUT_DOCUMENTS, drawn, tokenizer)
             if fill("train", contexts(texts, tokenizer, length, prepend_bos=bos)):
                 return
-            _split_inside(harvest, collection, reader, drawn)
-        split = Split(**json.loads(split_file.read_text()))
-        write_documents(folder / HELDOUT_DOCUMENTS, split.heldout(drawn, tokenizer), tokenizer)
+            split = _split_inside(harvest, collection, reader, drawn)
+            if together.is_first:
+                write_json(split_file, asdict(split))
+        if together.is_first:
+            write_documents(folder / HELDOUT_DOCUMENTS, split.heldout(drawn, tokenizer), tokenizer)
         if not fill("train", _training_contexts(harvest, reader, split, drawn, bos)):
             found = f"{collection.n_tokens('train'):,} tokens"
             raise _too_short(harvest.config, "train", found, "a text that changed since the harvest began")
@@ -219,7 +239,7 @@ def _remember(texts: Iterator[Readable], drawn: list[Readable]) -> Iterator[Read
         yield text
 
 
-def _split_inside(harvest: Harvest, collection: Collection, reader: ActivationReader, drawn: list[Readable]) -> None:
+def _split_inside(harvest: Harvest, collection: Collection, reader: ActivationReader, drawn: list[Readable]) -> Split:
     """Give training what the held-out part drew and did not need, if that is enough.
 
     Nothing is read by the model to know it, and nothing is written if it is not: once there is more text, the harvest
@@ -240,7 +260,7 @@ def _split_inside(harvest: Harvest, collection: Collection, reader: ActivationRe
     if n_tokens < config.train_tokens:
         raise _too_short(config, "train", f"{n_tokens:,} tokens; {where}")
     logger.warning("harvest: too few documents follow those that the held-out part drew, so %s", where)
-    write_json(collection.raw / _SPLIT_FILE, asdict(split))
+    return split
 
 
 def _training_contexts(

@@ -1,7 +1,7 @@
 """Activations on disk: safetensors shards with a manifest, read back in batches of any size."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -166,31 +166,43 @@ class ActivationShards:
     def centre_D(self) -> Tensor:
         return self.statistics.centre_D
 
-    def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterator[Tensor]:
+    def batches(
+        self, batch_samples: int, *, seed: int | None = None, part: Callable[[int], slice] | None = None
+    ) -> Iterator[Tensor]:
         """(B, d_in) float32 tensors that cover the part once; the last may be shorter.
 
         Args:
             seed: None keeps the order on disk (which the harvest shuffled); a seed shuffles the shards,
                 and the samples inside each.
+            part: which rows of a batch of so many samples are wanted; no others are read. None: all.
         """
         if batch_samples < 1:
             raise ShapeError("batches: batch_samples must be at least 1", got=batch_samples)
-        waiting: list[Tensor] = []
-        n_waiting = 0
+        left, waiting, n_waiting = self.n_samples, list[Tensor](), 0
         for index, rows_N in self._shuffled(seed):
-            shard_ND = self.read_shard(index)
-            if rows_N is not None:
-                shard_ND = shard_ND[rows_N]
-            while len(shard_ND):
-                taken = shard_ND[: batch_samples - n_waiting]
-                shard_ND = shard_ND[len(taken) :]
-                waiting.append(taken)
-                n_waiting += len(taken)
-                if n_waiting == batch_samples:
+            shard_ND, start = self.read_shard(index), 0
+            while start < len(shard_ND):
+                size = min(batch_samples, left)
+                taken = min(len(shard_ND) - start, size - n_waiting)
+                own = slice(0, size) if part is None else part(size)
+                first, last = max(own.start, n_waiting), min(own.stop, n_waiting + taken)
+                rows = slice(start + first - n_waiting, start + max(first, last) - n_waiting)
+                waiting.append(shard_ND[rows if rows_N is None else rows_N[rows]])
+                start, n_waiting = start + taken, n_waiting + taken
+                if n_waiting == size:
                     yield torch.cat(waiting).float()
-                    waiting, n_waiting = [], 0
-        if waiting:
-            yield torch.cat(waiting).float()
+                    left, waiting, n_waiting = left - size, [], 0
+
+    def checked(self, part: Callable[[int], slice]) -> "ActivationShards":
+        """The same, with the checksums of some shards verified now, and those of the others left to other processes.
+
+        Args: part: which of so many shards are verified here.
+        """
+        own = ActivationShards(self.folder, self.part, self.manifest)
+        for index in range(len(self._entries))[part(len(self._entries))]:
+            own.read_shard(index)
+        own._verified.update(entry["file"] for entry in self._entries)
+        return own
 
     def _shuffled(self, seed: int | None) -> Iterator[tuple[int, Tensor | None]]:
         """Shards, and the order of the samples in each (None: as stored)."""

@@ -1,6 +1,7 @@
 """What a harvest knows about its activations, summed in float64 as they stream by."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,32 @@ class Statistics:
         return float(self.variance_D.mean().sqrt())
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Of some samples: how many, their mean, Σ(x − mean)² of each dimension, and the sum of their norms."""
+
+    n: int
+    mean_D: Tensor
+    squares_D: Tensor
+    norms: float
+
+    @classmethod
+    def of(cls, x_BD: Tensor) -> "Moments":
+        x_BD = x_BD.double().cpu()
+        mean_D = x_BD.mean(dim=0)
+        squares_D = ((x_BD - mean_D) ** 2).sum(dim=0)
+        return cls(len(x_BD), mean_D, squares_D, float(torch.linalg.vector_norm(x_BD, dim=1).sum()))
+
+    def as_json(self) -> dict[str, Any]:
+        """Every bit of it."""
+        return {**vars(self), "mean_D": self.mean_D.tolist(), "squares_D": self.squares_D.tolist()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Moments":
+        tensors = {name: torch.tensor(found[name], dtype=torch.float64) for name in ("mean_D", "squares_D")}
+        return cls(found["n"], norms=found["norms"], **tensors)
+
+
 class RunningStatistics:
     """Means and variances of a stream; merging batches by Chan, Golub & LeVeque 1983."""
 
@@ -41,14 +68,15 @@ class RunningStatistics:
         self._norms = 0.0
 
     def add(self, x_BD: Tensor) -> None:
-        if len(x_BD) == 0:
-            return
-        x_BD = x_BD.double().cpu()
-        mean_D = x_BD.mean(dim=0)
-        gap_D, total = mean_D - self._mean_D, self.n + len(x_BD)
-        self._squares_D += ((x_BD - mean_D) ** 2).sum(dim=0) + gap_D**2 * (self.n * len(x_BD) / total)
-        self._mean_D += gap_D * (len(x_BD) / total)
-        self._norms += float(torch.linalg.vector_norm(x_BD, dim=1).sum())
+        if len(x_BD):
+            self.merge(Moments.of(x_BD))
+
+    def merge(self, new: Moments) -> None:
+        """What was summed elsewhere; sums depend on the order."""
+        gap_D, total = new.mean_D - self._mean_D, self.n + new.n
+        self._squares_D += new.squares_D + gap_D**2 * (self.n * new.n / total)
+        self._mean_D += gap_D * (new.n / total)
+        self._norms += new.norms
         self.n = total
 
     def result(self, median_norm: float) -> Statistics:

@@ -251,6 +251,8 @@ class Eval(Strict, ABC):
         demo_seconds: about what it takes in the demo, on one core: of several at a time, the longest begin.
         ours: it writes results of our own, not SAEBench's.
         at_once: it is cheap, and runs on each dictionary as soon as that is there.
+        one_process: its dictionaries are for one process: it compares them, keeps files that two would write, or has a
+            rate to keep to.
         loads_own_model: in another form than TransformerLens'; two at a time would take twice the memory.
         reads: what it takes from a run beside dictionaries: activations alone, or the text or images that they are of.
         of_layers: it can be had of a model of which only the residual stream between its layers is known.
@@ -268,6 +270,7 @@ class Eval(Strict, ABC):
     demo_seconds: ClassVar[float] = 30
     ours: ClassVar[bool] = False
     at_once: ClassVar[bool] = False
+    one_process: ClassVar[bool] = False
     loads_own_model: ClassVar[bool] = False
     reads: ClassVar[Reads] = "text"
     of_layers: ClassVar[bool] = False

@@ -9,10 +9,11 @@ from typing import Any
 
 from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.device import give_back_memory
-from ksvd_sae.errors import EvaluationError
+from ksvd_sae.errors import EvaluationError, KsvdSaeError
 from ksvd_sae.evals.base import Eval, EvalResults, EvalSetting, Panelist
 from ksvd_sae.evals.processes import side_by_side
 from ksvd_sae.evals.saebench.loaded_model import LoadedModel
+from ksvd_sae.together import Task
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +51,48 @@ def run_evals(
 def _outcomes(
     panel: list[Panelist], evals: list[Eval], setting: EvalSetting, output: Path, processes: int
 ) -> Iterator[EvalResults | EvaluationError]:
-    by_name: dict[str, list[Eval]] = {}
-    for section in evals:
-        by_name.setdefault(section.name, []).append(section)
-    if processes == 1 or len(by_name) < 2:
+    # The longest begin, so that none of them is left alone at the end.
+    together = _longest_first(evals)
+    if processes == 1 or len(together) < 2:
         with LoadedModel(setting.weights, setting.prepend_bos).in_use() as model:
             for section in evals:
                 yield _outcome(section, panel, setting, output, model)
         return
-    # What an eval keeps for its next seed is not for two at a time, so its seeds stay together. The longest begin, so
-    # that none of them is left alone at the end.
-    together = sorted(by_name.values(), key=lambda sections: -len(sections) * sections[0].demo_seconds)
     for outcomes in side_by_side([partial(_in_process, some, panel, setting, output) for some in together], processes):
         yield from outcomes
+
+
+def shared_tasks(
+    panel: list[Panelist], evals: Iterable[Eval], setting: EvalSetting, output: Path, model: LoadedModel
+) -> list[Task]:
+    """Tasks that leave all results where ``run_evals`` finds them; what fails leaves none.
+
+    Of an eval, a dictionary each, with all seeds: the first makes what all need of the language model, and the others
+    follow. The longest come first.
+    """
+
+    def score(sections: list[Eval], some: list[Panelist]) -> None:
+        for section in sections:
+            try:
+                _outcome(section, some, setting, output, model)
+            except KsvdSaeError as error:
+                logger.error("%s failed: %s", section.name, error.what)
+
+    first, then = list[Task](), list[Task]()
+    for sections in _longest_first(evals):
+        units = [panel] if sections[0].one_process else [[panelist] for panelist in panel]
+        number = len(first)
+        first += [Task(partial(score, sections, some)) for some in units[:1]]
+        then += [Task(partial(score, sections, some), number) for some in units[1:]]
+    return first + then
+
+
+def _longest_first(evals: Iterable[Eval]) -> list[list[Eval]]:
+    """Each eval's seeds together, as what it keeps for its next seed is not for two at a time."""
+    by_name: dict[str, list[Eval]] = {}
+    for section in evals:
+        by_name.setdefault(section.name, []).append(section)
+    return sorted(by_name.values(), key=lambda sections: -len(sections) * sections[0].demo_seconds)
 
 
 def _in_process(

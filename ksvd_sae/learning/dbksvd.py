@@ -39,6 +39,7 @@ from ksvd_sae.learning.drift import Drift
 from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.redraw import first_atoms
 from ksvd_sae.learning.sources import (
+    DividedSource,
     MappedSource,
     Samples,
     SampleSource,
@@ -75,7 +76,7 @@ class DictionaryLearner:
         options: the dictionary, and how it is learned.
         device: 'cpu', 'cuda', 'cuda:1' and so on, a torch.device, or 'auto'.
         keep_on_device: move all samples to the device first; None does on CUDA if they take at most half of its free
-            memory (see ``kept_on_device``).
+            memory (see ``kept_on_device``); of several processes each then reads its own rows of activation shards.
         log_path: JSONL file with a line a batch (see BatchLog); starts empty with each ``fit`` that does not resume.
         checkpoint_path: file that holds where training stands, for ``fit(..., resume=True)``; gone after the end.
         checkpoint_every: batches between checkpoints; None writes one after each pass. A KeyboardInterrupt writes one
@@ -366,7 +367,7 @@ class _Fit:
             self._check_stream(source)
         else:
             self._check_size(source)
-            self.source = kept_on_device(source, self.device, learner.keep_on_device)
+            self.source = self._nearer(source)
 
     def run(self, resume: bool) -> None:
         self._begin(resume)
@@ -382,6 +383,12 @@ class _Fit:
             raise
         if self.checkpoint_path is not None and self.ranks.rank == 0:
             self.checkpoint_path.unlink(missing_ok=True)
+
+    def _nearer(self, source: SampleSource) -> SampleSource:
+        """On the device, if that is wanted; of several processes each reads its own part of each batch instead."""
+        if self.ranks.size > 1 and self.learner.keep_on_device is None and isinstance(source, DividedSource):
+            return source.checked(self.ranks.part)
+        return kept_on_device(source, self.device, self.learner.keep_on_device)
 
     def _check_stream(self, source: StreamSource) -> None:
         if source.one_pass_only and self.options.passes > 1:
@@ -518,6 +525,8 @@ class _Fit:
         n_batches = -(-self.source.n_samples // self.options.largest_batch)
         size = -(-self.source.n_samples // n_batches)
         seed = None if pass_index == 0 else self.options.seed + pass_index
+        if self.ranks.size > 1 and isinstance(self.source, DividedSource):
+            return prefetched(self.source.batches(size, seed=seed, part=self.ranks.part), self.device)
         if isinstance(self.source, TensorSource) and same_device(self.source.samples_ND.device, self.device):
             batches = self._parts(self.source.batches(size, seed=seed))  # nothing to wait for
             if pass_index + 1 < self.options.passes:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ksvd_sae.device import memory_bytes
 from ksvd_sae.learning.products import products
+from ksvd_sae.learning.ranks import ALONE, Ranks
 
 _SHARE = 4
+# Where several processes multiply a part each and send it: between CPUs sending takes as long as multiplying.
+_SENT_BETWEEN = {"cuda"}
 
 
 def fits(n_atoms: int, device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
@@ -52,7 +55,19 @@ class GramRows:
 Gram = Tensor | GramRows
 
 
-def gram_of(atoms_MD: Tensor) -> Gram:
-    """The Gram matrix of these atoms, as it is read on their device."""
-    fit = fits(len(atoms_MD), atoms_MD.device, atoms_MD.dtype)
-    return products(atoms_MD, atoms_MD) if fit else GramRows(atoms_MD)
+def gram_of(atoms_MD: Tensor, dtype: torch.dtype | None = None, ranks: Ranks = ALONE) -> Gram:
+    """The Gram matrix of these atoms, as it is read on their device.
+
+    Args: dtype: of a whole one; None: the atoms'. ranks: of the processes that all need it, of the same atoms: on GPUs
+        each makes its part of the rows.
+    """
+    dtype = dtype or atoms_MD.dtype
+    if not fits(len(atoms_MD), atoms_MD.device, atoms_MD.dtype):
+        return GramRows(atoms_MD)
+    if ranks.size == 1 or atoms_MD.device.type not in _SENT_BETWEEN:
+        return products(atoms_MD, atoms_MD).to(dtype)
+    gram_MM = atoms_MD.new_empty(len(atoms_MD), len(atoms_MD), dtype=dtype)
+    own = ranks.part(len(atoms_MD))
+    gram_MM[own] = products(atoms_MD[own], atoms_MD).to(dtype)
+    ranks.give_parts(gram_MM)
+    return gram_MM

@@ -25,6 +25,7 @@ from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.atom_update import residual_of
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.products import Precision
+from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.sparse_coding import matching_pursuit, pursued
 
 SMALLEST_GROUP = 256
@@ -143,10 +144,11 @@ def stages(
     nonnegative: bool = False,
     precision: Precision = "float32",
     checked: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Stage]:
     """Code group by group; arguments as ``matryoshka_encode`` and ``matching_pursuit``.
 
-    Args: checked: samples and atoms are known to be right, see ``pursued``.
+    Args: checked: samples and atoms are known to be right, see ``pursued``; ranks: then, as there.
     """
     check_groups(groups, len(atoms_MD), k, x_BD.shape[1], exact_budgets)
     target_BD = x_BD
@@ -161,7 +163,7 @@ def stages(
             "precision": precision,
         }
         if checked:
-            code, _ = pursued(target_BD, atoms_MD[rows], budget, **options)
+            code, _ = pursued(target_BD, atoms_MD[rows], budget, ranks=ranks, **options)
         else:
             code = matching_pursuit(target_BD, atoms_MD[rows], budget, **options)
         yield Stage(rows, target_BD, code)

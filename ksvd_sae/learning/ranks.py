@@ -71,6 +71,14 @@ class Ranks:
         all_B[first : first + len(rows_B)] = rows_B
         return self.total(all_B)
 
+    def give_parts(self, rows_B: Tensor) -> None:
+        """Give all this process' ``part`` of the rows, and take the others', in place."""
+        with _others():
+            for rank in range(self.size):
+                own_B = rows_B[Ranks(rank, self.size).part(len(rows_B))]
+                if len(own_B):
+                    dist.broadcast(own_B, rank)
+
     def rows(self, rows_BD: Tensor, picks: Tensor) -> Tensor:
         """The picked rows of the whole batch, from whoever has them."""
         if self.size == 1:

@@ -38,24 +38,32 @@ _CODED = 1e-5
 _HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
-def near_duplicates(atoms_MD: Tensor, energy_M: Tensor, cosine: float, *, signed: bool = True) -> Tensor:
+def near_duplicates(
+    atoms_MD: Tensor, energy_M: Tensor, cosine: float, ranks: Ranks = ALONE, *, signed: bool = True
+) -> Tensor:
     """Which atoms have |cos| > ``cosine`` with one of more energy (ties: of lower index), (M,) bool.
 
     Args:
         energy_M: Σ of each atom's squared coefficients.
+        ranks: of the processes that have the same atoms: on GPUs each looks at its part of the rows.
         signed: opposite atoms are duplicates too; not so for non-negative codes.
     Cost: half of the Gram matrix, ``_PAIR_ROWS`` rows at a time; on the CPU, for a cosine near 1, of that of atoms in
         ``_SKETCH`` dimensions, and no more if no pair is close there.
     """
-    if not backends.on_gpu(atoms_MD.device) and cosine >= _SKETCHED_COSINE and not _may_be_close(atoms_MD, cosine):
+    sketched = not backends.on_gpu(atoms_MD.device) and cosine >= _SKETCHED_COSINE
+    if sketched and not _may_be_close(atoms_MD, cosine):
         return torch.zeros(len(atoms_MD), dtype=torch.bool, device="cpu")
+    if sketched:
+        # Whether there is more to look at is not for others to wait for: another machine may round it otherwise.
+        ranks = ALONE
     order_M = torch.argsort(energy_M, descending=True, stable=True)
     sorted_MD = atoms_MD[order_M]
     weaker_M = torch.zeros(len(atoms_MD), dtype=torch.bool, device=atoms_MD.device)
-    for start in range(0, len(atoms_MD), _PAIR_ROWS):
+    for start in range(ranks.rank * _PAIR_ROWS, len(atoms_MD), ranks.size * _PAIR_ROWS):
         cosines = products(sorted_MD[start : start + _PAIR_ROWS], sorted_MD[start:])
         close = (cosines.abs_() if signed else cosines) > cosine
         weaker_M[start:] |= torch.triu(close, diagonal=1).any(dim=0)
+    weaker_M = ranks.largest(weaker_M.byte()).bool()
     # Back from the order of energies to that of the atoms.
     return torch.empty_like(weaker_M).index_copy_(0, order_M, weaker_M)
 

@@ -50,6 +50,17 @@ class SampleSource(Protocol):
     def batches(self, batch_samples: int, *, seed: int | None = None) -> Iterator[Tensor]: ...
 
 
+@runtime_checkable
+class DividedSource(SampleSource, Protocol):
+    """One that also reads a part of each batch alone. ``part`` gives the rows that are wanted of so many."""
+
+    def batches(
+        self, batch_samples: int, *, seed: int | None = None, part: Callable[[int], slice] | None = None
+    ) -> Iterator[Tensor]: ...
+
+    def checked(self, part: Callable[[int], slice]) -> "DividedSource": ...
+
+
 class TensorSource:
     """A tensor in memory as a SampleSource; passes with a seed are shuffled.
 

@@ -26,6 +26,7 @@ from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.gram import Gram, gram_of
 from ksvd_sae.learning.least_squares import DEPENDENT, refit_code, refit_from_left
 from ksvd_sae.learning.products import Precision, check_precision, times
+from ksvd_sae.learning.ranks import ALONE, Ranks
 
 Coder = Literal["mp", "mp_refit", "omp", "ormp", "projection"]
 Choice = Literal["product", "error"]
@@ -192,16 +193,17 @@ def pursued(
     memory_bytes: int | None = None,
     backend: Backend = "auto",
     precision: Precision = "float32",
+    ranks: Ranks = ALONE,
 ) -> tuple[Code, Tensor]:
     """``matching_pursuit`` of samples and atoms that are known to be right, without a look at them: on a GPU every
     look waits for it.
 
     Args: energy_B: ‖x‖², (B,), if at hand. Others: as ``matching_pursuit``; finite samples of a scale whose squares
-        neither vanish nor overflow, in the atoms' dtype and on their device.
+        neither vanish nor overflow, in the atoms' dtype and on their device. ranks: as ``gram_of``.
     Returns: the code and the products of the residual with the atoms of its support.
     """
     where = coder_backend(x_BD.device, backend, x_BD.dtype, n_atoms=len(atoms_MD), k=k)
-    gram_MM = gram_of(atoms_MD) if gram_MM is None else gram_MM
+    gram_MM = gram_of(atoms_MD, _gram_dtype(where, precision), ranks) if gram_MM is None else gram_MM
     gram_MM = _as_read(gram_MM, where, precision)
     energy_B = _energies(x_BD) if energy_B is None else energy_B
     floor_B = _floor(x_BD, tau, tau_absolute)
@@ -218,11 +220,14 @@ def pursued(
 
 
 def _as_read(gram_MM: Gram, where: str, precision: Precision) -> Gram:
-    # On chip a Gram matrix of 16 bits is read twice as fast. Its entries are at most 1: float16 has 3 bits more for
-    # them than bfloat16.
-    if where == "triton" and precision == "bfloat16" and isinstance(gram_MM, Tensor):
-        return gram_MM.half()
-    return gram_MM
+    dtype = _gram_dtype(where, precision)
+    return gram_MM.to(dtype) if dtype is not None and isinstance(gram_MM, Tensor) else gram_MM
+
+
+def _gram_dtype(where: str, precision: Precision) -> torch.dtype | None:
+    """On chip a Gram matrix of 16 bits is read twice as fast. Its entries are at most 1: float16 has 3 bits more for
+    them than bfloat16. None: the atoms'."""
+    return torch.float16 if where == "triton" and precision == "bfloat16" else None
 
 
 def _check_limits(rtol: float, tau: float, tau_absolute: float | Tensor, memory_bytes: int | None, where: str) -> None:

@@ -325,10 +325,10 @@ def learn_batch(
     errors: list[Tensor] = []
     # L0, dead atoms, duplicates.
     counts_3 = torch.zeros(3, dtype=torch.float64, device=atoms_MD.device)
-    for stage in _coded(batch, atoms_MD, options):
+    for stage in _coded(batch, atoms_MD, options, ranks):
         rows = stage.rows
         update = _updated(stage, atoms_MD[rows], options, generator, ranks)
-        unused_M, duplicate_M = update.usage_M == 0, _duplicates(update, options)
+        unused_M, duplicate_M = update.usage_M == 0, _duplicates(update, options, ranks)
         stage_idle_M = torch.where(unused_M, idle_M[rows] + update.usage_M.double().mean(), 0)
         useless_M = ranks.agreed((stage_idle_M >= ENOUGH_IDLE) | duplicate_M)
         chosen = (options.redraw, stage.target_BD, update.residual_BD, generator, ranks)
@@ -355,7 +355,7 @@ def learn_batch(
     )
 
 
-def _coded(batch: Batch, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[Stage]:
+def _coded(batch: Batch, atoms_MD: Tensor, options: LearnerOptions, ranks: Ranks) -> Iterable[Stage]:
     """The batch's code, as one stage a group."""
     coding = options.coding
     options_of_mp: dict[str, Any] = {
@@ -365,6 +365,7 @@ def _coded(batch: Batch, atoms_MD: Tensor, options: LearnerOptions) -> Iterable[
         "tau_absolute": coding.tau_absolute,
         "nonnegative": coding.nonnegative,
         "precision": options.precision,
+        "ranks": ranks,
     }
     k = options.train_k or coding.k
     if coding.groups is not None:
@@ -392,10 +393,11 @@ def _updated(
     )
 
 
-def _duplicates(update: AtomUpdate, options: LearnerOptions) -> Tensor:
+def _duplicates(update: AtomUpdate, options: LearnerOptions, ranks: Ranks) -> Tensor:
     """Used atoms nearly parallel to a stronger one, (M,) bool."""
     used_M = update.usage_M > 0
     if options.duplicate_cosine is None:
         return torch.zeros_like(used_M)
     signed = not options.coding.nonnegative
-    return used_M & near_duplicates(update.atoms_MD, update.energy_M, options.duplicate_cosine, signed=signed)
+    chosen = (options.duplicate_cosine, ranks)
+    return used_M & near_duplicates(update.atoms_MD, update.energy_M, *chosen, signed=signed)

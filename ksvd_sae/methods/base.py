@@ -24,6 +24,7 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.pca import covariance
+from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.weighting import DEFAULT_POWER, Weighting, WeightingKind, make_weighting
 from ksvd_sae.strict import Strict
 
@@ -106,6 +107,7 @@ class TrainingSetting:
     training_text: the loaded language model and the contexts that the activations come from, from their beginning;
         called only by trainings that run the model. None: there is none.
     weights: the model's, where they are not those that its name stands for.
+    ranks: the processes that make it together; those of a method that ``learns_by_ranks``.
     """
 
     model_name: str
@@ -118,6 +120,7 @@ class TrainingSetting:
     gradient_moments: Callable[[], GradientMoments]
     weights: OwnWeights | None = None
     training_text: "Callable[[], tuple[ActivationReader, Iterator[Tensor]]] | None" = None
+    ranks: Ranks = ALONE
 
     @property
     def of_weights(self) -> dict[str, Any]:
@@ -264,6 +267,11 @@ class Method(Strict, ABC):
     def learns_anywhere(self) -> bool:
         """Whether it can be learned on any activations."""
         return self.learns and not self.runs_model and not self.metric.needs_gradients
+
+    @property
+    def learns_by_ranks(self) -> bool:
+        """Whether several processes can make it together: each calls ``train``, and rank 0 saves it."""
+        return False
 
     @property
     def coder_label(self) -> str:

@@ -158,6 +158,10 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
     def coding(self) -> Coding:
         return replace(super().coding, max_steps=self.max_steps_factor * self.k, exact_budgets=self.exact_budgets)
 
+    @property
+    def learns_by_ranks(self) -> bool:
+        return self.update != "exact"
+
     def train(self, setting: TrainingSetting, folder: Path, source: Source | None) -> Facts:
         """Goes on from the checkpoint that it finds in the folder."""
         samples = setting.shards
@@ -170,7 +174,8 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
                 seen = entry.samples_seen
 
             learned = self._learner(setting, on_batch, folder).fit(samples, resume=True)
-        setting.save(Dictionary.from_estimator(learned), folder)
+        if setting.ranks.rank == 0:
+            setting.save(Dictionary.from_estimator(learned), folder)
         return Facts(
             d_sae=self.n_atoms,
             k=self.k,
@@ -238,4 +243,5 @@ class DBKSVDMethod(Coded, Seeded, KeptAsDictionary):
             checkpoint_path=None if folder is None else folder / CHECKPOINT,
             checkpoint_every=None if folder is None else CHECKPOINT_BATCHES,
             on_batch=on_batch,
+            ranks=setting.ranks,
         )

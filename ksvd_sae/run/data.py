@@ -23,7 +23,8 @@ from ksvd_sae.evals import EVALS
 from ksvd_sae.evals.base import EvalSetting, Heldout, Panelist
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.run.config import ImageRunConfig, RunConfig, TextRunConfig
-from ksvd_sae.store import content_hash
+from ksvd_sae.store import atomic_path, content_hash
+from ksvd_sae.together import ALONE, Together
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunData(ABC):
         return f"{self.config.data_name}-heldout"
 
     @abstractmethod
-    def harvest(self, device: torch.device) -> ActivationShards:
+    def harvest(self, device: torch.device, together: Together = ALONE) -> ActivationShards:
         """Activations, collected or reused."""
 
     @abstractmethod
@@ -103,8 +104,8 @@ class TextData(RunData):
 
     config: TextRunConfig
 
-    def harvest(self, device: torch.device) -> ActivationShards:
-        return run_harvest(self.config.harvested, self.folder, partial(self.reader, device))
+    def harvest(self, device: torch.device, together: Together = ALONE) -> ActivationShards:
+        return run_harvest(self.config.harvested, self.folder, partial(self.reader, device), together)
 
     def reader(self, device: torch.device) -> ActivationReader:
         self._check_layers()
@@ -186,8 +187,8 @@ class TextData(RunData):
         if not heldout.exists():
             raise ManifestError(f"evaluate: {heldout} is missing", cure="run `ksvd-sae harvest` first")
         target = folder / self.heldout_name / "train.jsonl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(heldout, target)
+        with atomic_path(target) as temporary:
+            shutil.copyfile(heldout, temporary)
         for section in self.config.evaluation.evals():
             section.write_data(folder)
         digest = hashlib.sha256()
@@ -215,10 +216,12 @@ class ImageData(RunData):
 
     config: ImageRunConfig
 
-    def harvest(self, device: torch.device) -> ActivationShards:
+    def harvest(self, device: torch.device, together: Together = ALONE) -> ActivationShards:
         needs_labels = any(section.needs_labels for section in self.config.evaluation.evals())
         reader = partial(ImageReader, self.config.model, device)
-        return run_image_harvest(self.config.harvested, self.folder, reader, needs_labels=needs_labels)
+        return run_image_harvest(
+            self.config.harvested, self.folder, reader, needs_labels=needs_labels, together=together
+        )
 
     def context_tokens(self) -> int:
         grid: dict[str, int] = self.shards("train").manifest["grid"]

@@ -2,6 +2,9 @@
 
 Each stage finds its input by content hash and reuses its own finished output, so running a config again does only
 what is missing. Activations and dictionaries lie in the cache (``store.cache_dir``).
+
+Of several processes (together.py) each calls the same stages. What they share out, they leave in the cache, where
+rank 0 finds all of it as one process finds what it did before.
 """
 
 import logging
@@ -17,7 +20,6 @@ import torch
 from ksvd_sae.activations.gradients import GradientMoments, open_gradients
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist, scoring_versions
 from ksvd_sae.methods.base import Method, Source, TrainingSetting, View
@@ -32,9 +34,9 @@ from ksvd_sae.store import (
     content_hash,
     is_finished,
     read_manifest,
-    sole_writer,
     write_manifest,
 )
+from ksvd_sae.together import ALONE, Task, Together
 
 if TYPE_CHECKING:
     from sae_lens.saes.sae import SAE
@@ -63,16 +65,23 @@ class Run:
         config: the run.
         results: folder that holds results/<name>.
         cache: where activations and dictionaries go; default ``cache_dir()``.
+        together: the processes that run it; they see the same cache.
     """
 
-    def __init__(self, config: RunConfig, results: Path = Path("results"), cache: Path | None = None):
-        self.config = config
+    def __init__(
+        self,
+        config: RunConfig,
+        results: Path = Path("results"),
+        cache: Path | None = None,
+        together: Together = ALONE,
+    ):
+        self.config, self.together = config, together
         self.cache = (cache or cache_dir()).resolve()
         self.results = (results / config.name).resolve()
 
     @cached_property
     def device(self) -> torch.device:
-        return resolve_device(self.config.device)
+        return self.together.device(self.config.device)
 
     def prepare(self) -> None:
         """Make the cache, and the model findable. Comes before anything that imports the Hub libraries.
@@ -87,7 +96,10 @@ class Run:
                 cause="a home folder that is not there or cannot be written",
                 cure="set KSVD_SAE_CACHE to a folder of your own, and HF_HOME to one for what the Hub gives",
             ) from error
-        self.config.model.prepare()
+        # A model that is made here is made by one, and found by the others.
+        self.together.first(self.config.model.prepare)
+        if not self.together.is_first:
+            self.config.model.prepare()
 
     def part(self, cells: str) -> "Run":
         """The run of some of its dictionaries, and of all others that are finished, so that tables have both.
@@ -95,9 +107,9 @@ class Run:
         Args: cells: see ``chosen``.
         """
         wanted, names = chosen(self.config.dictionaries, cells), self.config.dictionaries
-        finished = self._finished() - wanted
+        finished = set(self.together.first(lambda: sorted(self._finished()))) - wanted
         logger.info("cells: %d dictionaries of %d, beside %d that are finished", len(wanted), len(names), len(finished))
-        return Run(self.config.only(wanted | finished), self.results.parent, self.cache)
+        return Run(self.config.only(wanted | finished), self.results.parent, self.cache, self.together)
 
     def _finished(self) -> set[str]:
         """Dictionaries that a finished evaluation has scores of, by the evals of this run."""
@@ -135,10 +147,14 @@ class Run:
             ``run_harvest`` or ``run_image_harvest``.
         """
         model = self.config.model
-        for method in self.config.dictionaries.values():
-            if not self.is_trained(method):
-                method.check_elsewhere(model.name, model.hook)
-        return self.data.harvest(self.device)
+
+        def check() -> None:
+            for method in self.config.dictionaries.values():
+                if not self.is_trained(method):
+                    method.check_elsewhere(model.name, model.hook)
+
+        self.together.first(check)
+        return self.data.harvest(self.device, self.together)
 
     def reader(self) -> ActivationReader:
         """The language model, loaded."""
@@ -156,7 +172,43 @@ class Run:
 
     def train(self) -> list[TrainedDictionary]:
         """Every training of the config, done or reused, in the config's order."""
+        if self.together.size > 1:
+            self._share_trainings()
+            if self.together.is_first:
+                # Those that failed elsewhere fail here again, and say why.
+                for replica in replicas(self.config):
+                    self.train_replica(replica)
+            self.together.wait()
         return [self.train_replica(replica) for replica in replicas(self.config)]
+
+    def _share_trainings(self) -> None:
+        """Dictionaries that all processes can learn together, one after another; then the others, each by one of them.
+
+        One of the others that fails is left out.
+        """
+        alone: dict[Path, Replica] = {}
+        for replica in replicas(self.config):
+            source = source_training(self.config, replica.method)
+            if replica.method.learns_by_ranks:
+                self.train_replica(replica, self.together)
+            else:
+                alone.setdefault(self._training(replica.method, source)[0], replica)
+        # Sources first: sorted by whether there is one.
+        ordered = dict(sorted(alone.items(), key=lambda entry: entry[1].method.source is not None))
+        numbers = {folder: number for number, folder in enumerate(ordered)}
+
+        def after(method: Method) -> int | None:
+            source = source_training(self.config, method)
+            return None if source is None else numbers.get(self._training(source, None)[0])
+
+        self.together.share([Task(partial(self._try_training, r), after(r.method)) for r in ordered.values()])
+        self.together.wait()
+
+    def _try_training(self, replica: Replica) -> None:
+        try:
+            self.train_replica(replica)
+        except KsvdSaeError as error:
+            logger.error("%s failed: %s", replica.label, error.what)
 
     def trained(self) -> list[TrainedDictionary]:
         """Every training of the config; ManifestError if one has not been done."""
@@ -186,25 +238,26 @@ class Run:
         """One dictionary, learned or reused; it need not be in the config, but what it is derived from must be."""
         return self.train_replica(Replica(name, method, self._seed(method), name))
 
-    def train_replica(self, replica: Replica) -> TrainedDictionary:
-        """One training, done or reused."""
+    def train_replica(self, replica: Replica, together: Together = ALONE) -> TrainedDictionary:
+        """One training, done or reused. Args: together: the processes that all call this, for one that they share."""
         method, source = replica.method, source_training(self.config, replica.method)
         folder, key = self._training(method, source)
-        if is_finished(folder, TRAIN_STAGE, key):
+        if together.first(lambda: is_finished(folder, TRAIN_STAGE, key)):
             logger.info("train %s: reusing %s", replica.label, folder)
             return self._opened(replica)
         taken_from = None
         if source is not None and method.source is not None:
             other = self.train_one(method.source, source)
             taken_from = Source(other.method, other.folder, other.manifest["samples_seen"])
-        setting = self.setting(method)
-        with sole_writer(folder, f"train {replica.label}"):
-            if is_finished(folder, TRAIN_STAGE, key):
+        setting = replace(self.setting(method), ranks=together.ranks(self.device))
+        with together.writing(folder, f"train {replica.label}"):
+            if together.first(lambda: is_finished(folder, TRAIN_STAGE, key)):
                 return self._opened(replica)
-            method.clear_unfinished(folder)
+            together.first(lambda: method.clear_unfinished(folder))
             started = time.perf_counter()
             facts = method.train(setting, folder, taken_from).manifest(time.perf_counter() - started)
-            write_manifest(folder, TRAIN_STAGE, key, name=replica.label, device=str(self.device), **facts)
+            if together.is_first:
+                write_manifest(folder, TRAIN_STAGE, key, name=replica.label, device=str(self.device), **facts)
         logger.info("train %s: %s s, %s", replica.label, facts["seconds"], folder)
         return self._opened(replica)
 
@@ -262,17 +315,54 @@ class Run:
         Returns: the stage's manifest.
         Raises: EvaluationError if a score is missing (finished ones are kept), ManifestError if a stage before is.
         """
-        if not is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
+        together, found = self.together, False
+        if together.first(self.is_evaluated):
+            found = True
+        else:
             if not train:
                 self.trained()
-            with sole_writer(self._evaluation_folder, f"evaluate {self.config.name}"):
-                # Another process may have finished it meanwhile.
-                if not is_finished(self._evaluation_folder, EVALUATE_STAGE, self._evaluation_key):
-                    return self._evaluate(show)
-        if train:
-            self.train()
-        logger.info("evaluate: reusing %s", self._evaluation_folder)
+            with together.writing(self._evaluation_folder, f"evaluate {self.config.name}"):
+                # Another run may have finished it meanwhile.
+                found = together.first(self.is_evaluated)
+                if not found:
+                    if together.size > 1:
+                        self._share_evaluation(train)
+                    if together.is_first:
+                        self._evaluate(show)
+        if found:
+            if train:
+                self.train()
+            logger.info("evaluate: reusing %s", self._evaluation_folder)
         return self.evaluated()
+
+    def _share_evaluation(self, train: bool) -> None:
+        """Each score, and what the report shows of atoms, by one of the processes; what fails is left out."""
+        from ksvd_sae.evals.panel import shared_tasks
+        from ksvd_sae.evals.saebench.loaded_model import LoadedModel
+
+        if train:
+            self._share_trainings()
+        every = list(replicas(self.config))
+        finished = self.together.first(lambda: [r.label for r in every if self.is_trained(r.method)])
+        trained = [self._opened(replica) for replica in every if replica.label in finished]
+        panel = [self._panelist(view) for one in trained for view in one.in_views()]
+        setting, sections = self.eval_setting, list(self.config.evaluation.seeded())
+        with LoadedModel(setting.weights, setting.prepend_bos).in_use() as model:
+            for at_once in (True, False):
+                some = [section for section in sections if section.at_once == at_once]
+                tasks = shared_tasks(panel, some, setting, self.evaluations, model)
+                if not at_once and len(trained) == len(every):
+                    tasks.append(Task(self._try_examples))
+                self.together.share(tasks)
+                # As in ``_scored``.
+                setting.between_calls.clear()
+        self.together.wait()
+
+    def _try_examples(self) -> None:
+        try:
+            self._examples()
+        except KsvdSaeError as error:
+            logger.error("the report's atoms failed: %s", error.what)
 
     def _evaluate(self, show: Callable[[Scores], None] | None) -> dict[str, Any]:
         from ksvd_sae.evals.panel import result_files
@@ -329,7 +419,9 @@ class Run:
         if not panel:
             raise next(iter(failures.values()))
         left = [section for section in evaluation.seeded() if not section.at_once]
-        for result in run_evals(panel, left, setting, output, evaluation.processes):
+        # What other processes have scored is only read.
+        processes = evaluation.processes if self.together.size == 1 else 1
+        for result in run_evals(panel, left, setting, output, processes):
             # Nobody here has what it compares: several trainings, or a kind that can be learned elsewhere.
             if not result.metrics:
                 continue

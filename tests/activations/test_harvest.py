@@ -303,16 +303,14 @@ def test_stopped_while_finishing_the_model_is_not_loaded_again(
     assert content(tmp_path) == content(uninterrupted[0].folder)
 
 
-def test_a_damaged_raw_part_is_collected_again(
+def test_a_damaged_raw_part_alone_is_collected_again(
     tmp_path: Path, uninterrupted: tuple[ActivationShards, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(StoppedError):
         run(tmp_path, Reader(stop_at=18))
     damaged = tmp_path / "raw" / "train-00001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    entries = raw_entries(tmp_path)
-    good = [e for name, e in entries.items() if name < "train" or name == "train-00000"]
-    assert len(good) < len(entries) - 1
+    good = [e for name, e in raw_entries(tmp_path).items() if name != "train-00001"]
     resumed = Reader()
     run(tmp_path, resumed)
     assert "train-00001" in caplog.text

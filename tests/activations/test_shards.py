@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STATISTICS_FILE, ActivationShards, write_shard
 from ksvd_sae.errors import KsvdSaeError, ManifestError, ShapeError, ShardError
+from ksvd_sae.learning.ranks import Ranks
 from ksvd_sae.store import MANIFEST
 from tests.activations.conftest import KEY, StoreHarvest
 from tests.learners import learner
@@ -119,6 +120,30 @@ def test_kept_on_the_device_changes_no_bit(store_harvest: StoreHarvest) -> None:
     shards = store_harvest(*x_ND.split([30, 50, 10]))
     fitted = [learner(12, 2, passes=3, batch_samples=32, keep_on_device=keep).fit(shards) for keep in (False, True)]
     assert torch.equal(fitted[0].atoms_MD, fitted[1].atoms_MD)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("batch_samples", [1, 4, 7, 1000])
+def test_each_process_reads_its_part_of_each_batch(
+    store_harvest: StoreHarvest, batch_samples: int, seed: int | None
+) -> None:
+    """Of batches of fewer samples than processes some get none."""
+    shards = store_harvest(*numbered(5, 1, 4, 1))
+    parts = [shards.batches(batch_samples, seed=seed, part=Ranks(rank, 3).part) for rank in range(3)]
+    joined = [torch.cat(of_ranks) for of_ranks in zip(*parts, strict=True)]
+    whole = list(shards.batches(batch_samples, seed=seed))
+    assert len(joined) == len(whole)
+    assert all(map(torch.equal, joined, whole))
+
+
+def test_checksums_are_shared_out(store_harvest: StoreHarvest) -> None:
+    folder = store_harvest(*numbered(5, 5, 5)).folder
+    (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-1] + b"?")
+    shards = ActivationShards.open(folder)
+    for rank in (0, 2):
+        assert len(list(shards.checked(Ranks(rank, 3).part).batches(15))) == 1
+    with pytest.raises(ShardError, match="its checksum is not the manifest's"):
+        shards.checked(Ranks(1, 3).part)
 
 
 @pytest.mark.parametrize("batch_samples", [0, -1])

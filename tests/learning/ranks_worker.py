@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ksvd_sae.learning import gram
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
 from ksvd_sae.learning.ranks import Ranks
@@ -49,6 +50,8 @@ CASES: dict[str, Callable[[], tuple[Tensor, LearnerOptions]]] = {
     # Random atoms, of which some are far from all samples.
     "redrawn": lambda: (samples(1201), options(100, Coding(1), init="random", passes=4, redraw="data")),
     "redrawn from residuals": lambda: (samples(1201), options(100, Coding(1), init="random", passes=4)),
+    "parts of the Gram matrix": lambda: (samples(1201), options(batch_samples=1201, passes=2, duplicate_cosine=0.8)),
+    "parts of groups' Gram matrices": lambda: (samples(1201), options(coding=Coding(4, groups=(8, 16)))),
     "a rank with no data": lambda: (samples(41), options(n_atoms=8, batch_samples=2, init="random", passes=1)),
     "a rank of zeros": lambda: (samples(1201, zeros=500), options(batch_samples=1201, passes=2)),
     "tiny numbers": lambda: (samples(1201) * 1e-9, options()),
@@ -78,6 +81,8 @@ def _learn_all(ranks: Ranks, folder: Path) -> None:
     rank, size = ranks.rank, ranks.size
     for name, case in CASES.items():
         x_ND, chosen = case()
+        # As between GPUs.
+        gram._SENT_BETWEEN = {"cpu"} if name.startswith("parts of") else {"cuda"}
         log = folder / f"{name}.{size}.jsonl"
         learner = DictionaryLearner(chosen, device="cpu", ranks=ranks, log_path=log).fit(x_ND)
         if rank in (0, size - 1):

@@ -1,4 +1,4 @@
-"""What learns, and the GPU benchmark, need torch, numpy, numba, triton and safetensors: run where nothing else is."""
+"""What learns, and benchmarks of GPUs and processes, need torch, numpy, numba, triton and safetensors alone."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ sys.meta_path.insert(0, Refusing())
 import ksvd_sae.learning
 
 names = [each.name for each in pkgutil.walk_packages(ksvd_sae.learning.__path__, "ksvd_sae.learning.")]
-for name in [*names, "ksvd_sae.bench.gpu"]:
+for name in [*names, "ksvd_sae.bench.gpu", "ksvd_sae.bench.processes"]:
     importlib.import_module(name)
 
 import torch

@@ -25,6 +25,7 @@ from ksvd_sae.activations.vision.model import ImageReader, VisionModelConfig
 from ksvd_sae.errors import ImageError
 from ksvd_sae.progress import progress
 from ksvd_sae.store import atomic_path, content_hash, file_sha256, write_json
+from ksvd_sae.together import ALONE, Together
 
 _GRID_FILE, _PREPROCESSING_FILE = "grid.json", "preprocessing.json"
 
@@ -69,7 +70,12 @@ class ImageHarvest:
 
 
 def run_image_harvest(
-    harvest: ImageHarvest, folder: Path, reader: Callable[[], ImageReader], *, needs_labels: bool = False
+    harvest: ImageHarvest,
+    folder: Path,
+    reader: Callable[[], ImageReader],
+    *,
+    needs_labels: bool = False,
+    together: Together = ALONE,
 ) -> ActivationShards:
     """Collect and finish a harvest in ``folder``, or reuse the finished one there.
 
@@ -77,20 +83,25 @@ def run_image_harvest(
         folder: one that another key made is refused.
         reader: called once, and only if there is something left to collect.
         needs_labels: refuse images without classes before anything is collected.
+        together: the processes that collect it: the same bits as by one.
     Raises: ImageError (too few images, a broken one, none with a class), HubError, ActivationError, DiskSpaceError,
         ManifestError.
     """
-    return collected(folder, harvest.key, lambda: _make(harvest, folder, reader, needs_labels))
+    return collected(folder, harvest.key, lambda: _make(harvest, folder, reader, needs_labels, together), together)
 
 
-def _make(harvest: ImageHarvest, folder: Path, reader: Callable[[], ImageReader], needs_labels: bool) -> None:
+def _make(
+    harvest: ImageHarvest, folder: Path, reader: Callable[[], ImageReader], needs_labels: bool, together: Together
+) -> None:
     started = time.perf_counter()
-    collection = Collection(folder, harvest.config, "images")
+    collection = Collection(folder, harvest.config, "images", together)
     prepared = collection.raw / _PREPROCESSING_FILE
-    if not (collection.is_whole and (folder / IMAGES_FILE).exists() and prepared.exists()):
+    if not together.all(collection.is_whole and (folder / IMAGES_FILE).exists() and prepared.exists()):
         loaded = reader()
-        write_json(prepared, loaded.preprocessing)
-        _collect(harvest, loaded, collection, needs_labels)
+        if together.is_first:
+            write_json(prepared, loaded.preprocessing)
+        _collect(harvest, loaded, collection, needs_labels, together)
+    together.wait()
     facts = {
         "grid": json.loads((collection.raw / _GRID_FILE).read_text()),
         "preprocessing": json.loads(prepared.read_text()),
@@ -110,7 +121,10 @@ def _make(harvest: ImageHarvest, folder: Path, reader: Callable[[], ImageReader]
     collection.finish(harvest.key, harvest.seed, seconds, of_part, prepend_bos=False, **facts)
 
 
-def _collect(harvest: ImageHarvest, reader: ImageReader, collection: Collection, needs_labels: bool) -> None:
+def _collect(
+    harvest: ImageHarvest, reader: ImageReader, collection: Collection, needs_labels: bool, together: Together
+) -> None:
+    """What all processes find alike, rank 0 writes."""
     config, stream, drawn = harvest.config, harvest.images.images(harvest.seed), list[LabelledImage]()
 
     def read(images: list[LabelledImage]) -> Tensor:
@@ -118,9 +132,14 @@ def _collect(harvest: ImageHarvest, reader: ImageReader, collection: Collection,
             raise _no_label(harvest.images, without[0])
         x_BTD = reader.read(reader.pixels(images))
         # Before the part that it is of, so that a harvest that was stopped knows it.
-        if not collection.is_begun:
+        if together.is_first and not collection.is_begun:
             write_json(collection.raw / _GRID_FILE, asdict(reader.grid))
         return x_BTD.flatten(0, 1)
+
+    def count(images: list[LabelledImage]) -> int:
+        if reader.is_new:
+            reader.read(reader.pixels(images[:1]))
+        return len(images) * reader.grid.tokens
 
     def remembered() -> Iterator[LabelledImage]:
         for image in stream:
@@ -129,14 +148,14 @@ def _collect(harvest: ImageHarvest, reader: ImageReader, collection: Collection,
 
     with progress("harvest", collection.wanted_tokens, "tokens") as advance:
         advance(collection.n_tokens())
-        whole = collection.fill("heldout", remembered(), config.batch_images, read, advance)
+        whole = collection.fill("heldout", remembered(), config.batch_images, read, count, advance)
         if not whole:
             raise _too_few(harvest, "heldout", collection)
-        if not (collection.folder / IMAGES_FILE).exists():
+        if together.is_first and not (collection.folder / IMAGES_FILE).exists():
             write_images(collection.folder / IMAGES_FILE, drawn, reader, config.batch_images)
         heldout = {image.origin for image in drawn if image.origin is not None}
         others = (image for image in stream if image.origin not in heldout)
-        if not collection.fill("train", others, config.batch_images, read, advance):
+        if not collection.fill("train", others, config.batch_images, read, count, advance):
             raise _too_few(harvest, "train", collection)
 
 

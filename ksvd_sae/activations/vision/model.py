@@ -157,6 +157,11 @@ class ImageReader:
         self._grid: Grid | None = None
 
     @property
+    def is_new(self) -> bool:
+        """Whether it has read nothing yet."""
+        return self._grid is None
+
+    @property
     def grid(self) -> Grid:
         """Of the images that were read."""
         assert self._grid is not None

@@ -95,6 +95,7 @@ class AutoInterpEval(SeededEval):
 
     name: ClassVar[str] = "autointerp"
     hooks: ClassVar[str] = IN_A_BLOCK
+    one_process: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model up to the hook once for a panel; a judge's answers for each latent"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(

@@ -29,6 +29,7 @@ class SaeProbesEval(SeededEval):
     name: ClassVar[str] = "sparse_probing_sae_probes"
     # sae-probes could do without; SAEBench wants an SAE's layer, and reads results under names with "blocks." in them.
     hooks: ClassVar[str] = IN_A_BLOCK
+    one_process: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     demo_seconds: ClassVar[float] = 250
     columns: ClassVar[tuple[Column, ...]] = tuple(

@@ -29,6 +29,7 @@ class StabilityEval(Eval):
     reads: ClassVar[Reads] = "activations"
     on_by_default: ClassVar[bool] = True
     ours: ClassVar[bool] = True
+    one_process: ClassVar[bool] = True
     cost: ClassVar[str] = "a matching of atoms for each pair of trainings: a second at 2,048, minutes at 16,384"
     demo_seconds: ClassVar[float] = 1
     columns: ClassVar[tuple[Column, ...]] = (

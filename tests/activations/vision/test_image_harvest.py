@@ -17,6 +17,8 @@ from ksvd_sae.activations.vision.images import ImagesConfig
 from ksvd_sae.activations.vision.model import ImageReader, VisionModelConfig
 from ksvd_sae.errors import ImageError, ManifestError, ShardError
 from ksvd_sae.store import MANIFEST
+from ksvd_sae.together import Together
+from tests.threads import in_ranks
 from tests.tiny_vision import D_MODEL, PATCH, PIXELS
 
 SIDE = PIXELS // PATCH
@@ -260,3 +262,18 @@ def test_altered_places_are_refused(finished: ActivationShards, tmp_path: Path) 
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(ShardError, match="checksum"):
         HeldoutImages(ActivationShards.open(folder, "heldout")).patches()
+
+
+def test_by_three_processes(
+    finished: ActivationShards, image_folder: Path, dinov2_folder: Path, reader: ImageReader, tmp_path: Path
+) -> None:
+    """The same bits."""
+    harvest, folder = harvest_of(image_folder, dinov2_folder), tmp_path / "h" / "three"
+
+    def own(together: Together) -> None:
+        # A reader that has not read anything yet.
+        fresh = ImageReader(harvest.model, reader.device)
+        run_image_harvest(harvest, folder, lambda: fresh, together=together)
+
+    in_ranks(3, own)
+    assert content(folder) == content(finished.folder)

@@ -1,0 +1,5 @@
+"""``python -m ksvd_sae``, and so ``torchrun -m ksvd_sae``: the command line."""
+
+from ksvd_sae.cli import app
+
+app(prog_name="ksvd-sae")
