@@ -89,6 +89,19 @@ def _without_gaps(entries: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     return [entries[number] for number in takewhile(entries.__contains__, count())]
 
 
+def reading_order(shards: ActivationShards) -> Tensor | None:
+    """Of each sample of a part, how many of the part were read before it; None for activations from elsewhere.
+
+    A harvest keeps no such places: they are drawn again as they were when it was shuffled.
+    """
+    seed = shards.manifest["key"].get("seed")
+    return None if seed is None else _shuffle(shards.n_samples, shards.part, seed)
+
+
+def _shuffle(n_samples: int, part: str, seed: int) -> Tensor:
+    return torch.randperm(n_samples, generator=torch.Generator().manual_seed(seed + PARTS.index(part)))
+
+
 class Collection:
     """The raw parts of a harvest that are there, and those to come.
 
@@ -264,9 +277,8 @@ class Collection:
         where = {}
         for part in PARTS:
             kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
-            generator = torch.Generator().manual_seed(seed + PARTS.index(part))
             of = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
-            where[part] = of[torch.randperm(len(of), generator=generator)]
+            where[part] = of[_shuffle(len(of), part, seed)]
             self._write_shuffled(part, raw[part], where[part])
         raw.clear()
         self._together.wait()

@@ -15,6 +15,9 @@ from ksvd_sae.report import scores as score_table
 from ksvd_sae.report.atoms import read_examples
 from ksvd_sae.report.budget import of_one_budget
 from ksvd_sae.report.differences import against_best, verdict_section, write_verdicts
+from ksvd_sae.report.items import FILE as ITEMS
+from ksvd_sae.report.items import items_of, read_items, reads_from, write_items
+from ksvd_sae.report.power import power_section
 from ksvd_sae.report.published.section import published_section
 from ksvd_sae.report.raw import OWN_EVALS, RAW, result_name, write_raw
 from ksvd_sae.report.sections import Section, section_markdown
@@ -60,6 +63,7 @@ def write_comparison(
         shutil.rmtree(folder / name, ignore_errors=True)
     write_raw(folder / RAW, _raw_files(manifest, evaluations, list(examples.values()), logs))
     score_table.write_csv(frame, folder / "comparison.csv")
+    write_items(items_of(frame, reads_from(evaluations)), folder / ITEMS)
     # All that is shown follows from what is kept, digit for digit.
     frame = score_table.read_csv(folder / "comparison.csv")
     few, which = of_one_budget(frame, controls)
@@ -69,8 +73,14 @@ def write_comparison(
     published = published_section(config, frame, version, controls, bos)
     line = "" if isinstance(published, Section) else published
     notes += [line] if line else []
-    compared = against_best(frame, config.saes)
-    tables_below = [pivot.coder_section(frame, config), verdict_section(compared), published]
+    items = read_items(folder)
+    compared = against_best(frame, config.saes, items)
+    tables_below = [
+        pivot.coder_section(frame, config),
+        verdict_section(compared),
+        power_section(frame, items),
+        published,
+    ]
     sections = [section for section in tables_below if isinstance(section, Section)]
     write_verdicts(compared, folder / "verdicts.csv")
     tables.write_markdown(

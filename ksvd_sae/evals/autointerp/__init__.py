@@ -1,6 +1,7 @@
 """SAEBench's automated interpretability, judged by whom the config says."""
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from typing_extensions import Self
 
 from ksvd_sae.errors import ConfigError
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_values
 from ksvd_sae.strict import Strict
 
 
@@ -106,10 +108,13 @@ class AutoInterpEval(SeededEval):
             "how often a judge that explained a latent in words predicts from them whether it fires in a text "
             "(fraction of texts, mean over latents)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )
     reads_signs: ClassVar[bool] = True
+    items_are: ClassVar[str] = "latents"
+    own_items: ClassVar[bool] = True
     published: ClassVar = {
         "judge": "gpt-4o-mini",
         "dataset": "monology/pile-uncopyrighted",
@@ -161,6 +166,11 @@ class AutoInterpEval(SeededEval):
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
         return Work(read=self.total_tokens, cached=self.total_tokens, coded_each=self.total_tokens)
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        latents = result.get("eval_result_unstructured", {})
+        yield from of_values("autointerp_score", ((latent, one.get("score")) for latent, one in latents.items()))
 
     def as_published(self) -> dict[str, JsonValue]:
         return {**super().as_published(), "judge": self.judge_name}

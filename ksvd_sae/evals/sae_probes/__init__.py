@@ -1,11 +1,13 @@
 """SAEBench's sparse probing on the data sets of sae-probes, which the package brings along: no Hub is needed."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_details
 
 # Numbers of latents that SAEBench's format of sae-probes' results has a place for.
 ProbeSize = Literal[1, 2, 5, 10, 20, 50, 100]
@@ -32,6 +34,7 @@ class SaeProbesEval(SeededEval):
     one_process: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     demo_seconds: ClassVar[float] = 250
+    items_are: ClassVar[str] = "data sets"
     columns: ClassVar[tuple[Column, ...]] = tuple(
         Column(
             f"sae-probes top-{k}",
@@ -41,12 +44,17 @@ class SaeProbesEval(SeededEval):
             f"test accuracy of a linear probe on the {latents} at a text's last token "
             "(fraction of texts, mean over data sets)",
             "higher",
+            matters=0.02,
             reference="llm_test_accuracy",
             reference_is="a probe on the whole activation",
             optional=True,
         )
         for k, latents in ((1, "single best latent"), (5, "five best latents"))
     )
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        yield from of_details(result, "dataset_name", {column.metric: column.metric for column in cls.columns})
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
         from sae_probes import DATASETS

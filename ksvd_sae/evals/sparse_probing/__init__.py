@@ -1,11 +1,13 @@
 """SAEBench's sparse probing: what a few latents tell of a text's class."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_groups
 from ksvd_sae.offline import bbc_news
 
 
@@ -23,6 +25,7 @@ class SparseProbingEval(SeededEval):
     of_layers: ClassVar[bool] = True
     hooks: ClassVar[str] = IN_A_BLOCK
     on_by_default: ClassVar[bool] = True
+    items_are: ClassVar[str] = "classes"
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -32,6 +35,7 @@ class SparseProbingEval(SeededEval):
             "score",
             "test accuracy of a linear probe on the single best latent (fraction of texts)",
             "higher",
+            matters=0.02,
             reference="llm_top_1_test_accuracy",
         ),
         Column(
@@ -41,6 +45,7 @@ class SparseProbingEval(SeededEval):
             "score",
             "test accuracy of a linear probe on the five best latents (fraction of texts)",
             "higher",
+            matters=0.02,
             reference="llm_top_5_test_accuracy",
         ),
     )
@@ -70,6 +75,12 @@ class SparseProbingEval(SeededEval):
     def write_data(self, folder: Path) -> None:
         if bbc_news.NAME in (self.datasets or ()):
             bbc_news.write_probing_dataset(folder / bbc_news.NAME)
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        for column in cls.columns:
+            metrics = result.get("eval_result_unstructured", {}).items()
+            yield from of_groups(column.metric, {dataset: of.get(column.metric, {}) for dataset, of in metrics})
 
     def notes(self) -> list[str]:
         if self.datasets != [bbc_news.NAME]:

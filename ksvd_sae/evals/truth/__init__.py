@@ -61,6 +61,7 @@ class TruthEval(MeasuredHere, SeededEval):
             "how well a latent's firing tells its nearest true feature's, learned again in a synthetic world, latents "
             "below the best threshold dropped, which other samples chose (F1, mean over latents)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -70,6 +71,7 @@ class TruthEval(MeasuredHere, SeededEval):
             "score",
             "the same for codes as they come (F1, mean over latents)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -79,6 +81,7 @@ class TruthEval(MeasuredHere, SeededEval):
             "score",
             "mean |cos| of latents and true features, each matched to another (no unit)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )
