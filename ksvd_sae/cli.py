@@ -528,12 +528,17 @@ def _errors_as_messages(verbose: bool) -> Iterator[None]:
         _err.print(f"[bold red]{type(error).__name__}[/bold red]", highlight=False)
         _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _err.print("stopped; run the same command again to go on", highlight=False)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        _err.print("stopped; what is finished is kept: run the same command again to go on", highlight=False)
+        # As shells have it: 128 and the signal's number.
+        sys.exit(128 + (signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT))
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 def _stop_as_by_hand() -> Any:
@@ -542,7 +547,7 @@ def _stop_as_by_hand() -> Any:
         return None
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     return signal.signal(signal.SIGTERM, stop)
 
