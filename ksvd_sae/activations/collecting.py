@@ -29,6 +29,7 @@ from ksvd_sae.strict import Strict
 logger = logging.getLogger(__name__)
 PARTS = ("heldout", "train")
 _KEY_FILE = "key.json"
+_RAW = "raw"
 # Shards that are written and hashed at a time, beside the one that is gathered.
 _WRITERS = 2
 T = TypeVar("T")
@@ -56,7 +57,9 @@ def collected(folder: Path, key: dict[str, Any], make: Callable[[], None]) -> Ac
 
     Raises: ManifestError for a folder that another key made.
     """
-    if is_finished(folder, STAGE, key):
+    raw = folder / _RAW
+    # A harvest that was stopped at its very end has not removed them.
+    if is_finished(folder, STAGE, key) and not raw.exists():
         logger.info("harvest: reusing %s", folder)
         return ActivationShards.open(folder, key=key)
     with sole_writer(folder, "harvest"):
@@ -64,6 +67,7 @@ def collected(folder: Path, key: dict[str, Any], make: Callable[[], None]) -> Ac
         if not is_finished(folder, STAGE, key):
             _claim(folder, key)
             make()
+        shutil.rmtree(raw, ignore_errors=True)
     return ActivationShards.open(folder, key=key)
 
 
@@ -92,7 +96,7 @@ class Collection:
 
     @property
     def raw(self) -> Path:
-        return self.folder / "raw"
+        return self.folder / _RAW
 
     @property
     def wanted_tokens(self) -> int:
@@ -201,7 +205,7 @@ class Collection:
         of_part: Callable[[str, Tensor], dict[str, Any]],
         **facts: Any,
     ) -> None:
-        """Outliers out, shuffle, statistics, shards, manifest; then the raw parts go.
+        """Outliers out, shuffle, statistics, shards, manifest.
 
         Args: of_part: what the manifest says of a part beside its shards, from the places in reading order of the
             samples of its shards. facts: what it says of the harvest.
@@ -226,8 +230,6 @@ class Collection:
         statistics = running.result(median_norm)
         limit_kept = limit if limit != float("inf") else None
         finish(self.folder, key, parts, statistics, limit_kept, seconds(), **facts)
-        raw.clear()
-        shutil.rmtree(self.raw)
 
     def _open_raw(self, entry: dict[str, Any]) -> Tensor:
         # safetensors maps the file: rows are read from disk as they are gathered.

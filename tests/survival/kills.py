@@ -1,9 +1,10 @@
 """Stops the stages of a run at random moments, and looks whether going on ends as if nothing had been.
 
-``python -m tests.survival.kills FOLDER WAY TIMES STAGE ...``: each of the stages is stopped TIMES times, by SIGKILL of all
-that it started, by SIGINT to all of it, as a terminal sends it, or by SIGTERM; up to four times in a row, each time going
-on where it was stopped before, then it is left to end; then all that the stage wrote is compared with what an undisturbed
-run of it wrote. What ended before it was stopped does not count, nor does what was stopped before the command began.
+``python -m tests.survival.kills FOLDER WAY TIMES STAGE ...``: each of the stages is stopped TIMES times, by SIGKILL of
+all that it started, by SIGINT to all of it, as a terminal sends it, or by SIGTERM; up to four times in a row, each time
+going on where it was stopped before, then it is left to end; then all that the stage wrote is compared with what an
+undisturbed run of it wrote. What ended before it was stopped does not count, nor what was stopped before the command
+began.
 
 A process of its own: each stage is the command, in a fork of it, which has imported everything and computed nothing.
 Prints {stage: [times, those after which all was the same]}.
