@@ -187,6 +187,7 @@ def run(
 
     def steps(run: "Run") -> None:
         started = time.perf_counter()
+        run.check_results()
         run.harvest()
         harvested = time.perf_counter()
         _err.print(f"[bold]harvest[/bold] done in {harvested - started:.0f} s", highlight=False)
@@ -240,6 +241,7 @@ def efficiency(
     def steps(run: "Run") -> None:
         from ksvd_sae.report.efficiency import write_efficiency
 
+        run.check_results()
         run.harvest()
         plot, n_points = write_efficiency(run, passes)
         _out.print(f"{n_points} points; plot: {plot}", highlight=False, markup=False, soft_wrap=True)

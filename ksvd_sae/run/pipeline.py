@@ -32,6 +32,7 @@ from ksvd_sae.store import (
     content_hash,
     is_finished,
     read_manifest,
+    require_writable,
     sole_writer,
     write_manifest,
 )
@@ -88,6 +89,10 @@ class Run:
                 cure="set KSVD_SAE_CACHE to a folder of your own, and HF_HOME to one for what the Hub gives",
             ) from error
         self.config.model.prepare()
+
+    def check_results(self) -> None:
+        """Raise ManifestError if tables and report could not be written once there are scores."""
+        require_writable(self.results, f"results of {self.config.name}")
 
     def part(self, cells: str) -> "Run":
         """The run of some of its dictionaries, and of all others that are finished, so that tables have both.

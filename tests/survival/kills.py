@@ -4,7 +4,7 @@
 all that it started, by SIGINT to all of it, as a terminal sends it, or by SIGTERM; up to four times in a row, each time
 going on where it was stopped before, then it is left to end; then all that the stage wrote is compared with what an
 undisturbed run of it wrote. What ended before it was stopped does not count, nor what was stopped before the command
-began.
+began. With TWICE for WAY nothing is stopped: two processes run the stage at once.
 
 A process of its own: each stage is the command, in a fork of it, which has imported everything and computed nothing.
 Prints {stage: [times, those after which all was the same]}.
@@ -22,7 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-FOLDER, WAY, TIMES, STOPPED = Path(sys.argv[1]), signal.Signals[sys.argv[2]], int(sys.argv[3]), sys.argv[4:]
+FOLDER, TIMES, STOPPED = Path(sys.argv[1]), int(sys.argv[3]), sys.argv[4:]
+WAY = None if sys.argv[2] == "TWICE" else signal.Signals[sys.argv[2]]
 # Read as the Hub libraries are imported.
 os.environ |= {"HF_HOME": str(FOLDER / "hf-home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "KSVD_SAE_CACHE": "cache"}
@@ -108,8 +109,14 @@ def ended(child: int, place: Path) -> None:
     assert status == 0, (place / "said").read_text()[-6000:]
 
 
+def twice(stage: str, place: Path) -> None:
+    for child in [begun(stage, place) for _ in range(2)]:
+        ended(child, place)
+
+
 def stopped(stage: str, place: Path, after_s: float) -> bool:
     """Whether the signal came between the command's beginning and its end."""
+    assert WAY is not None
     child = begun(stage, place)
     time.sleep(after_s)
     with suppress(ProcessLookupError):
@@ -158,7 +165,7 @@ def content(place: Path, hub: Hub) -> dict[str, Any]:
 
 def trials(stage: str, before: Path, whole: Path, hub: Hub, seconds: float) -> int:
     """Times after which all was as in ``whole``."""
-    kept, tried, survived, draw = dict(hub.repositories), 0, 0, random.Random(f"{WAY.name} {stage}")
+    kept, tried, survived, draw = dict(hub.repositories), 0, 0, random.Random(f"{WAY} {stage}")
     wanted = content(whole, hub)
     while tried < TIMES:
         place = FOLDER / "trial"
@@ -168,12 +175,20 @@ def trials(stage: str, before: Path, whole: Path, hub: Hub, seconds: float) -> i
             hub.repositories.clear()
             hub.large.clear()
         in_a_row = 0
-        while in_a_row < min(IN_A_ROW, TIMES - tried) and stopped(stage, place, draw.uniform(0, seconds)):
+        while (
+            WAY is not None
+            and in_a_row < min(IN_A_ROW, TIMES - tried)
+            and stopped(stage, place, draw.uniform(0, seconds))
+        ):
             in_a_row += 1
             if stage == "publish" and hub.repositories:
                 there = hub.files(REPO)
                 assert not there or set(there) == set(_sent(kept)), "half of an upload is there"
-        ended(begun(stage, place), place)
+        if WAY is None:
+            twice(stage, place)
+            in_a_row = 1
+        else:
+            ended(begun(stage, place), place)
         found = content(place, hub)
         different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if different:

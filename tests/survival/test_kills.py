@@ -27,6 +27,11 @@ def test_stopped_stages(way: str, stages: tuple[str, ...], tmp_path: Path) -> No
     assert counts == {stage: [2, 2] for stage in stages}, said
 
 
+def test_two_processes_at_once(tmp_path: Path) -> None:
+    counts, said = stop(tmp_path, "TWICE", 1, "harvest", "train", "evaluate")
+    assert counts == {stage: [1, 1] for stage in ("harvest", "train", "evaluate")}, said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
@@ -34,9 +39,11 @@ def test_stopped_stages(way: str, stages: tuple[str, ...], tmp_path: Path) -> No
     [
         *(("SIGKILL", stage, 50) for stage in STAGES),
         *((way, stage, 20) for way in ("SIGINT", "SIGTERM") for stage in STAGES[:3]),
+        *(("TWICE", stage, 10) for stage in STAGES[:3]),
     ],
 )
 def test_a_stage_that_is_stopped_often(way: str, stage: str, times: int, tmp_path: Path, tally: Tally) -> None:
     counts, said = stop(tmp_path, way, times, stage)
-    tally.add(f"{way} during {stage}", *counts[stage])
+    what = "two processes at once" if way == "TWICE" else way
+    tally.add(f"{what} during {stage}", *counts[stage])
     assert counts == {stage: [times, times]}, said
