@@ -214,6 +214,7 @@ def run(
 
     def steps(run: "Run") -> None:
         started, together = time.perf_counter(), run.together
+        together.first(run.check_results)
         run.harvest()
         harvested = time.perf_counter()
         if together.is_first:
@@ -270,6 +271,7 @@ def efficiency(
     def steps(run: "Run") -> None:
         from ksvd_sae.report.efficiency import write_efficiency
 
+        run.check_results()
         run.harvest()
         plot, n_points = write_efficiency(run, passes)
         _out.print(f"{n_points} points; plot: {plot}", highlight=False, markup=False, soft_wrap=True)
@@ -560,12 +562,17 @@ def _errors_as_messages(verbose: bool) -> Iterator[None]:
         _err.print(f"[bold red]{who}{type(error).__name__}[/bold red]", highlight=False)
         _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        _err.print("stopped; run the same command again to go on", highlight=False)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        _err.print("stopped; what is finished is kept: run the same command again to go on", highlight=False)
+        # As shells have it: 128 and the signal's number.
+        sys.exit(128 + (signal.SIGTERM if isinstance(stopped, _Terminated) else signal.SIGINT))
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 def _stop_as_by_hand() -> Any:
@@ -574,7 +581,7 @@ def _stop_as_by_hand() -> Any:
         return None
 
     def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise _Terminated
 
     return signal.signal(signal.SIGTERM, stop)
 

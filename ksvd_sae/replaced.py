@@ -124,6 +124,22 @@ TABLE: dict[str, Replacement] = {
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_sparse_probing_has_a_closed_list_of_data_sets",),
     ),
+    "sae_bench.evals.sparse_probing.main.get_dataset_activations": Replacement(
+        used_by="sparse probing",
+        instead="the same; the LLM's probes, which come next, are seeded",
+        why="Each SAE is seeded once, before the LLM's probes are trained with the SAE that comes first: its scores "
+        "are others where the LLM's activations were there, as after a run that was stopped.",
+        seen_in=_SAE_BENCH,
+        noticed_by=(_HERE + "test_sparse_probing_scores_depend_on_what_was_there",),
+    ),
+    "sae_bench.sae_bench_utils.activation_collection.get_sae_meaned_activations": Replacement(
+        used_by="sparse probing",
+        instead="the same; the random state is as if the LLM's probes had not been trained",
+        why="Each SAE is seeded once, before the LLM's probes are trained with the SAE that comes first: its scores "
+        "are others where the LLM's activations were there, as after a run that was stopped.",
+        seen_in=_SAE_BENCH,
+        noticed_by=(_HERE + "test_sparse_probing_scores_depend_on_what_was_there",),
+    ),
     "sae_bench.sae_bench_utils.dataset_info.dataset_metadata": Replacement(
         used_by="SCR",
         instead="has our data sets, too, laid out as LabHC/bias_in_bios",

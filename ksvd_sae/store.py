@@ -5,16 +5,18 @@ the hash of what went into it, so a stage that finds a finished folder under its
 reuse it, and a folder that does not match is refused rather than overwritten.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -122,19 +124,52 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
     It is on disk before it takes the place, and the place is before this returns: what follows from it may count on it,
     whatever dies.
+
+    Raises: DiskSpaceError if there is no room for it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _room_in(target.parent, f"writing {target.name}"):
+            yield temporary
         temporary.chmod(0o644)  # mkstemp makes files that only their owner can read
-        _on_disk(temporary)
+        # Some file systems find only now that there is no room.
+        with _room_in(target.parent, f"writing {target.name}"):
+            _on_disk(temporary)
         os.replace(temporary, target)
         _on_disk(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# No room, no more room for this user, and a file larger than is allowed.
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def _room_in(folder: Path, what: str) -> Iterator[None]:
+    """A full disk under ``folder`` is a DiskSpaceError."""
+    try:
+        yield
+    except DiskSpaceError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # As safetensors, which is written in Rust, says it.
+        if said := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(said[1])
+        if number not in _FULL:
+            raise
+        free_bytes = shutil.disk_usage(_there(folder)).free
+        raise DiskSpaceError(
+            f"{what}: no room in {folder}: {os.strerror(number)}",
+            got=f"{free_bytes / 2**30:.2f} GiB free",
+            cause="a limit on the size of files (ulimit -f)" if number == errno.EFBIG else "other data on this disk",
+            cure="make room, or set KSVD_SAE_CACHE to a folder on a larger disk; then run again: what is finished is "
+            "kept",
+        ) from error
 
 
 def _on_disk(path: Path) -> None:
@@ -154,19 +189,21 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
     folder ``locks``: it ends with its process, however that ends.
 
     Args: what: is done, for the message.
-    Raises: ManifestError if no lock can be taken there.
+    Raises: ManifestError if no lock can be taken there, DiskSpaceError if there is no room for what is written inside.
     """
     # Here: learning/ and bench/ run without it.
     from filelock import FileLock, Timeout
 
     path = folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}.lock"
-    lock, owner = FileLock(path), path.with_suffix(".owner")
+    lock, owner, who = FileLock(path), path.with_suffix(".owner"), "another process"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            who = owner.read_text() if owner.exists() else "another process"
+            # It may have ended meanwhile.
+            with suppress(FileNotFoundError):
+                who = owner.read_text() or who
             logger.info("%s: %s is at it; waiting for its result", what, who)
             lock.acquire()
         # Under names of their own, which nobody reads; nobody else writes here now.
@@ -182,7 +219,8 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
             cure="set KSVD_SAE_CACHE to a folder on a local disk",
         ) from error
     try:
-        yield
+        with _room_in(folder, what):
+            yield
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
@@ -304,4 +342,21 @@ def require_disk_space(folder: Path, needed_bytes: int, what: str) -> None:
             got=f"{free_bytes / 2**30:.2f} GiB free",
             limit=f"{needed_bytes / 2**30:.2f} GiB needed",
             cure="free some space, ask for fewer tokens, or set KSVD_SAE_CACHE to a folder on a larger disk",
+        )
+
+
+def _there(folder: Path) -> Path:
+    """The folder, or the one above it that there is."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Raise ManifestError now rather than when there is something to write; the folder need not be there yet."""
+    there = _there(folder)
+    effective = os.access in os.supports_effective_ids
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK, effective_ids=effective):
+        raise ManifestError(
+            f"{what}: {folder} cannot be written",
+            cause=f"{there} is another user's, on a read-only disk, or no folder",
+            cure="--results with a folder of your own",
         )

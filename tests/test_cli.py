@@ -319,7 +319,7 @@ def test_a_scheduler_that_ends_the_job(config: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Run, "harvest", ended)
     done = invoke("harvest", config)
-    assert done.exit_code == 130
+    assert done.exit_code == 143
     assert "run the same command again" in done.stderr
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -273,6 +274,20 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, caplog: pytest.Log
     with sole_writer(folder.with_name("another"), "train y"), sole_writer(folder, "train x"):
         pass
     assert caplog.text.count("waiting") == 1
+
+
+@pytest.mark.parametrize("host", [platform.node(), "another-host"])
+def test_what_a_killed_process_says_of_itself_keeps_nobody(
+    host: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ksvd_sae")
+    owner = tmp_path / "locks" / "dictionaries-one.owner"
+    owner.parent.mkdir()
+    owner.write_text(f"process 1 on {host}")
+    with sole_writer(tmp_path / "dictionaries" / "one", "train x"):
+        assert owner.read_text() == f"process {os.getpid()} on {platform.node()}"
+    assert not owner.exists()
+    assert "waiting" not in caplog.text
 
 
 def test_what_a_killed_process_had_not_finished_is_removed(tmp_path: Path) -> None:

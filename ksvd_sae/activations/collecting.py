@@ -33,6 +33,7 @@ from ksvd_sae.together import ALONE, Together
 logger = logging.getLogger(__name__)
 PARTS = ("heldout", "train")
 _KEY_FILE = "key.json"
+_RAW = "raw"
 # Shards that are written and hashed at a time, beside the one that is gathered.
 _WRITERS = 2
 T = TypeVar("T")
@@ -62,7 +63,9 @@ def collected(
 
     Raises: ManifestError for a folder that another key made.
     """
-    if together.first(lambda: is_finished(folder, STAGE, key)):
+    raw = folder / _RAW
+    # A harvest that was stopped at its very end has not removed them.
+    if together.first(lambda: is_finished(folder, STAGE, key) and not raw.exists()):
         logger.info("harvest: reusing %s", folder)
         return ActivationShards.open(folder, key=key)
     with together.writing(folder, "harvest"):
@@ -70,6 +73,8 @@ def collected(
         if not together.first(lambda: is_finished(folder, STAGE, key)):
             together.first(lambda: _claim(folder, key))
             make()
+        if together.is_first:
+            shutil.rmtree(raw, ignore_errors=True)
     return ActivationShards.open(folder, key=key)
 
 
@@ -117,7 +122,7 @@ class Collection:
 
     @property
     def raw(self) -> Path:
-        return self.folder / "raw"
+        return self.folder / _RAW
 
     @property
     def wanted_tokens(self) -> int:
@@ -262,7 +267,7 @@ class Collection:
         of_part: Callable[[str, Tensor], dict[str, Any]],
         **facts: Any,
     ) -> None:
-        """Outliers out, shuffle, shards; then statistics and manifest by rank 0, and the raw parts go.
+        """Outliers out, shuffle, shards; then statistics and manifest by rank 0.
 
         Args: of_part: what the manifest says of a part beside its shards, from the places in reading order of the
             samples of its shards. facts: what it says of the harvest.
@@ -296,7 +301,6 @@ class Collection:
         statistics = running.result(median_norm)
         limit_kept = limit if limit != float("inf") else None
         finish(self.folder, key, parts, statistics, limit_kept, seconds(), **facts)
-        shutil.rmtree(self.raw)
 
     def _norms(self, raw: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
         """Of every sample; each process takes those of its raw parts."""

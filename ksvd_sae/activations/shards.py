@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.activations.statistics import RunningStatistics, Statistics
-from ksvd_sae.errors import ShapeError, ShardError
+from ksvd_sae.errors import ManifestError, ShapeError, ShardError
 from ksvd_sae.store import atomic_path, file_sha256, read_manifest, write_manifest
 
 STAGE = "harvest"
@@ -98,6 +99,30 @@ def write_harvest(
     return ActivationShards.open(folder, key=key)
 
 
+class _Shard(BaseModel, strict=True):
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    n_samples: int = Field(ge=1)
+    sha256: str
+
+
+class _Part(BaseModel, strict=True):
+    shards: list[_Shard]
+
+
+class _Statistics(BaseModel, strict=True):
+    n_samples: int
+    mean_norm: float
+    median_norm: float
+
+
+class _Harvest(BaseModel, strict=True):
+    """What is read of a harvest's manifest, whatever else it says."""
+
+    d_in: int = Field(ge=1)
+    parts: dict[str, _Part]
+    statistics: _Statistics
+
+
 @dataclass
 class ActivationShards:
     """One part ('train' or 'heldout') of a harvest, in the shuffled order of its shards.
@@ -119,6 +144,17 @@ class ActivationShards:
         Raises: ManifestError (unfinished, or another config), ShardError (a shard is missing).
         """
         manifest = read_manifest(folder, STAGE, key)
+        try:
+            read = _Harvest.model_validate(manifest)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise ManifestError(
+                f"opening harvest {folder}: {'.'.join(map(str, problem['loc']))} of its manifest: {problem['msg']}",
+                cause="a manifest that was written or altered by hand, or another version's",
+                cure=f"delete {folder} and run `ksvd-sae harvest` again",
+            ) from error
+        if part not in read.parts:
+            raise ManifestError(f"opening harvest {folder}: it has no part {part!r}", limit=", ".join(read.parts))
         shards = cls(folder, part, manifest)
         for entry in shards._entries:
             if not (folder / part / entry["file"]).exists():

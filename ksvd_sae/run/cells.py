@@ -75,7 +75,7 @@ def _cells(name: str, entry: Any, entries: dict[str, Any], values: dict[str, lis
 
 def _open_axes(entry: Any) -> list[str]:
     """Axes of a grid that an entry has no value of its own for and must have one."""
-    kind = KINDS.get(entry.get("kind", "")) if isinstance(entry, dict) else None
+    kind = KINDS.get(str(entry.get("kind", ""))) if isinstance(entry, dict) else None
     if kind is None:
         return []
     required = {name for name, field in kind.model_fields.items() if field.is_required()}

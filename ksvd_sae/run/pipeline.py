@@ -34,6 +34,7 @@ from ksvd_sae.store import (
     content_hash,
     is_finished,
     read_manifest,
+    require_writable,
     write_manifest,
 )
 from ksvd_sae.together import ALONE, Task, Together
@@ -100,6 +101,10 @@ class Run:
         self.together.first(self.config.model.prepare)
         if not self.together.is_first:
             self.config.model.prepare()
+
+    def check_results(self) -> None:
+        """Raise ManifestError if tables and report could not be written once there are scores."""
+        require_writable(self.results, f"results of {self.config.name}")
 
     def part(self, cells: str) -> "Run":
         """The run of some of its dictionaries, and of all others that are finished, so that tables have both.

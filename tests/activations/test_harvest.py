@@ -338,6 +338,15 @@ def test_a_finished_harvest_is_reused(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_raw_parts_that_a_stopped_harvest_left_go(tmp_path: Path) -> None:
+    run(tmp_path, Reader())
+    left = tmp_path / "raw" / "train-00003.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"stopped between the manifest and the end")
+    run_harvest(harvest_of(None), tmp_path, no_reader)
+    assert not left.parent.exists()
+
+
 # ---------------------------------------------------------------- refusals
 
 

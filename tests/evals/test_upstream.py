@@ -51,9 +51,9 @@ from ksvd_sae.evals.ravel import adapters as ravel_adapters
 from ksvd_sae.evals.saebench.adapters import heads_flattened, random_states_kept, seed_all, working_directory
 from ksvd_sae.evals.scr.adapters import bias_in_bios_datasets
 from ksvd_sae.evals.scr.run import PROFESSIONS
-from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets
+from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets, llm_probes_apart
 from ksvd_sae.evals.sparse_probing.run import LABELS
-from ksvd_sae.replaced import replaced, resolve
+from ksvd_sae.replaced import Changes, replaced, resolve
 from tests.evals.autointerp.test_lexical import CFG, example
 from tests.evals.autointerp.tiny_autointerp import CONFIG as AUTOINTERP
 from tests.evals.conftest import BIASED, CLASSES, LONG_TEXT, TEXT
@@ -133,6 +133,30 @@ def test_sparse_probing_has_a_closed_list_of_data_sets(
     )
     with working_directory(setting.data_folder), replaced(others), still_raises(error, match, missing):
         sparse_probing.get_dataset_activations(CLASSES, config, tiny_model(), 16, 0, HOOK, "cpu")
+
+
+def test_sparse_probing_scores_depend_on_what_was_there(setting: EvalSetting, tmp_path: Path) -> None:
+    config = SparseProbingEvalConfig(
+        **{"model_name": MODEL_NAME, "llm_dtype": "float32", "llm_batch_size": 16, "k_values": [1]},
+        **{"probe_train_set_size": 40, "probe_test_set_size": 20, "context_length": CONTEXT_TOKENS},
+        dataset_names=[CLASSES],
+    )
+
+    _, sae, _ = general_utils.load_and_format_sae("sae", tiny_topk_sae(), "cpu")
+
+    def scores(*changes: Changes) -> list[list[float]]:
+        artifacts = str(tmp_path / f"{len(changes)}")
+        with working_directory(setting.data_folder), replaced(labelled_text_datasets(LABELS), *changes):
+            found = [
+                sparse_probing.run_eval_single_sae(config, sae, tiny_model(), "cpu", artifacts)[0] for _ in range(2)
+            ]
+        return [[value for value in once.values() if isinstance(value, float)] for once in found]
+
+    first, again = scores(llm_probes_apart())
+    assert first == again
+    stock, then = scores()
+    assert then == again
+    assert stock != then, mended("sae_bench.evals.sparse_probing.main.get_dataset_activations")
 
 
 def test_heads_are_not_flattened(setting: EvalSetting) -> None:

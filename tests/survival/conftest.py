@@ -18,9 +18,12 @@ class Tally:
 
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
+    def add(self, test: str, tried: int, survived: int) -> None:
+        before = self.counts.get(test, (0, 0))
+        self.counts[test] = before[0] + tried, before[1] + survived
+
     def count(self, test: str, survived: bool) -> None:
-        tried, well = self.counts.get(test, (0, 0))
-        self.counts[test] = tried + 1, well + survived
+        self.add(test, 1, survived)
 
     def write(self, path: Path) -> None:
         """Beside the counts of other tests that are there."""

@@ -1,9 +1,13 @@
-"""Kills the stages of a run at random moments, and looks whether going on ends as if nothing had been.
+"""Stops the stages of a run at random moments, and looks whether going on ends as if nothing had been.
 
-``python -m tests.survival.kills FOLDER KILLS SEED``: KILLS times a stage is killed (SIGKILL, with all that it started);
-four such, each going on where the one before was killed, then an undisturbed one; then all that the stage wrote is
-compared with what an undisturbed run of it wrote. A process of its own: each stage runs in a fork of it, which has
-imported everything and computed nothing. Prints {stage: [kills, those after which all was the same]}.
+``python -m tests.survival.kills FOLDER WAY TIMES STAGE ...``: each of the stages is stopped TIMES times, by SIGKILL of
+all that it started, by SIGINT to all of it, as a terminal sends it, or by SIGTERM; up to four times in a row, each time
+going on where it was stopped before, then it is left to end; then all that the stage wrote is compared with what an
+undisturbed run of it wrote. What ended before it was stopped does not count, nor what was stopped before the command
+began. With TWICE for WAY nothing is stopped: two processes run the stage at once.
+
+A process of its own: each stage is the command, in a fork of it, which has imported everything and computed nothing.
+Prints {stage: [times, those after which all was the same]}.
 """
 
 import json
@@ -13,33 +17,37 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-FOLDER, KILLS, SEED = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+FOLDER, TIMES, STOPPED = Path(sys.argv[1]), int(sys.argv[3]), sys.argv[4:]
+WAY = None if sys.argv[2] == "TWICE" else signal.Signals[sys.argv[2]]
 # Read as the Hub libraries are imported.
 os.environ |= {"HF_HOME": str(FOLDER / "hf-home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "KSVD_SAE_CACHE": "cache"}
 
+import sae_bench.evals.core.main  # noqa: E402
+import sae_bench.evals.sparse_probing.main  # noqa: E402, F401
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
 
+from ksvd_sae import cli  # noqa: E402
 from ksvd_sae.activations import harvest as _harvest  # noqa: E402, F401
 from ksvd_sae.evals import panel as _panel  # noqa: E402, F401
-from ksvd_sae.hub.source import open_source  # noqa: E402
-from ksvd_sae.hub.upload import upload  # noqa: E402
-from ksvd_sae.hub.write import write_folder  # noqa: E402
-from ksvd_sae.report.compare import compare  # noqa: E402
-from ksvd_sae.run.config import load_config  # noqa: E402
-from ksvd_sae.run.pipeline import Run  # noqa: E402
+from ksvd_sae.hub import source as _source  # noqa: E402, F401
+from ksvd_sae.learning.kernels import pursuit_numba as _pursuit_numba  # noqa: E402, F401
+from ksvd_sae.methods.sae import sparse_steps_numba as _sparse_steps_numba  # noqa: E402, F401
+from ksvd_sae.report import compare as _compare  # noqa: E402, F401
+from ksvd_sae.run import pipeline as _pipeline  # noqa: E402, F401
 from tests import tiny_models  # noqa: E402
-from tests.command_line import EVAL_CONFIGS  # noqa: E402
 from tests.hub.server import OWNER, TOKEN, Hub, served  # noqa: E402
-from tests.path.conftest import CONFIG, SHRUNK  # noqa: E402
+from tests.survival.tiny_run import NAME, write_place  # noqa: E402
 
 IN_A_ROW = 4
+# On a machine that has other things to do.
+SOON_S = 30
 REPO = f"{OWNER}/dictionaries"
 # What is not a result: when, and how long it took.
 _NOT_RESULTS = {
@@ -51,44 +59,18 @@ _NOT_RESULTS = {
     "eval_id",
     "eval_result_unstructured",
 }
-CHANGES = {
-    **SHRUNK,
-    "harvest.train_tokens": "12000",
-    "dictionaries.db-ksvd.passes": "6",
-    "evaluation.processes": "1",
-    "evaluation.sparse_probing_sae_probes": "null",
-    "evaluation.scr": "null",
-}
 
 
-def run() -> Run:
-    """In the working directory."""
-    overrides = [f"{key}={value}" for key, value in CHANGES.items()]
-    return Run(load_config(EVAL_CONFIGS / f"{CONFIG}.yaml", overrides), Path("results"))
-
-
-def evaluate() -> None:
-    compare_of = run()
-    compare_of.evaluate()
-    compare(compare_of)
-
-
-def publish() -> None:
+def on_our_hub() -> None:
     # Of this process alone: models come from the cache.
     constants.ENDPOINT, constants.HF_HUB_OFFLINE = hub.endpoint, False
     constants.HUGGINGFACE_CO_URL_TEMPLATE = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     constants.HF_HUB_CACHE, os.environ["HF_TOKEN"] = str(FOLDER / "hub-cache"), TOKEN
-    folder = Path("published")
-    write_folder(open_source(Path("results") / CONFIG, [], "both"), REPO, folder, "mit")
-    upload(folder, REPO)
 
 
-STAGES: dict[str, Callable[[], Any]] = {
-    "harvest": lambda: run().harvest(),
-    "train": lambda: run().train(),
-    "evaluate": evaluate,
-    "publish": publish,
-}
+STAGES = {stage: [stage, f"{NAME}.yaml"] for stage in ("harvest", "train", "evaluate", "compare")}
+_PUBLISH = ["publish", f"results/{NAME}", REPO, "--view", "both", "--license", "mit", "--folder", "published"]
+STAGES["publish"] = [*_PUBLISH, "--upload"]
 
 
 def begun(stage: str, place: Path) -> int:
@@ -97,6 +79,7 @@ def begun(stage: str, place: Path) -> int:
     child = os.fork()
     if child:
         return child
+    code = 1
     try:
         os.setsid()
         os.chdir(place)
@@ -104,13 +87,21 @@ def begun(stage: str, place: Path) -> int:
             os.dup2(said.fileno(), 2)
             os.dup2(said.fileno(), 1)
         torch.set_num_threads(1)
-        STAGES[stage]()
-        os._exit(0)
+        if stage == "publish":
+            on_our_hub()
+        cli.app(STAGES[stage])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    except KeyboardInterrupt:
+        # Before the command's own.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        os._exit(1)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def ended(child: int, place: Path) -> None:
@@ -118,12 +109,28 @@ def ended(child: int, place: Path) -> None:
     assert status == 0, (place / "said").read_text()[-6000:]
 
 
-def killed(stage: str, place: Path, after_s: float) -> None:
+def twice(stage: str, place: Path) -> None:
+    for child in [begun(stage, place) for _ in range(2)]:
+        ended(child, place)
+
+
+def stopped(stage: str, place: Path, after_s: float) -> bool:
+    """Whether the signal came between the command's beginning and its end."""
+    assert WAY is not None
     child = begun(stage, place)
     time.sleep(after_s)
     with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+        os.kill(child, WAY) if WAY == signal.SIGTERM else os.killpg(child, WAY)
+    sent = time.perf_counter()
+    _, status = os.waitpid(child, 0)
+    took_s, said = time.perf_counter() - sent, (place / "said").read_text()
+    if os.WIFSIGNALED(status):
+        return WAY == signal.SIGKILL
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 128 + WAY), said[-6000:]
+    assert took_s < SOON_S, f"{took_s:.0f} s: {said[-6000:]}"
+    assert code == 0 or "run the same command again" in said[said.rindex("stopped") :], said[-6000:]
+    return code != 0
 
 
 def results(value: Any) -> Any:
@@ -147,7 +154,7 @@ def content(place: Path, hub: Hub) -> dict[str, Any]:
             found[name] = [results(json.loads(line)) for line in path.read_text().splitlines()]
         elif path.name != "README.md":  # says how long the training took
             found[name] = path.read_bytes()
-    table = place / "results" / CONFIG / "comparison.csv"
+    table = place / "results" / NAME / "comparison.csv"
     if table.exists():
         found["comparison.csv"] = [line for line in table.read_text().splitlines() if ",training,seconds," not in line]
     if REPO in hub.repositories:
@@ -156,29 +163,37 @@ def content(place: Path, hub: Hub) -> dict[str, Any]:
     return found
 
 
-def trials(stage: str, kills: int, before: Path, whole: Path, hub: Hub, seconds: float, draw: random.Random) -> int:
-    """Kills after which all was as in ``whole``."""
-    kept, survived = dict(hub.repositories), 0
+def trials(stage: str, before: Path, whole: Path, hub: Hub, seconds: float) -> int:
+    """Times after which all was as in ``whole``."""
+    kept, tried, survived, draw = dict(hub.repositories), 0, 0, random.Random(f"{WAY} {stage}")
     wanted = content(whole, hub)
-    for first in range(0, kills, IN_A_ROW):
+    while tried < TIMES:
         place = FOLDER / "trial"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(before, place, symlinks=True)
         if stage == "publish":
             hub.repositories.clear()
             hub.large.clear()
-        in_a_row = min(IN_A_ROW, kills - first)
-        for _ in range(in_a_row):
-            killed(stage, place, draw.uniform(0, seconds))
+        in_a_row = 0
+        while (
+            WAY is not None
+            and in_a_row < min(IN_A_ROW, TIMES - tried)
+            and stopped(stage, place, draw.uniform(0, seconds))
+        ):
+            in_a_row += 1
             if stage == "publish" and hub.repositories:
                 there = hub.files(REPO)
                 assert not there or set(there) == set(_sent(kept)), "half of an upload is there"
-        ended(begun(stage, place), place)
+        if WAY is None:
+            twice(stage, place)
+            in_a_row = 1
+        else:
+            ended(begun(stage, place), place)
         found = content(place, hub)
         different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
         if different:
-            print(stage, "differs in", different, file=sys.stderr)
-        survived += 0 if different else in_a_row
+            print(stage, "differs in", different, "of", place.rename(FOLDER / f"{stage}-{tried}"), file=sys.stderr)
+        tried, survived = tried + in_a_row, survived + (0 if different else in_a_row)
     hub.repositories.update(kept)
     return survived
 
@@ -190,18 +205,20 @@ def _sent(repositories: dict[str, Any]) -> list[str]:
 
 
 def main(hub: Hub) -> None:
-    place, draw, counts = FOLDER / "undisturbed", random.Random(SEED), {}
+    place, counts = FOLDER / "undisturbed", {}
     tiny_models.pythia_160m(FOLDER / "hf-home")
-    tiny_models.write_text_folder(place / "text", 300)
-    for number, stage in enumerate(STAGES):
+    write_place(place)
+    for stage in STAGES:
+        if len(counts) == len(STOPPED):
+            break
         before = FOLDER / f"before-{stage}"
         shutil.copytree(place, before, symlinks=True)
         started = time.perf_counter()
         ended(begun(stage, place), place)
         seconds = time.perf_counter() - started
-        kills = KILLS // len(STAGES) + (number < KILLS % len(STAGES))
-        counts[stage] = [kills, trials(stage, kills, before, place, hub, seconds, draw)]
-        print(f"{stage}: {seconds:.1f} s undisturbed; {counts[stage]}", file=sys.stderr)
+        if stage in STOPPED:
+            counts[stage] = [TIMES, trials(stage, before, place, hub, seconds)]
+            print(f"{stage}: {seconds:.1f} s undisturbed; {counts[stage]}", file=sys.stderr)
     print(json.dumps(counts))
 
 

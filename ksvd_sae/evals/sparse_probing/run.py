@@ -22,7 +22,7 @@ def run_sparse_probing(
     from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 
     from ksvd_sae.evals.saebench.adapters import heads_flattened, working_directory
-    from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets
+    from ksvd_sae.evals.sparse_probing.adapters import labelled_text_datasets, llm_probes_apart
 
     eval_config = SparseProbingEvalConfig(
         random_seed=config.seed,
@@ -41,7 +41,8 @@ def run_sparse_probing(
 
     def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         drop_half_written(artifacts)
-        with working_directory(setting.data_folder), replaced(heads_flattened(), labelled_text_datasets(LABELS)):
+        changes = heads_flattened(), labelled_text_datasets(LABELS), llm_probes_apart()
+        with working_directory(setting.data_folder), replaced(*changes):
             probing.run_eval(
                 eval_config, saes, setting.device, str(folder), artifacts_path=str(artifacts), save_activations=True
             )
