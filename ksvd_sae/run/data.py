@@ -119,11 +119,10 @@ class TextData(RunData):
 
     def _check_layers(self) -> None:
         """Raise ConfigError for what needs more of the model than the residual stream between its layers."""
-        if not layers_alone(self.config.model):
-            return
         asked = {f"evaluation.{one.name}": "null" for one in self.config.evaluation.evals() if not one.of_layers}
         asked |= {"harvest.gradient_tokens": "0"} if self.config.harvest.has_gradients else {}
-        if asked:
+        # The model's config may have to come from the Hub.
+        if asked and layers_alone(self.config.model):
             able = ", ".join(kind.name for kind in EVALS if kind.of_layers)
             raise ConfigError(
                 f"model {self.config.model.title!r}: {', '.join(asked)} cannot be had of it",

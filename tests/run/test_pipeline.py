@@ -597,7 +597,8 @@ def test_both_views_of_one_training(place: Path, trainings: list[str]) -> None:
         }
     compare(run)
     markdown = (run.results / "comparison.md").read_text()
-    shown = [[cell.strip() for cell in line.split("|")[1:4]] for line in markdown.splitlines() if line[:2] == "| "][1:]
+    scores = markdown.partition("\n## ")[0]
+    shown = [[cell.strip() for cell in line.split("|")[1:4]] for line in scores.splitlines() if line[:2] == "| "][1:]
     assert shown[:2] == [["db-ksvd", "signed", "24"], ["db-ksvd", "split", "48"]]
     assert [row[:2] for row in shown[2:]] == [
         [name, view] for name in ("pca", "random") for view in ("signed", "split")
