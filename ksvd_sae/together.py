@@ -111,6 +111,8 @@ class Together:
         try:
             self._store = _connected(may_hold=self.is_first)
             self._store.compare_set(_FAILED, "", "")
+            # The watcher's first, or it may die before anybody has heard of it.
+            self._store.add(_beat(self.rank), 1)
             self.wait()
             yield
             self._leave(watcher)
@@ -268,6 +270,10 @@ def _say_failed(store: "Store", who: str, what: str) -> None:
         store.compare_set(_FAILED, "", f"{who}: {what}")
 
 
+def _beat(rank: int) -> str:
+    return f"beat/{rank}"
+
+
 def _here(rank: int) -> str:
     return f"rank {rank} on {platform.node()}"
 
@@ -308,7 +314,7 @@ def _end(watcher: int) -> None:
 
 
 def _watch(parent: int, rank: int, size: int) -> None:
-    beats = [f"beat/{other}" for other in range(size)]
+    beats = [_beat(other) for other in range(size)]
     heard = [(b"", time.monotonic())] * size
     failed = ""
     try:

@@ -132,9 +132,11 @@ def test_one_gpu_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 PROGRAM = """
 import os, sys, time
 from pathlib import Path
+from ksvd_sae import together as module
 from ksvd_sae.errors import TextError
 from ksvd_sae.together import Together
 
+module._SILENT_S = 10.0
 together, (place, what) = Together.of_torchrun(), sys.argv[1:]
 try:
     with together.joined():
@@ -160,6 +162,7 @@ def begun(place: Path, what: str, size: int = 3) -> list["subprocess.Popen[str]"
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         for rank in range(size)
     ]
@@ -170,20 +173,24 @@ def test_all_end_well(tmp_path: Path) -> None:
     assert [(*rank.communicate(timeout=120), rank.returncode) for rank in ranks] == [("from rank 0\n", "", 0)] * 3
 
 
-@pytest.mark.parametrize("victim", [0, 2], ids=["which holds the store", "another"])
-def test_one_is_killed(victim: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("victim", "watched", "why"),
+    [(0, True, "the store of all processes"), (2, True, "rank 2 on "), (2, False, "rank 2: not heard of for 10 s")],
+    ids=["which holds the store", "another", "with its machine"],
+)
+def test_one_is_killed(victim: int, watched: bool, why: str, tmp_path: Path) -> None:
     ranks = begun(tmp_path, "work")
     while len(list(tmp_path.iterdir())) < 3:
         assert ranks[victim].poll() is None
         time.sleep(0.1)
-    ranks[victim].send_signal(signal.SIGKILL)
+    (os.kill if watched else os.killpg)(ranks[victim].pid, signal.SIGKILL)
     killed = time.monotonic()
     for number, rank in enumerate(ranks):
         _, said = rank.communicate(timeout=60)
         if number != victim:
             assert rank.returncode != 0
             assert f"rank {number}: stopping, as another process failed: " in said
-            assert ("the store of all processes" if victim == 0 else "rank 2 on ") in said
+            assert why in said
     assert time.monotonic() - killed < 60
 
 
