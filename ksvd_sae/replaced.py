@@ -74,7 +74,7 @@ TABLE: dict[str, Replacement] = {
     # ------------------------------------------------------------ core
     "sae_bench.evals.core.main.get_recons_loss": Replacement(
         used_by="core",
-        instead="the same losses from runs of the model that a panel shares (`core/shared.py`)",
+        instead="the same losses from runs of the model that a panel shares (`core/shared.py`), noted by context",
         why="For every SAE the model runs as it is, with zeros at the hook, and spliced; only the spliced run differs.",
         seen_in=_SAE_BENCH,
         noticed_by=("tests/evals/test_shared_core.py::test_panel_has_saebenchs_scores_and_runs_the_model_once",),
@@ -85,6 +85,13 @@ TABLE: dict[str, Replacement] = {
         why="The activations are read again for every SAE.",
         seen_in=_SAE_BENCH,
         noticed_by=("tests/evals/test_shared_core.py::test_panel_has_saebenchs_scores_and_runs_the_model_once",),
+    ),
+    "sae_bench.evals.core.main.save_single_eval_result": Replacement(
+        used_by="core",
+        instead="the same, with sums of the losses by context beside the scores",
+        why="The losses of all tokens become one mean; an interval over contexts cannot be had from that.",
+        seen_in=_SAE_BENCH,
+        noticed_by=("tests/evals/test_items.py::test_cores_result_says_nothing_of_contexts",),
     ),
     "sae_bench.evals.core.main.replace_nans_with_negative_one": Replacement(
         used_by="core",

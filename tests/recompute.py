@@ -1,16 +1,27 @@
 """A results folder by what it keeps: scores from the evals' own files in raw.zip, tables from the scores."""
 
+import csv
+import gzip
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pytest
+
 from ksvd_sae.report.differences import against_best, write_verdicts
 from ksvd_sae.report.headline import HEADLINES
+from ksvd_sae.report.items import FILE as ITEMS
+from ksvd_sae.report.items import items_of, read_items, write_items
 from ksvd_sae.report.raw import OWN_EVALS, RawResults, result_name
 from ksvd_sae.report.scores import read_csv
 from ksvd_sae.report.tables import intervals, summary, to_markdown
 from ksvd_sae.run.config import load_config
+
+# Evals that have always said what their scores are means of.
+_WITH_ITEMS = {"loss", "sparse_probing", "sparse_probing_sae_probes", "absorption", "autointerp", "ravel", "scr"}
 
 
 def check_recomputable(folder: Path, scratch: Path, not_kept: frozenset[str] = frozenset()) -> None:
@@ -23,6 +34,7 @@ def check_recomputable(folder: Path, scratch: Path, not_kept: frozenset[str] = f
     (scratch / "config.yaml").write_text(text)
     frame, config = read_csv(folder / "comparison.csv"), load_config(scratch / "config.yaml")
     with RawResults(folder) as raw:
+        _check_items(folder, frame, raw, not_kept, scratch)
         asked = {section.name for section in config.evaluation.evals()}
         wanted = {head.eval for head in HEADLINES if not head.optional} & asked
         assert wanted <= {*frame["eval"], *not_kept}, "an eval that the config asks for has no score"
@@ -34,6 +46,38 @@ def check_recomputable(folder: Path, scratch: Path, not_kept: frozenset[str] = f
     assert f"\n\n{table}" in (folder / "comparison.md").read_text(), "the table is not that of the scores"
     write_verdicts(against_best(frame, config.saes), scratch / "verdicts.csv")
     assert (folder / "verdicts.csv").read_bytes() == (scratch / "verdicts.csv").read_bytes()
+
+
+def _check_items(folder: Path, frame: pd.DataFrame, raw: RawResults, not_kept: frozenset[str], scratch: Path) -> None:
+    """The items are those of the evals' own files."""
+
+    def read(eval_name: str, source: str) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(raw[result_name(eval_name, source)])
+        return result
+
+    write_items(items_of(frame[~frame["eval"].isin(not_kept)], read), scratch / ITEMS)
+    pd.testing.assert_frame_equal(read_items(folder), read_items(scratch), check_exact=True)
+    assert check_items(folder) or not frame["eval"].isin(_WITH_ITEMS - not_kept).any()
+
+
+def check_items(folder: Path) -> int:
+    """Items that are kept give the scores that they are of, added up by hand; how many scores were checked.
+
+    Contexts of runs from before their predictions were counted are taken to have equally many.
+    """
+    upper: dict[tuple[str, ...], float] = defaultdict(float)
+    lower: dict[tuple[str, ...], float] = defaultdict(float)
+    key = ("eval", "metric", "dictionary", "view", "seed", "eval_seed")
+    with gzip.open(folder / "items.csv.gz", "rt", newline="") as file:
+        for row in csv.DictReader(file):
+            upper[tuple(row[name] for name in key)] += float(row["weight"]) * float(row["value"])
+            lower[tuple(row[name] for name in key)] += float(row["weight"])
+    with (folder / "comparison.csv").open(newline="") as file:
+        scores = {tuple(row[name] for name in key): row["value"] for row in csv.DictReader(file)}
+    for of, total in upper.items():
+        near = {"abs": 3e-4} if of[:2] == ("loss", "nats_lost") else {"abs": 1e-6}
+        assert total / lower[of] == pytest.approx(float(scores[of]), **near), of
+    return len(upper)
 
 
 def _check_scores(rows: list[dict[Any, Any]], raw: RawResults, not_kept: frozenset[str]) -> None:

@@ -79,6 +79,19 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
     write_json(path, key)
 
 
+def reading_order(shards: ActivationShards) -> Tensor | None:
+    """Of each sample of a part, how many of the part were read before it; None for activations from elsewhere.
+
+    A harvest keeps no such places: they are drawn again as they were when it was shuffled.
+    """
+    seed = shards.manifest["key"].get("seed")
+    return None if seed is None else _shuffle(shards.n_samples, shards.part, seed)
+
+
+def _shuffle(n_samples: int, part: str, seed: int) -> Tensor:
+    return torch.randperm(n_samples, generator=torch.Generator().manual_seed(seed + PARTS.index(part)))
+
+
 class Collection:
     """The raw parts of a harvest that are there, and those to come.
 
@@ -216,9 +229,8 @@ class Collection:
         running, parts = RunningStatistics(d_in), {}
         for part in PARTS:
             kept = [(norms_N <= limit).nonzero().flatten() for norms_N in norms[part]]
-            generator = torch.Generator().manual_seed(seed + PARTS.index(part))
             where = torch.cat([torch.stack([torch.full_like(rows, i), rows], dim=1) for i, rows in enumerate(kept)])
-            where = where[torch.randperm(len(where), generator=generator)]
+            where = where[_shuffle(len(where), part, seed)]
             parts[part] = self._write_shuffled(part, raw[part], where, running if part == "train" else None)
             parts[part]["outliers"] = sum(len(n) for n in norms[part]) - len(where)
             starts = torch.tensor([0, *(len(x_ND) for x_ND in raw[part])]).cumsum(0)

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.vision.heldout import HeldoutImages
 from ksvd_sae.activations.weights import OwnWeights
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals.items import Item
 from ksvd_sae.evals.llm_cache import TensorCache
 from ksvd_sae.store import content_hash, copy_of_other_name, versions, write_json
 from ksvd_sae.strict import Strict
@@ -254,6 +255,8 @@ class Eval(Strict, ABC):
         needs_labels: it needs the images' classes.
         hooks: names of the hooks that it can be had at, as a pattern.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
+        item: what its scores are means over, in the singular; "" for what says nothing of it.
+        own_items: each dictionary has items of its own, such as its latents: they do not pair.
         published: settings, by their names here, that its published scores were made with; None: none are published.
         redefined: metric -> what happened to it between the version of SAEBench that published and today's.
     """
@@ -270,6 +273,8 @@ class Eval(Strict, ABC):
     needs_labels: ClassVar[bool] = False
     hooks: ClassVar[str] = ".*"
     reads_signs: ClassVar[bool] = False
+    item: ClassVar[str] = ""
+    own_items: ClassVar[bool] = False
     published: ClassVar[Mapping[str, JsonValue] | None] = None
     redefined: ClassVar[Mapping[str, str]] = {}
 
@@ -306,6 +311,11 @@ class Eval(Strict, ABC):
 
     def write_data(self, folder: Path) -> None:
         """Write the data sets of ours that it reads, each into a folder of its name."""
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        """What the headline scores of a result file are means of; none where it does not say."""
+        yield from ()
 
     def notes(self) -> list[str]:
         """What a reader must know to read its scores right."""

@@ -15,6 +15,8 @@ from ksvd_sae.report import scores as score_table
 from ksvd_sae.report.atoms import read_examples
 from ksvd_sae.report.budget import of_one_budget
 from ksvd_sae.report.differences import against_best, verdict_section, write_verdicts
+from ksvd_sae.report.items import FILE as ITEMS
+from ksvd_sae.report.items import items_of, reads_from, write_items
 from ksvd_sae.report.published.section import published_section
 from ksvd_sae.report.raw import OWN_EVALS, RAW, result_name, write_raw
 from ksvd_sae.report.sections import Section, section_markdown
@@ -60,6 +62,7 @@ def write_comparison(
         shutil.rmtree(folder / name, ignore_errors=True)
     write_raw(folder / RAW, _raw_files(manifest, evaluations, list(examples.values()), logs))
     score_table.write_csv(frame, folder / "comparison.csv")
+    write_items(items_of(frame, reads_from(evaluations)), folder / ITEMS)
     # All that is shown follows from what is kept, digit for digit.
     frame = score_table.read_csv(folder / "comparison.csv")
     few, which = of_one_budget(frame, controls)

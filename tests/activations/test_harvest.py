@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations import shards as shard_files
-from ksvd_sae.activations.collecting import Collection
+from ksvd_sae.activations.collecting import Collection, reading_order
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, HarvestConfig, run_harvest
 from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import ActivationShards
@@ -214,6 +214,19 @@ def test_seeds_shuffle_differently(tmp_path: Path, uninterrupted: tuple[Activati
     first, second = uninterrupted[0].tensor(), run(tmp_path, Reader(), seed=1).tensor()
     assert not torch.equal(first, second)
     assert sorted(first.tolist()) == sorted(second.tolist())
+
+
+@pytest.mark.parametrize("part", ["heldout", "train"])
+def test_reading_order_is_known(uninterrupted: tuple[ActivationShards, int], part: str) -> None:
+    shards = ActivationShards.open(uninterrupted[0].folder, part)
+    place_N = reading_order(shards)
+    assert place_N is not None
+    x_ND = shards.tensor()[place_N.argsort()]
+    # Documents in a row, contexts whole, positions in a context rising.
+    assert bool((x_ND[:, DOCUMENT].diff() >= 0).all())
+    same_context = x_ND[:, CONTEXT].diff() == 0
+    assert int((~same_context).sum()) + 1 == len(x_ND[:, CONTEXT].unique())
+    assert bool((x_ND[:, POSITION].diff()[same_context] > 0).all())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ksvd_sae.activations.language import ActivationReader
 from ksvd_sae.errors import ActivationError, ConfigError, EvaluationError, HookError, ShapeError
+from ksvd_sae.evals.loss import LossEval, of_contexts
 from ksvd_sae.evals.loss.splice import SpliceEvaluator
 from tests import tiny_models
+from tests.evals.test_items import means
 from tests.strategies import generator
 from tests.tiny_saes import HOOK, tiny_model, tiny_topk_sae
 from tests.tolerances import BFLOAT16, SPLICED_LOSS
@@ -254,6 +256,17 @@ def test_standard_error(tokenizer: Any) -> None:
     assert scores.nats_lost_error == pytest.approx(expected)
     one = SpliceEvaluator(model, POST, random_tokens(1), norm_limit=None).score(change)
     assert one.nats_lost_error != one.nats_lost_error
+
+
+def test_contexts_give_the_scores(tokenizer: Any) -> None:
+    evaluator = SpliceEvaluator(MODELS["gemma-2"](tokenizer), POST, random_tokens(), norm_limit=None)
+    scores = evaluator.score(distortion(24))
+    wanted = {"nats_lost": scores.nats_lost, "kl": scores.kl, "loss_recovered": scores.loss_recovered}
+    # Six digits are kept.
+    assert means(LossEval.items(of_contexts(scores))) == pytest.approx(wanted, abs=1e-5)
+    # What older results say.
+    old = means(LossEval.items({"nats_lost_of_contexts": scores.nats_lost_C.tolist()}))
+    assert old == pytest.approx({"nats_lost": float(scores.nats_lost_C.mean())})
 
 
 # ---------------------------------------------------------------- what it costs, and what does not matter

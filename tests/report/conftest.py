@@ -75,7 +75,7 @@ def _scores(name: str, sizes: tuple[float, ...], seed: int = 0) -> list[dict[str
             "seed": seed,
             "eval_seed": 42 if eval_name == "sparse_probing" else None,
             "n": counts[eval_name],
-            "source": f"{name}/{eval_name}.json",
+            "source": f"{name}-0123456789ab.json",
         }
         for (eval_name, data), found in values.items()
         for metric, value in found.items()

@@ -12,6 +12,7 @@ import yaml
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.report import budget, compare
 from ksvd_sae.report.compare import comparison_notes, write_comparison
+from ksvd_sae.report.items import FILE as ITEMS
 from ksvd_sae.report.raw import RAW, RawResults, result_name, unpack
 from ksvd_sae.report.scores import COLUMNS, read_csv
 from ksvd_sae.report.style import palette
@@ -126,6 +127,7 @@ def expected(comparison: Comparison, names: list[str], evals: tuple[str, ...] = 
         "verdicts.csv",
         "comparison.md",
         "comparison.tex",
+        ITEMS,
         "config.yaml",
         "manifest.json",
         "report.html",
@@ -149,7 +151,7 @@ def test_all_files_are_there_and_name_no_place_of_this_machine(comparison: Compa
     assert comparison.written() == expected(comparison, comparison.names)
     assert comparison.logs, "a log was there to keep"
     for path in report.parent.rglob("*"):
-        if path.is_file() and path.suffix not in (".png", ".zip"):
+        if path.is_file() and path.suffix not in (".png", ".zip", ".gz"):
             assert str(comparison.place) not in path.read_text(encoding="utf-8"), path.name
 
 

@@ -8,12 +8,14 @@ letter's direction counts only where code times cosine is positive, and a latent
 The scores of signed codes are left as SAEBench gives them.
 """
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_details
 
 # Words of Gemma's vocabulary; tokens of a prompt with its examples; seconds of probes, of 800 words.
 _WORDS, _PROMPT_TOKENS = 140_000, 85
@@ -47,6 +49,7 @@ class AbsorptionEval(SeededEval):
     hooks: ClassVar[str] = LAYER_OUTPUT
     cost: ClassVar[str] = "the language model over two prompts a word once for a panel; k-sparse probes for each"
     demo_seconds: ClassVar[float] = 200
+    item: ClassVar[str] = "letter"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "absorption",
@@ -85,6 +88,14 @@ class AbsorptionEval(SeededEval):
         "mean_absorption_fraction_score": "the fraction was redefined between SAEBench 0.3.2 and 0.6.0 and became up "
         "to 10 times smaller"
     }
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        fields = {
+            "mean_absorption_fraction_score": "mean_absorption_fraction",
+            "mean_full_absorption_score": "full_absorption_rate",
+        }
+        yield from of_details(result, "first_letter", fields)
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
         words = self.vocabulary_sample or _WORDS

@@ -1,6 +1,7 @@
 """SAEBench's automated interpretability, judged by whom the config says."""
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -10,6 +11,7 @@ from typing_extensions import Self
 
 from ksvd_sae.errors import ConfigError
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_values
 from ksvd_sae.strict import Strict
 
 
@@ -109,6 +111,8 @@ class AutoInterpEval(SeededEval):
         ),
     )
     reads_signs: ClassVar[bool] = True
+    item: ClassVar[str] = "latent"
+    own_items: ClassVar[bool] = True
     published: ClassVar = {
         "judge": "gpt-4o-mini",
         "dataset": "monology/pile-uncopyrighted",
@@ -160,6 +164,11 @@ class AutoInterpEval(SeededEval):
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
         return Work(read=self.total_tokens, cached=self.total_tokens, coded_each=self.total_tokens)
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        latents = result.get("eval_result_unstructured", {})
+        yield from of_values("autointerp_score", ((latent, one.get("score")) for latent, one in latents.items()))
 
     def as_published(self) -> dict[str, JsonValue]:
         return {**super().as_published(), "judge": self.judge_name}

@@ -1,11 +1,16 @@
 """SAEBench's core: loss recovered, KL, L0."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, Eval, EvalResults, EvalSetting, Panelist, Work
+from ksvd_sae.evals.items import Item, of_ratios
+
+# Key of a result that SAEBench does not write: metric -> sums of losses by context, and over how many tokens.
+CONTEXTS = "contexts"
 
 
 class CoreEval(Eval):
@@ -22,6 +27,7 @@ class CoreEval(Eval):
     on_by_default: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model over all its text once for a panel; its layers after the hook for each"
     demo_seconds: ClassVar[float] = 70
+    item: ClassVar[str] = "context"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "loss recovered",
@@ -63,6 +69,19 @@ class CoreEval(Eval):
         from ksvd_sae.evals.core.run import run_core
 
         return run_core(panel, self, setting, output)
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        sums = result.get(CONTEXTS)
+        # Results from before they were kept.
+        if sums is None:
+            return
+        for metric in ("kl_div_with_sae", "ce_loss_with_sae", "ce_loss_without_sae"):
+            yield from of_ratios(metric, *sums[metric])
+        spliced, clean, zeroed = (sums[f"ce_loss_{which}"][0] for which in ("with_sae", "without_sae", "with_ablation"))
+        won_back = [None if nats is None else zero - nats for zero, nats in zip(zeroed, spliced, strict=True)]
+        to_win = [zero - nats for zero, nats in zip(zeroed, clean, strict=True)]
+        yield from of_ratios("ce_loss_score", won_back, to_win)
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
         spliced, read = (

@@ -16,6 +16,7 @@ def run_core(panel: list[Panelist], config: CoreEval, setting: EvalSetting, outp
     """SAEBench's core eval: loss recovered, KL, L0; see ``Eval.run``."""
     from sae_bench.evals.core import main as core
 
+    from ksvd_sae.evals.core.contexts import contexts_kept
     from ksvd_sae.evals.core.shared import shared_core_runs
     from ksvd_sae.evals.saebench.adapters import collected_errors, working_directory
 
@@ -25,7 +26,7 @@ def run_core(panel: list[Panelist], config: CoreEval, setting: EvalSetting, outp
     def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
         errors = collected_errors(core.__name__, reasons)
         shared = {} if setting.cache is None else shared_core_runs(setting.cache, setting.memory_bytes, setting.weights)
-        with working_directory(setting.data_folder), errors, replaced(nan_stays_nan, shared):
+        with working_directory(setting.data_folder), errors, replaced(nan_stays_nan, contexts_kept(shared)):
             core.multiple_evals(
                 selected_saes=saes,
                 n_eval_reconstruction_batches=config.reconstruction_batches,

@@ -1,10 +1,14 @@
 """Own metrics on held-out activations: error, atoms used, dead latents, coherence."""
 
-from typing import ClassVar
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
 
 from pydantic import JsonValue
+from torch import Tensor
 
+from ksvd_sae.activations.collecting import reading_order
 from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Reads, Work
+from ksvd_sae.evals.items import Item, neighbours, of_ratios
 
 _BATCH = 16_384
 # Goes up when there are more scores, or others.
@@ -18,6 +22,7 @@ class HeldoutEval(MeasuredHere):
     reads: ClassVar[Reads] = "activations"
     on_by_default: ClassVar[bool] = True
     at_once: ClassVar[bool] = True
+    item: ClassVar[str] = "context"
     cost: ClassVar[str] = "coding the held-out activations; no language model"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -49,6 +54,26 @@ class HeldoutEval(MeasuredHere):
     def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
         from ksvd_sae.evals.heldout.metrics import heldout_metrics
 
-        measured = heldout_metrics(panelist.load(), heldout.shards.batches(_BATCH))
-        density = [round(d, 6) for d in measured.density_F.tolist()]
-        return Measured(measured.scores, measured.n_tokens, {"density": density})
+        item_N = _contexts(heldout)
+        measured = heldout_metrics(panelist.load(), heldout.shards.batches(_BATCH), item_N)
+        more: dict[str, JsonValue] = {"density": [round(d, 6) for d in measured.density_F.tolist()]}
+        if measured.error_I is not None and measured.variance_I is not None:
+            for name, sums_I in (("error", measured.error_I), ("variance", measured.variance_I)):
+                more[f"{name}_of_contexts"] = [float(f"{value:.7g}") for value in sums_I.tolist()]
+        return Measured(measured.scores, measured.n_tokens, more)
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        yield from of_ratios("fvu", result.get("error_of_contexts", ()), result.get("variance_of_contexts", ()))
+
+
+def _contexts(heldout: Heldout) -> Tensor | None:
+    """Which stretch of the text, of a context or more, each token is of; None where that is not known, and for images.
+
+    Special tokens and outliers are not among the tokens, so that a stretch is a context give or take some tokens.
+    """
+    context_tokens = heldout.shards.manifest["key"].get("harvest", {}).get("context_tokens")
+    place_N = reading_order(heldout.shards)
+    if place_N is None or context_tokens is None:
+        return None
+    return neighbours(place_N, len(place_N), context_tokens)

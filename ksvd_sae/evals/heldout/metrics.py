@@ -27,21 +27,25 @@ class HeldoutMetrics:
             the split view of a signed dictionary each sign of an atom is a latent by itself, but no other atom.
         density_F: fraction of tokens that use each latent, either sign.
         n_tokens: tokens seen.
+        error_I, variance_I: fvu's two sums, item by item; None where there are none.
     """
 
     scores: dict[str, float]
     density_F: Tensor
     n_tokens: int
+    error_I: Tensor | None = None
+    variance_I: Tensor | None = None
 
 
 @torch.no_grad()
-def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
+def heldout_metrics(sae: Any, batches: Iterator[Tensor], item_N: Tensor | None = None) -> HeldoutMetrics:
     """Measure a SAELens SAE on raw activations.
 
     Args:
         sae: anything with ``encode``, ``decode``, ``b_dec`` and ``W_dec`` (d_sae, d_in); coherence is of its
             ``atoms_MD`` if it has any, else of W_dec.
         batches: (B, d_in) tensors.
+        item_N: which item each token is of, all tokens of the batches in a row; None: none.
     Raises: ShapeError (d_in does not match, no tokens), ActivationError (no variance).
     """
     d_sae, d_in = sae.W_dec.shape
@@ -50,6 +54,7 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
     sizes_F = torch.linalg.vector_norm(sae.W_dec.detach(), dim=1)
     histogram = SizeHistogram()
     fvu, fired_F = FVU(), torch.zeros(d_sae, dtype=torch.int64)
+    by_item = None if item_N is None else _ByItem(item_N, d_in)
     for batch_BD in batches:
         if batch_BD.shape[1] != d_in:
             raise ShapeError(
@@ -61,7 +66,10 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
         for start in range(0, len(batch_BD), step):
             y_BD = batch_BD[start : start + step]
             code_BF = sae.encode(y_BD.to(device, dtype))
-            fvu.add(y_BD.cpu(), sae.decode(code_BF))
+            rebuilt_BD = sae.decode(code_BF)
+            fvu.add(y_BD.cpu(), rebuilt_BD)
+            if by_item is not None:
+                by_item.add(y_BD.cpu(), rebuilt_BD.cpu())
             fired_F += (code_BF != 0).sum(dim=0).cpu()
             rows, latents = code_BF.nonzero(as_tuple=True)
             norms_B = torch.linalg.vector_norm(y_BD.to(device, dtype) - sae.b_dec, dim=1)
@@ -79,7 +87,32 @@ def heldout_metrics(sae: Any, batches: Iterator[Tensor]) -> HeldoutMetrics:
         # A split dictionary's decoder holds every atom twice, with either sign: the cosine of the two says nothing.
         **coherence(getattr(sae, "atoms_MD", sae.W_dec).detach()),
     }
-    return HeldoutMetrics(scores, density_F, fvu.n_samples)
+    sums = (None, None) if by_item is None else by_item.sums()
+    return HeldoutMetrics(scores, density_F, fvu.n_samples, *sums)
+
+
+class _ByItem:
+    """Squared error, and variance about the mean of all, of each item (I)."""
+
+    def __init__(self, item_N: Tensor, d_in: int):
+        self._item_N, self._seen = item_N, 0
+        n_items = int(item_N.max()) + 1
+        self._n_I, self._error_I, self._squares_I = torch.zeros(3, n_items, dtype=torch.float64)
+        self._sum_ID = torch.zeros(n_items, d_in, dtype=torch.float64)
+
+    def add(self, y_BD: Tensor, rebuilt_BD: Tensor) -> None:
+        item_B = self._item_N[self._seen : self._seen + len(y_BD)]
+        self._seen += len(y_BD)
+        y_BD = y_BD.double()
+        self._n_I.index_add_(0, item_B, torch.ones(len(y_BD), dtype=torch.float64))
+        self._error_I.index_add_(0, item_B, (y_BD - rebuilt_BD.double()).square().sum(dim=1))
+        self._squares_I.index_add_(0, item_B, y_BD.square().sum(dim=1))
+        self._sum_ID.index_add_(0, item_B, y_BD)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        mean_D = self._sum_ID.sum(dim=0) / self._n_I.sum()
+        about_mean_I = self._squares_I - 2 * self._sum_ID @ mean_D + self._n_I * mean_D.square().sum()
+        return self._error_I, about_mean_I
 
 
 def coherence(atoms_MD: Tensor) -> dict[str, float]:

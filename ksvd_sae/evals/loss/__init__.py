@@ -1,7 +1,8 @@
 """What a dictionary's error does to the model's loss: its reconstructions spliced in, context by context."""
 
+from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from pydantic import Field, JsonValue
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from ksvd_sae.errors import TextError
 from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Work
+from ksvd_sae.evals.items import Item
 
 if TYPE_CHECKING:
-    from ksvd_sae.evals.loss.splice import Reconstruct, SpliceEvaluator
+    from ksvd_sae.evals.loss.splice import Reconstruct, SpliceEvaluator, SpliceScores
 
 # Held-out activations that the anatomy of the error is taken from.
 _ANATOMY_SAMPLES = 4096
@@ -32,6 +34,7 @@ class LossEval(MeasuredHere):
     name: ClassVar[str] = "loss"
     at_once: ClassVar[bool] = True
     counts: ClassVar[str] = "n_predictions"
+    item: ClassVar[str] = "context"
     cost: ClassVar[str] = "the language model over the contexts once; its layers after the hook for each dictionary"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -110,8 +113,19 @@ class LossEval(MeasuredHere):
             "ce_ablated": spliced.ce_ablated,
             **_error_anatomy(reconstruct, heldout),
         }
-        of_contexts: list[JsonValue] = [round(float(value), 6) for value in spliced.nats_lost_C]
-        return Measured(scores, spliced.n_tokens, {"nats_lost_of_contexts": of_contexts})
+        return Measured(scores, spliced.n_tokens, of_contexts(spliced))
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        lost = result.get("nats_lost_of_contexts", [])
+        # Results from before they were kept: contexts of a length have about as many predictions.
+        n = result.get("predictions_of_contexts", [1] * len(lost))
+        yield from _means("nats_lost", lost, n)
+        if "kl_of_contexts" in result:
+            to_lose = result["nats_to_lose_of_contexts"]
+            yield from _means("kl", result["kl_of_contexts"], n)
+            recovered = [1 - nats / gap for nats, gap in zip(lost, to_lose, strict=True)]
+            yield from _means("loss_recovered", recovered, [p * gap for p, gap in zip(n, to_lose, strict=True)])
 
     def _evaluator(self, setting: EvalSetting, heldout: Heldout) -> "SpliceEvaluator":
         """Made once: it runs the untouched model over the contexts."""
@@ -142,6 +156,20 @@ class LossEval(MeasuredHere):
                 ablation="all",
             )
         return cast("SpliceEvaluator", kept[self.name])
+
+
+def _means(metric: str, of_contexts: list[float], weights: list[float]) -> Iterator[Item]:
+    for place, (value, weight) in enumerate(zip(of_contexts, weights, strict=True)):
+        yield Item(metric, str(place), value, weight)
+
+
+def of_contexts(spliced: "SpliceScores") -> dict[str, JsonValue]:
+    """What the scores are means of, context by context."""
+    of_each = {"nats_lost": spliced.nats_lost_C, "kl": spliced.kl_C, "nats_to_lose": spliced.nats_to_lose_C}
+    kept: dict[str, JsonValue] = {
+        f"{name}_of_contexts": [round(float(value), 6) for value in values] for name, values in of_each.items()
+    }
+    return {**kept, "predictions_of_contexts": [int(n) for n in spliced.n_C]}
 
 
 def _error_anatomy(reconstruct: "Reconstruct", heldout: Heldout) -> dict[str, float]:

@@ -38,7 +38,8 @@ class SpliceScores:
         kl: mean KL(clean ‖ spliced) of the predicted distributions, nats a token.
         n_tokens: predictions counted: those whose target is not a special token.
         n_replaced: activations that were replaced.
-        nats_lost_C: ce_spliced − ce_clean in each context, for error bars and paired differences (float64).
+        nats_lost_C, kl_C, nats_to_lose_C: ce_spliced − ce_clean, the KL and ce_ablated − ce_clean in each context, for
+            error bars and paired differences (float64). n_C: predictions counted in each.
     """
 
     ce_clean: float
@@ -48,6 +49,9 @@ class SpliceScores:
     n_tokens: int
     n_replaced: int
     nats_lost_C: Tensor
+    kl_C: Tensor
+    nats_to_lose_C: Tensor
+    n_C: Tensor
 
     @property
     def nats_lost(self) -> float:
@@ -146,7 +150,9 @@ class SpliceEvaluator:
         self._clean_ce_P = self._losses(self._clean_PD, "the model as it is")[0]
         self.ce_clean = float(self._clean_ce_P.mean())
         zeroed_PD = self._zeroed() if ablation == "all" else self._spliced(torch.zeros_like, "zeros")
-        self.ce_ablated = float(self._losses(zeroed_PD, "zeros")[0].mean())
+        ablated_ce_P = self._losses(zeroed_PD, "zeros")[0]
+        self.ce_ablated = float(ablated_ce_P.mean())
+        self._nats_to_lose_C = self._by_context(ablated_ce_P - self._clean_ce_P)
         if not self.ce_ablated > self.ce_clean:
             logger.warning(
                 "splice: zeroing %s does not raise the loss (%.3f, %.3f as it is): loss recovered means nothing here",
@@ -168,7 +174,6 @@ class SpliceEvaluator:
         Cost: the layers from the hook on, and one product with the unembedding.
         """
         ce_P, kl_P = self._losses(self._spliced(reconstruct, name), name)
-        lost_C = torch.stack([part_P.mean() for part_P in torch.split(ce_P - self._clean_ce_P, self._n_C.tolist())])
         return SpliceScores(
             ce_clean=self.ce_clean,
             ce_ablated=self.ce_ablated,
@@ -176,8 +181,15 @@ class SpliceEvaluator:
             kl=float(kl_P.mean()),
             n_tokens=len(ce_P),
             n_replaced=self.n_replaced,
-            nats_lost_C=lost_C,
+            nats_lost_C=self._by_context(ce_P - self._clean_ce_P),
+            kl_C=self._by_context(kl_P),
+            nats_to_lose_C=self._nats_to_lose_C,
+            n_C=self._n_C,
         )
+
+    def _by_context(self, values_P: Tensor) -> Tensor:
+        """The mean over each context's predictions."""
+        return torch.stack([part_P.mean() for part_P in torch.split(values_P, self._n_C.tolist())])
 
     # ------------------------------------------------------------ running the model
 

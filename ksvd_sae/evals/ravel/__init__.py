@@ -1,12 +1,14 @@
 """SAEBench's RAVEL: an attribute of an entity changed, its others kept."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ksvd_sae.evals.base import LAYER_OUTPUT, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_groups
 from ksvd_sae.offline import ravel as own_prompts
 
 # Of SAEBench's own data set, of each kind; tokens of a prompt.
@@ -44,6 +46,7 @@ class RavelEval(SeededEval):
     cost: ClassVar[str] = "the whole language model: answers once for a panel, masks with gradients for each"
     demo_seconds: ClassVar[float] = 200
     loads_own_model: ClassVar[bool] = True
+    item: ClassVar[str] = "attribute"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "RAVEL",
@@ -123,6 +126,17 @@ class RavelEval(SeededEval):
             rest_each=3 * trained * _PROMPT_TOKENS + tested * (_PROMPT_TOKENS + self.n_generated_tokens),
             predicted_each=trained + tested * self.n_generated_tokens,
         )
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        fields = {
+            "disentanglement_score": "disentangle_score",
+            "cause_score": "cause_score",
+            "isolation_score": "isolation_score",
+        }
+        for metric, field in fields.items():
+            kinds = result.get("eval_result_unstructured", {}).items()
+            yield from of_groups(metric, {kind: {name: s[field] for name, s in of.items()} for kind, of in kinds})
 
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         from ksvd_sae.evals.ravel.run import run_ravel

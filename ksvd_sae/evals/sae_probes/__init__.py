@@ -1,11 +1,13 @@
 """SAEBench's sparse probing on the data sets of sae-probes, which the package brings along: no Hub is needed."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_details
 
 # Numbers of latents that SAEBench's format of sae-probes' results has a place for.
 ProbeSize = Literal[1, 2, 5, 10, 20, 50, 100]
@@ -31,6 +33,7 @@ class SaeProbesEval(SeededEval):
     hooks: ClassVar[str] = IN_A_BLOCK
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     demo_seconds: ClassVar[float] = 250
+    item: ClassVar[str] = "data set"
     columns: ClassVar[tuple[Column, ...]] = tuple(
         Column(
             f"sae-probes top-{k}",
@@ -46,6 +49,10 @@ class SaeProbesEval(SeededEval):
         )
         for k, latents in ((1, "single best latent"), (5, "five best latents"))
     )
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        yield from of_details(result, "dataset_name", {column.metric: column.metric for column in cls.columns})
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
         from sae_probes import DATASETS

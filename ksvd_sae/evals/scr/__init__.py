@@ -1,12 +1,14 @@
 """SAEBench's spurious correlation removal (SCR), and what it has in common with targeted probe perturbation (TPP)."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_details
 from ksvd_sae.offline import biographies
 
 
@@ -25,6 +27,7 @@ class AblationEval(SeededEval):
     n_values: list[Annotated[int, Field(gt=0)]] = Field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
 
     hooks: ClassVar[str] = IN_A_BLOCK
+    item: ClassVar[str] = "pair of classes"
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; coding them for each"
     published: ClassVar = {
         "datasets": None,
@@ -34,6 +37,10 @@ class AblationEval(SeededEval):
         "probe_epochs": 20,
         "seed": 42,
     }
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        yield from of_details(result, "dataset_name", {column.metric: column.metric for column in cls.columns})
 
     def ablations(self, times: int, classes: int, ablated: int) -> Work:
         """Classes of texts, of which some are told by probes and ablated with each of ``n_values``."""

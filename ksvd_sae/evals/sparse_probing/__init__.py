@@ -1,11 +1,13 @@
 """SAEBench's sparse probing: what a few latents tell of a text's class."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.items import Item, of_groups
 from ksvd_sae.offline import bbc_news
 
 
@@ -22,6 +24,7 @@ class SparseProbingEval(SeededEval):
     name: ClassVar[str] = "sparse_probing"
     hooks: ClassVar[str] = IN_A_BLOCK
     on_by_default: ClassVar[bool] = True
+    item: ClassVar[str] = "class"
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -69,6 +72,12 @@ class SparseProbingEval(SeededEval):
     def write_data(self, folder: Path) -> None:
         if bbc_news.NAME in (self.datasets or ()):
             bbc_news.write_probing_dataset(folder / bbc_news.NAME)
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        for column in cls.columns:
+            metrics = result.get("eval_result_unstructured", {}).items()
+            yield from of_groups(column.metric, {dataset: of.get(column.metric, {}) for dataset, of in metrics})
 
     def notes(self) -> list[str]:
         if self.datasets != [bbc_news.NAME]:

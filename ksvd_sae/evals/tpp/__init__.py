@@ -1,11 +1,13 @@
 """SAEBench's targeted probe perturbation (TPP): whether latents of one class are of that class alone."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from ksvd_sae.evals.base import Column, EvalResults, EvalSetting, Panelist, Work
+from ksvd_sae.evals.items import Item, of_groups
 from ksvd_sae.evals.scr import AblationEval
 from ksvd_sae.offline import bbc_news
 
@@ -16,6 +18,7 @@ class TppEval(AblationEval):
     datasets: list[str] | None = Field(None, description="null: SAEBench's two; bbc-news: the five BBC classes")
 
     name: ClassVar[str] = "tpp"
+    item: ClassVar[str] = "class"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "TPP top-20",
@@ -29,6 +32,14 @@ class TppEval(AblationEval):
         ),
     )
     reads_signs: ClassVar[bool] = True
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        for column in cls.columns:
+            datasets = result.get("eval_result_unstructured", {}).items()
+            yield from of_groups(
+                column.metric, {name: {c: s[column.metric] for c, s in of.items()} for name, of in datasets}
+            )
 
     def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
         from ksvd_sae.evals.tpp.run import run_tpp
