@@ -276,14 +276,15 @@ def contrast(
     against: Annotated[list[str], typer.Option(help="a dictionary; of several, the mean")],
     verbose: VerboseOption = False,
 ) -> None:
-    """Every score of some dictionaries minus that of others, paired by seed, with its 95 % interval."""
+    """Every score of some dictionaries minus that of others, paired by seed and item, with its 95 % interval."""
     _set_up_logging(verbose)
     with _errors_as_messages(verbose):
         from ksvd_sae.report.differences import between, contrast_section
+        from ksvd_sae.report.items import read_items
         from ksvd_sae.report.scores import read_csv
         from ksvd_sae.report.sections import section_markdown
 
-        section = contrast_section(between(read_csv(scores), of, against))
+        section = contrast_section(between(read_csv(scores), of, against, read_items(scores.parent)))
         _out.print("\n".join(section_markdown(section)).rstrip(), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -63,6 +63,7 @@ class Column:
         minus: a metric of the same eval to subtract, for differences.
         reference: a metric of the same eval to name beside it: what no dictionary reaches by itself.
         reference_is: what gives that, as a phrase.
+        matters: the least difference that says something; None: not known, and every significant one does.
         optional: no column where nothing was scored; for evals that run only where a config asks for them.
         last: stands behind the columns of all evals.
     """
@@ -76,6 +77,7 @@ class Column:
     minus: str | None = None
     reference: str | None = None
     reference_is: str = "the same probe on the raw activations"
+    matters: float | None = None
     optional: bool = False
     last: bool = False
 
@@ -255,7 +257,7 @@ class Eval(Strict, ABC):
         needs_labels: it needs the images' classes.
         hooks: names of the hooks that it can be had at, as a pattern.
         reads_signs: it reads the sign of a code: a signed code is scored by its positive part only.
-        item: what its scores are means over, in the singular; "" for what says nothing of it.
+        items_are: what its scores are means over, in the plural; "" for what does not say.
         own_items: each dictionary has items of its own, such as its latents: they do not pair.
         published: settings, by their names here, that its published scores were made with; None: none are published.
         redefined: metric -> what happened to it between the version of SAEBench that published and today's.
@@ -273,7 +275,7 @@ class Eval(Strict, ABC):
     needs_labels: ClassVar[bool] = False
     hooks: ClassVar[str] = ".*"
     reads_signs: ClassVar[bool] = False
-    item: ClassVar[str] = ""
+    items_are: ClassVar[str] = ""
     own_items: ClassVar[bool] = False
     published: ClassVar[Mapping[str, JsonValue] | None] = None
     redefined: ClassVar[Mapping[str, str]] = {}

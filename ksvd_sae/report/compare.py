@@ -16,7 +16,8 @@ from ksvd_sae.report.atoms import read_examples
 from ksvd_sae.report.budget import of_one_budget
 from ksvd_sae.report.differences import against_best, verdict_section, write_verdicts
 from ksvd_sae.report.items import FILE as ITEMS
-from ksvd_sae.report.items import items_of, reads_from, write_items
+from ksvd_sae.report.items import items_of, read_items, reads_from, write_items
+from ksvd_sae.report.power import power_section
 from ksvd_sae.report.published.section import published_section
 from ksvd_sae.report.raw import OWN_EVALS, RAW, result_name, write_raw
 from ksvd_sae.report.sections import Section, section_markdown
@@ -72,8 +73,14 @@ def write_comparison(
     published = published_section(config, frame, version, controls, bos)
     line = "" if isinstance(published, Section) else published
     notes += [line] if line else []
-    compared = against_best(frame, config.saes)
-    tables_below = [pivot.coder_section(frame, config), verdict_section(compared), published]
+    items = read_items(folder)
+    compared = against_best(frame, config.saes, items)
+    tables_below = [
+        pivot.coder_section(frame, config),
+        verdict_section(compared),
+        power_section(frame, items),
+        published,
+    ]
     sections = [section for section in tables_below if isinstance(section, Section)]
     write_verdicts(compared, folder / "verdicts.csv")
     tables.write_markdown(

@@ -5,44 +5,65 @@ A row is one score of one against another, seed by seed; see ``COLUMNS``. Column
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals import EVALS
 from ksvd_sae.evals.base import Column
 from ksvd_sae.report.headline import HEADLINES
+from ksvd_sae.report.items import headline_items
 from ksvd_sae.report.scores import check_table, typed_frame
 from ksvd_sae.report.sections import Section
-from ksvd_sae.report.statistics import SEEDS, difference
+from ksvd_sae.report.statistics import SEEDS, Better, Items, difference, judged
 from ksvd_sae.report.tables import headline_scores, shown_headlines, summary
 from ksvd_sae.store import atomic_path
 
-# of minus against, mean over n pairs of seeds (``over`` which), half_width of its 95 % interval; verdict: better,
-# worse, within noise, or no error bar where there is a single pair.
-COLUMNS = ["score", "of", "against", "difference", "half_width", "n", "over", "verdict"]
+# of minus against, mean over n pairs of seeds, half_width of its 95 % interval, which is over seeds, items or both
+# (``over``; items: how many). p: corrected for the number of verdicts in a score's column. visible: the difference that
+# such a test finds four times in five. matters: see Column. verdict: see ``statistics.judged``.
+_GAP = ["score", "of", "against", "difference", "half_width", "n", "items", "over"]
+COLUMNS = [*_GAP, "p", "visible", "matters", "verdict"]
 ANY = "any"
 _SETTING = ["entry", "coding", "coding_k"]
 _STUDY_SCORES = {"nats lost": "nats_lost", "FVU": "fvu"}
+# Of scores by their headlines.
+MATTERS = {headline.label: headline.matters for headline in HEADLINES}
+ITEMS_ARE = {kind.name: kind.items_are for kind in EVALS}
+OWN_ITEMS = {kind.name: kind.own_items for kind in EVALS}
 _IN_PERCENT = {headline.label for headline in HEADLINES if headline.style == "percent"}
 
 
-def _row(
-    score: str, better: Literal["lower", "higher"], of: tuple[str, pd.DataFrame], against: tuple[str, pd.DataFrame]
-) -> dict[str, Any]:
-    """One row. Args: of, against: a name, and scores as ``statistics.difference`` takes them."""
-    compared = difference(of[1], against[1], better)
-    gap = compared.estimate
-    facts = {"difference": gap.mean, "half_width": gap.half_width, "n": gap.n, "over": gap.over}
-    return {"score": score, "of": of[0], "against": against[0], **facts, "verdict": compared.verdict}
+@dataclass(frozen=True)
+class _Pair:
+    """Two scores to compare: a name, and scores as ``statistics.difference`` takes them. place: further columns."""
+
+    place: dict[str, Any]
+    of: tuple[str, pd.DataFrame]
+    against: tuple[str, pd.DataFrame]
+    items: Items | None = None
+
+
+def _rows(score: str, better: Better, matters: float | None, pairs: Sequence[_Pair]) -> list[dict[str, Any]]:
+    """A score's rows: verdicts of a column are corrected for their number together."""
+    gaps = [difference(pair.of[1], pair.against[1], pair.items) for pair in pairs]
+    rows = []
+    for pair, gap, said in zip(pairs, gaps, judged(gaps, better, matters), strict=True):
+        names = {"score": score, "of": pair.of[0], "against": pair.against[0]}
+        facts = {"difference": gap.mean, "half_width": gap.half_width, "n": gap.n, "items": gap.n_items}
+        verdict = {"p": said.p, "visible": said.visible, "matters": matters, "verdict": said.verdict}
+        rows.append({**pair.place, **names, **facts, "over": gap.over, **verdict})
+    return rows
 
 
 # ---------------------------------------------------------------- whom to compare
 
 
-def against_best(frame: pd.DataFrame, baselines: frozenset[str]) -> pd.DataFrame:
+def against_best(frame: pd.DataFrame, baselines: frozenset[str], items: pd.DataFrame | None = None) -> pd.DataFrame:
     """Every dictionary against the baseline that does best in the score among those of the same budget k.
 
     This leans towards the baselines: the best of several is partly the luckiest.
@@ -50,6 +71,7 @@ def against_best(frame: pd.DataFrame, baselines: frozenset[str]) -> pd.DataFrame
     Args:
         frame: the scores, see ``scores.COLUMNS``.
         baselines: names of the SAEs to compare with. A dictionary is not compared with itself.
+        items: what scores are means of, see ``items.COLUMNS``; None: intervals are over seeds alone.
     Returns: view, k and COLUMNS, for each headline score that has a better direction, dictionary by dictionary; empty
         if nothing can be compared.
     """
@@ -59,7 +81,7 @@ def against_best(frame: pd.DataFrame, baselines: frozenset[str]) -> pd.DataFrame
         row
         for headline in shown_headlines(typed)
         if headline.better
-        for row in _against_best_in(headline, headline.better, typed, table, baselines)
+        for row in _against_best_in(headline, headline.better, typed, table, baselines, items)
     ]
     order = {name: rank for rank, name in enumerate(dict.fromkeys(table["dictionary"]))}
     differences = pd.DataFrame(rows, columns=["view", "k", *COLUMNS])
@@ -68,13 +90,15 @@ def against_best(frame: pd.DataFrame, baselines: frozenset[str]) -> pd.DataFrame
 
 def _against_best_in(
     headline: Column,
-    better: Literal["lower", "higher"],
+    better: Better,
     typed: pd.DataFrame,
     table: pd.DataFrame,
     baselines: frozenset[str],
+    items: pd.DataFrame | None,
 ) -> list[dict[str, Any]]:
     scores = dict(list(headline_scores(typed, headline).groupby(["dictionary", "view"])[[*SEEDS, "value"]]))
-    rows: list[dict[str, Any]] = []
+    item_values = _item_values(items, headline)
+    pairs: list[_Pair] = []
     for own in table.dropna(subset=[headline.label]).to_dict("records"):
         same = (table["k"] == own["k"]) & table["dictionary"].isin(baselines) & table[headline.label].notna()
         rivals = table[same & ~((table["dictionary"] == own["dictionary"]) & (table["view"] == own["view"]))]
@@ -82,14 +106,31 @@ def _against_best_in(
             continue
         best = rivals.loc[rivals[headline.label].idxmin() if better == "lower" else rivals[headline.label].idxmax()]
         of, against = ((r["dictionary"], scores[r["dictionary"], r["view"]]) for r in (own, best))
-        rows.append({"view": own["view"], "k": own["k"], **_row(headline.label, better, of, against)})
-    return rows
+        both = [item_values.get((r["dictionary"], r["view"])) for r in (own, best)]
+        pairs.append(_Pair({"view": own["view"], "k": own["k"]}, of, against, _items(headline, *both)))
+    return _rows(headline.label, better, headline.matters, pairs)
 
 
-def between(frame: pd.DataFrame, ones: Sequence[str], others: Sequence[str]) -> pd.DataFrame:
+def _item_values(items: pd.DataFrame | None, headline: Column) -> dict[Any, pd.DataFrame]:
+    """(dictionary, view) -> seed, eval_seed, item, value."""
+    if items is None:
+        return {}
+    return dict(list(headline_items(items, headline).groupby(["dictionary", "view"])[[*SEEDS, "item", "value"]]))
+
+
+def _items(headline: Column, of: pd.DataFrame | None, against: pd.DataFrame | None) -> Items | None:
+    if of is None or against is None or of.empty or against.empty:
+        return None
+    return Items(of, against, shared=not OWN_ITEMS[headline.eval])
+
+
+def between(
+    frame: pd.DataFrame, ones: Sequence[str], others: Sequence[str], items: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """The mean score of ``ones`` minus that of ``others``, for every score that all of them have.
 
-    Args: frame: the scores, see ``scores.COLUMNS``. Of a dictionary with two views the first counts.
+    Args: frame: the scores, see ``scores.COLUMNS``. Of a dictionary with two views the first counts. items: as for
+        ``against_best``.
     Returns: COLUMNS.
     Raises: EvaluationError: no such dictionary, none given, or no score that all have.
     """
@@ -107,22 +148,28 @@ def between(frame: pd.DataFrame, ones: Sequence[str], others: Sequence[str]) -> 
         raise EvaluationError("contrast: nothing to compare", cure="name at least one dictionary on either side")
     rows = []
     for headline in shown_headlines(typed):
-        of, against = ((", ".join(names), _mean(typed, headline, names)) for names in (ones, others))
+        scores = headline_scores(typed, headline)
+        of, against = ((", ".join(names), _mean(scores, names)) for names in (ones, others))
         if headline.better and not of[1].empty and not against[1].empty:
-            rows.append(_row(headline.label, headline.better, of, against))
+            both = []
+            # Latents of several dictionaries have no mean.
+            if items is not None and not (OWN_ITEMS[headline.eval] and max(len(ones), len(others)) > 1):
+                values = headline_items(items, headline)
+                both = [_mean(values, names, [*SEEDS, "item"]) for names in (ones, others)]
+            pair = _Pair({}, of, against, _items(headline, *both) if both else None)
+            rows += _rows(headline.label, headline.better, headline.matters, [pair])
     if not rows:
         raise EvaluationError("contrast: there is no score that all of these have", got=", ".join([*ones, *others]))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _mean(typed: pd.DataFrame, headline: Column, names: Sequence[str]) -> pd.DataFrame:
-    """Mean over dictionaries, seed by seed; only seeds that all of them have a finite score of."""
-    scores = headline_scores(typed, headline)
+def _mean(scores: pd.DataFrame, names: Sequence[str], keys: Sequence[str] = tuple(SEEDS)) -> pd.DataFrame:
+    """Mean over dictionaries, seed by seed; only seeds (and items) that all of them have a finite value of."""
     scores = scores[scores["dictionary"].isin(names)].dropna(subset=["value"])
     first = scores.groupby("dictionary")["view"].transform(lambda views: min(views, key=lambda view: view == "split"))
     scores = scores[scores["view"] == first]
-    by_seed = scores.groupby(SEEDS, dropna=False, sort=True)["value"].agg(["mean", "size"]).reset_index()
-    return by_seed[by_seed["size"] == len(set(names))].rename(columns={"mean": "value"})[[*SEEDS, "value"]]
+    by_seed = scores.groupby([*keys], dropna=False, sort=True)["value"].agg(["mean", "size"]).reset_index()
+    return by_seed[by_seed["size"] == len(set(names))].rename(columns={"mean": "value"})[[*keys, "value"]]
 
 
 def of_study(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -136,7 +183,7 @@ def of_study(rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows)
     frame = frame[frame["coding_k"] == frame["k"]]
     is_sae = frame["sae"].astype(bool)
-    lines = []
+    pairs: dict[str, list[_Pair]] = {score: [] for score in _STUDY_SCORES}
     for (layer, k), group in frame.groupby(["layer", "k"], sort=True):
         for weighting in [*dict.fromkeys(group["weighting"]), ANY]:
             of_it = group if weighting == ANY else group[group["weighting"] == weighting]
@@ -145,10 +192,12 @@ def of_study(rows: list[dict[str, Any]]) -> pd.DataFrame:
                 continue
             place = {"layer": layer, "k": k, "weighting": weighting}
             own, theirs = _best(dictionaries), _best(saes)
-            lines += [
-                {**place, **_row(score, "lower", *((_name(g), _seeded(g, column)) for g in (own, theirs)))}
-                for score, column in _STUDY_SCORES.items()
-            ]
+            for score, column in _STUDY_SCORES.items():
+                of, against = ((_name(setting), _seeded(setting, column)) for setting in (own, theirs))
+                pairs[score].append(_Pair(place, of, against))
+    of_scores = [_rows(score, "lower", MATTERS[score], pairs[score]) for score in _STUDY_SCORES]
+    # Scores of a place side by side.
+    lines = [row for rows in zip(*of_scores, strict=True) for row in rows]
     return pd.DataFrame(lines, columns=["layer", "k", "weighting", *COLUMNS])
 
 
@@ -174,7 +223,7 @@ def _seeded(group: pd.DataFrame, column: str) -> pd.DataFrame:
 def write_verdicts(differences: pd.DataFrame, path: Path) -> None:
     """Write ``against_best``'s rows as CSV, who is compared under ``dictionary`` and with whom under ``baseline``."""
     table = differences.rename(columns={"of": "dictionary", "against": "baseline"})
-    columns = ["dictionary", "view", "k", "score", "baseline", "difference", "half_width", "n", "over", "verdict"]
+    columns = ["dictionary", "view", "k", "score", "baseline", *COLUMNS[3:]]
     with atomic_path(path) as temporary:
         table[columns].to_csv(temporary, index=False, float_format="%.6g")
 
@@ -193,13 +242,28 @@ def verdict_section(differences: pd.DataFrame) -> Section | None:
         best = group.groupby("score")["against"].agg(lambda names: names.mode()[0])
         rows.append(["best SAE", "", str(k), *(best.get(label, "") for label in labels)])
         rows += _pivot(group, ["of", "view", "k"], labels)
-    seeds = "paired by training and evaluation seed; ±: half-width of the 95 % interval (Student's t)"
     lead = (
-        "Each dictionary minus the SAE that does best in the column among those of the same k. Better and worse: the "
-        f"interval of the difference leaves out 0 ({seeds}). A bare difference is of a single pair: no verdict."
+        "Each dictionary minus the SAE that does best in the column among those of the same k, paired by seed and by "
+        "item where both have the same. ±: half-width of the 95 % interval of this one difference. Better, worse: "
+        "significant (5 %) among all verdicts of the column (Holm), and large enough for the test to see. Level: the "
+        "interval lies within what matters. Cannot tell: none of these. A bare difference is of a single pair."
     )
     heads = ("dictionary", "view", "k", *(headline.heading for headline in scores))
-    return Section("Against the best SAE", "verdicts", lead, heads, frozenset({"k"}), rows)
+    remarks = [_sight(differences[differences["score"] == headline.label], headline) for headline in scores]
+    return Section("Against the best SAE", "verdicts", lead, heads, frozenset({"k"}), rows, remarks)
+
+
+def _sight(rows: pd.DataFrame, headline: Column) -> str:
+    """What a column's intervals are over, what it could see and what matters there."""
+    over = " or ".join(_over_text(over, headline) for over in dict.fromkeys(rows["over"]) if over != "nothing")
+    text = f"{headline.label}: {f'intervals over {over}' if over else 'no intervals'}"
+    if rows["visible"].notna().any():
+        text += f"; seen four times in five, corrected: {rows['visible'].median():.2g} (median)"
+    return text + ("" if headline.matters is None else f"; what matters: {headline.matters:g}")
+
+
+def _over_text(over: str, headline: Column) -> str:
+    return over.replace("items", ITEMS_ARE[headline.eval])
 
 
 def study_section(differences: pd.DataFrame) -> Section | None:
@@ -208,7 +272,8 @@ def study_section(differences: pd.DataFrame) -> Section | None:
         return None
     lead = (
         "The setting of least nats lost among the dictionaries minus that among the SAEs: mean over pairs of the same "
-        "training seed ± half-width of the 95 % interval (Student's t). Better, worse: the interval leaves out 0; "
+        "training seed ± half-width of the 95 % interval (Student's t), which is over seeds alone. Better, worse: "
+        "significant among all of the column (Holm); level: within what matters; "
         "negative differences are in the dictionary's favour."
     )
     places = {"layer": "layer", "k": "k", "weighting": "weighting", "of": "dictionary", "against": "SAE", "n": "seeds"}
@@ -220,10 +285,26 @@ def study_section(differences: pd.DataFrame) -> Section | None:
 def contrast_section(differences: pd.DataFrame) -> Section:
     """``between``'s rows: a row a score."""
     of, against = differences.iloc[0][["of", "against"]]
-    rows = [[row["score"], difference_text(row, 4), str(row["n"])] for row in differences.to_dict("records")]
-    lead = "Mean over pairs of seeds ± half-width of the 95 % interval (Student's t)."
-    heads = ("score", "difference", "pairs")
-    return Section(f"{of} minus {against}", "contrast", lead, heads, frozenset({"pairs"}), rows)
+    of_label = {headline.label: headline for headline in HEADLINES}
+    rows = [
+        [
+            row["score"],
+            difference_text(row, 4),
+            _over_text(row["over"], of_label[row["score"]]),
+            *(f"{row[name]:.3g}" if pd.notna(row[name]) else "–" for name in ("visible", "matters")),
+            str(row["n"]),
+        ]
+        for row in differences.to_dict("records")
+    ]
+    lead = (
+        "Mean over pairs of seeds ± half-width of the 95 % interval. Better, worse: it leaves out 0, and the "
+        "difference is large enough for the test to see (visible: found four times in five). Level: it is within what "
+        "matters. "
+        "One comparison a score, so not corrected for their number."
+    )
+    heads = ("score", "difference", "over", "visible", "matters", "pairs")
+    numbers = frozenset({"pairs", "visible", "matters"})
+    return Section(f"{of} minus {against}", "contrast", lead, heads, numbers, rows)
 
 
 def _pivot(

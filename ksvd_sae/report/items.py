@@ -84,14 +84,22 @@ def read_items(folder: Path) -> pd.DataFrame:
 
 
 def headline_items(items: pd.DataFrame, headline: Column) -> pd.DataFrame:
-    """What is behind a headline column: dictionary, view, seed, eval_seed, item, value, weight."""
+    """What is behind a headline column: dictionary, view, seed, eval_seed, item, value.
+
+    Values count alike here: their mean is the score, and their spread gives the score's error (linearised, where it
+    is a ratio of sums).
+    """
     keys = [*KEY[2:], "item"]
     rows = items[items["eval"] == headline.eval]
-    own = rows.loc[rows["metric"] == headline.metric, [*keys, "value", "weight"]]
-    if headline.minus is None:
-        return own.reset_index(drop=True)
-    # Missing seeds do not merge: −1 stands for them. The two have the same tokens, so the same weights.
-    filled = {name: lambda part, n=name: part[n].fillna(-1) for name in ("seed", "eval_seed")}
-    minus = rows.loc[rows["metric"] == headline.minus, [*keys, "value"]]
-    merged = pd.merge(own.assign(**filled), minus.assign(**filled), "left", keys, suffixes=("", "_minus"))
-    return own.assign(value=(merged["value"] - merged["value_minus"]).to_numpy()).reset_index(drop=True)
+    own = rows.loc[rows["metric"] == headline.metric, [*keys, "value", "weight"]].reset_index(drop=True)
+    if headline.minus is not None:
+        # Missing seeds do not merge: −1 stands for them. The two have the same tokens, so the same weights.
+        filled = {name: lambda part, n=name: part[n].fillna(-1) for name in ("seed", "eval_seed")}
+        minus = rows.loc[rows["metric"] == headline.minus, [*keys, "value"]]
+        merged = pd.merge(own.assign(**filled), minus.assign(**filled), "left", keys, suffixes=("", "_minus"))
+        own["value"] = (merged["value"] - merged["value_minus"]).to_numpy()
+    own["total"] = own["value"] * own["weight"]
+    of_score = own.groupby(keys[:-1], dropna=False)
+    mean = of_score["total"].transform("sum") / of_score["weight"].transform("sum")
+    share = own["weight"] / of_score["weight"].transform("mean")
+    return own.assign(value=mean + share * (own["value"] - mean))[[*keys, "value"]]

@@ -57,9 +57,9 @@ def test_differences_that_hold_in_every_pair(table_of, methods):
     assert row_of(differences, "db-ksvd", "loss recovered")["verdict"] == "worse", "0.93 against 0.94"
 
 
-def test_within_noise(table_of, methods):
+def test_cannot_tell(table_of, methods):
     differences = against_best(seeded(table_of, methods, {"db-ksvd": 0.02}), frozenset({"topk-sae"}))
-    assert row_of(differences, "db-ksvd", "FVU")["verdict"] == "within noise"
+    assert row_of(differences, "db-ksvd", "FVU")["verdict"] == "cannot tell"
 
 
 def test_one_seed_has_differences_and_no_verdict(frame):
@@ -92,8 +92,11 @@ def test_verdicts_csv(table_of, methods, tmp_path):
     differences = against_best(seeded(table_of, methods, {"db-ksvd": 0.001}), frozenset({"topk-sae"}))
     write_verdicts(differences, tmp_path / "verdicts.csv")
     first, second, *rest = (tmp_path / "verdicts.csv").read_text().splitlines()
-    assert first == "dictionary,view,k,score,baseline,difference,half_width,n,over,verdict"
-    assert second == "db-ksvd,signed,20,FVU,topk-sae,-0.016,0.00248414,3,training seeds,better"
+    assert first == "dictionary,view,k,score,baseline,difference,half_width,n,items,over,p,visible,matters,verdict"
+    assert (
+        second
+        == "db-ksvd,signed,20,FVU,topk-sae,-0.016,0.00248414,3,0,training seeds,0.00129955,0.00572781,0.005,better"
+    )
     assert len(rest) == len(differences) - 1
 
 
@@ -164,7 +167,8 @@ def test_the_command_prints_it(contrasted: pd.DataFrame, tmp_path: Path) -> None
     assert "## a minus b" in done.output
     (row,) = between(contrasted, ["a"], ["b"]).to_dict("records")
     cells = [cell.strip() for line in done.output.splitlines() if line.startswith("| FVU") for cell in line.split("|")]
-    assert cells == ["", "FVU", f"better, {row['difference']:+.4f} ± {row['half_width']:.4f}", "3", ""]
+    shown = f"better, {row['difference']:+.4f} ± {row['half_width']:.4f}"
+    assert cells == ["", "FVU", shown, "training seeds", f"{row['visible']:.3g}", "0.005", "3", ""]
     missing = CliRunner().invoke(app, ["contrast", str(tmp_path / "none.csv"), "--of", "a", "--against", "b"])
     assert missing.exit_code == 1
 
@@ -207,7 +211,7 @@ def test_the_best_of_either_side_in_each_weighting_and_in_any() -> None:
     ]
     plain, std = table.loc[0], table.loc[2]
     assert (plain["verdict"], plain["difference"]) == ("better", pytest.approx(-0.1))
-    assert (std["verdict"], std["difference"]) == ("within noise", pytest.approx(0.0))
+    assert (std["verdict"], std["difference"]) == ("cannot tell", pytest.approx(0.0))
     # Three differences of standard deviation 0.04: t(2) = 4.303.
     assert std["half_width"] == pytest.approx(4.303 * 0.04 / 3**0.5, rel=1e-3)
     section = study_section(table)

@@ -49,7 +49,7 @@ class AbsorptionEval(SeededEval):
     hooks: ClassVar[str] = LAYER_OUTPUT
     cost: ClassVar[str] = "the language model over two prompts a word once for a panel; k-sparse probes for each"
     demo_seconds: ClassVar[float] = 200
-    item: ClassVar[str] = "letter"
+    items_are: ClassVar[str] = "letters"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "absorption",
@@ -59,6 +59,7 @@ class AbsorptionEval(SeededEval):
             "how much of a word's first letter other latents carry where the letter's own do not "
             "(fraction, mean over words, then letters)",
             "lower",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -69,6 +70,7 @@ class AbsorptionEval(SeededEval):
             "words on which the letter's own latents are silent and another latent stands in for them "
             "(fraction of words, mean over letters)",
             "lower",
+            matters=0.02,
             optional=True,
         ),
     )

@@ -107,11 +107,12 @@ class AutoInterpEval(SeededEval):
             "how often a judge that explained a latent in words predicts from them whether it fires in a text "
             "(fraction of texts, mean over latents)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )
     reads_signs: ClassVar[bool] = True
-    item: ClassVar[str] = "latent"
+    items_are: ClassVar[str] = "latents"
     own_items: ClassVar[bool] = True
     published: ClassVar = {
         "judge": "gpt-4o-mini",

@@ -27,7 +27,7 @@ class CoreEval(Eval):
     on_by_default: ClassVar[bool] = True
     cost: ClassVar[str] = "the language model over all its text once for a panel; its layers after the hook for each"
     demo_seconds: ClassVar[float] = 70
-    item: ClassVar[str] = "context"
+    items_are: ClassVar[str] = "contexts"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "loss recovered",
@@ -37,6 +37,7 @@ class CoreEval(Eval):
             "how much of the cross-entropy between the model with its activations zeroed and the untouched model "
             "the reconstruction wins back (no unit; 1 is the untouched model, 0 is no better than zeros)",
             "higher",
+            matters=0.002,
         ),
         Column(
             "KL",
@@ -46,6 +47,7 @@ class CoreEval(Eval):
             "KL divergence between the model's next-token distributions with and without the reconstruction "
             "(nats a token)",
             "lower",
+            matters=0.02,
         ),
         Column(
             "nats lost",
@@ -54,6 +56,7 @@ class CoreEval(Eval):
             "score",
             "cross-entropy with the reconstruction minus that of the untouched model (nats a token)",
             "lower",
+            matters=0.02,
             minus="ce_loss_without_sae",
         ),
     )

@@ -22,7 +22,7 @@ class HeldoutEval(MeasuredHere):
     reads: ClassVar[Reads] = "activations"
     on_by_default: ClassVar[bool] = True
     at_once: ClassVar[bool] = True
-    item: ClassVar[str] = "context"
+    items_are: ClassVar[str] = "contexts"
     cost: ClassVar[str] = "coding the held-out activations; no language model"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -33,6 +33,7 @@ class HeldoutEval(MeasuredHere):
             "fraction of variance unexplained: squared error over the variance of the activations "
             "(no unit; 0 is perfect, 1 is no better than the mean)",
             "lower",
+            matters=0.005,
         ),
         Column(
             "dead",
@@ -41,6 +42,7 @@ class HeldoutEval(MeasuredHere):
             "percent",
             "latents that no token uses (% of d_sae; in the split view each sign of an atom counts by itself)",
             "lower",
+            matters=0.02,
             last=True,
         ),
     )

@@ -34,7 +34,7 @@ class LossEval(MeasuredHere):
     name: ClassVar[str] = "loss"
     at_once: ClassVar[bool] = True
     counts: ClassVar[str] = "n_predictions"
-    item: ClassVar[str] = "context"
+    items_are: ClassVar[str] = "contexts"
     cost: ClassVar[str] = "the language model over the contexts once; its layers after the hook for each dictionary"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -45,6 +45,7 @@ class LossEval(MeasuredHere):
             "cross-entropy with the reconstruction of ordinary tokens minus that of the untouched model "
             "(nats a token, on held-out contexts)",
             "lower",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -54,6 +55,7 @@ class LossEval(MeasuredHere):
             "score",
             "how much of the cross-entropy between the model with zeros and the untouched one it wins back (no unit)",
             "higher",
+            matters=0.002,
             optional=True,
         ),
         Column(
@@ -63,6 +65,7 @@ class LossEval(MeasuredHere):
             "score",
             "KL divergence of the untouched model's next-token distribution from the spliced one's (nats a token)",
             "lower",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -73,6 +76,7 @@ class LossEval(MeasuredHere):
             "mean eᵀFe of the error e, F the mean outer product of the loss's gradient: the rise of the loss to second "
             "order if F were its Hessian, times two (nats)",
             "lower",
+            matters=0.04,
             optional=True,
         ),
     )

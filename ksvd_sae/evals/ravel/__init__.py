@@ -46,7 +46,7 @@ class RavelEval(SeededEval):
     cost: ClassVar[str] = "the whole language model: answers once for a panel, masks with gradients for each"
     demo_seconds: ClassVar[float] = 200
     loads_own_model: ClassVar[bool] = True
-    item: ClassVar[str] = "attribute"
+    items_are: ClassVar[str] = "attributes"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "RAVEL",
@@ -55,6 +55,7 @@ class RavelEval(SeededEval):
             "score",
             "mean of cause and isolation: an attribute of an entity changed, its others kept (fraction of pairs)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -64,6 +65,7 @@ class RavelEval(SeededEval):
             "score",
             "how often swapping an attribute's latents brings the other entity's answer (fraction of pairs)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -73,6 +75,7 @@ class RavelEval(SeededEval):
             "score",
             "how often the answers to other attributes stay as they were (fraction of pairs)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )

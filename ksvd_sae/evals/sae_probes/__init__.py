@@ -33,7 +33,7 @@ class SaeProbesEval(SeededEval):
     hooks: ClassVar[str] = IN_A_BLOCK
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     demo_seconds: ClassVar[float] = 250
-    item: ClassVar[str] = "data set"
+    items_are: ClassVar[str] = "data sets"
     columns: ClassVar[tuple[Column, ...]] = tuple(
         Column(
             f"sae-probes top-{k}",
@@ -43,6 +43,7 @@ class SaeProbesEval(SeededEval):
             f"test accuracy of a linear probe on the {latents} at a text's last token "
             "(fraction of texts, mean over data sets)",
             "higher",
+            matters=0.02,
             reference="llm_test_accuracy",
             reference_is="a probe on the whole activation",
             optional=True,

@@ -7,9 +7,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Panelist, SeededEval, Work
+from ksvd_sae.evals.base import IN_A_BLOCK, EvalResults, EvalSetting, Panelist, SeededEval, Work
 from ksvd_sae.evals.items import Item, of_details
 from ksvd_sae.offline import biographies
+
+_ITEMS_OF = "scr_metric_threshold_20"
 
 
 class AblationEval(SeededEval):
@@ -27,7 +29,6 @@ class AblationEval(SeededEval):
     n_values: list[Annotated[int, Field(gt=0)]] = Field(default_factory=lambda: [2, 5, 10, 20, 50, 100, 500])
 
     hooks: ClassVar[str] = IN_A_BLOCK
-    item: ClassVar[str] = "pair of classes"
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; coding them for each"
     published: ClassVar = {
         "datasets": None,
@@ -38,10 +39,6 @@ class AblationEval(SeededEval):
         "seed": 42,
     }
 
-    @classmethod
-    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
-        yield from of_details(result, "dataset_name", {column.metric: column.metric for column in cls.columns})
-
     def ablations(self, times: int, classes: int, ablated: int) -> Work:
         """Classes of texts, of which some are told by probes and ablated with each of ``n_values``."""
         train, test = (size // 2 * self.context_tokens for size in (self.train_set_size, self.test_set_size))
@@ -51,7 +48,11 @@ class AblationEval(SeededEval):
 
 
 class ScrEval(AblationEval):
-    """SAEBench's spurious correlation removal (SCR)."""
+    """SAEBench's spurious correlation removal (SCR).
+
+    It has no column of the headline table: at its usual settings it tells good dictionaries badly from others (arXiv
+    2605.18229).
+    """
 
     datasets: list[str] | None = Field(
         None, description="null: SAEBench's two; templated-bias_in_bios: short biographies from templates"
@@ -61,20 +62,13 @@ class ScrEval(AblationEval):
     )
 
     name: ClassVar[str] = "scr"
+    items_are: ClassVar[str] = "pairs of classes"
     demo_seconds: ClassVar[float] = 70
-    columns: ClassVar[tuple[Column, ...]] = (
-        Column(
-            "SCR top-20",
-            "scr",
-            "scr_metric_threshold_20",
-            "score",
-            "how much of a classifier's spurious gender bias goes when the 20 latents that carry it are zeroed "
-            "(fraction; below 0: bias was added)",
-            "higher",
-            optional=True,
-        ),
-    )
     published: ClassVar = {**AblationEval.published, "pairs": None}
+
+    @classmethod
+    def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:
+        yield from of_details(result, "dataset_name", {_ITEMS_OF: _ITEMS_OF})
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
         from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig

@@ -24,7 +24,7 @@ class SparseProbingEval(SeededEval):
     name: ClassVar[str] = "sparse_probing"
     hooks: ClassVar[str] = IN_A_BLOCK
     on_by_default: ClassVar[bool] = True
-    item: ClassVar[str] = "class"
+    items_are: ClassVar[str] = "classes"
     cost: ClassVar[str] = "the language model up to the hook over all texts once for a panel; probes for each"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
@@ -34,6 +34,7 @@ class SparseProbingEval(SeededEval):
             "score",
             "test accuracy of a linear probe on the single best latent (fraction of texts)",
             "higher",
+            matters=0.02,
             reference="llm_top_1_test_accuracy",
         ),
         Column(
@@ -43,6 +44,7 @@ class SparseProbingEval(SeededEval):
             "score",
             "test accuracy of a linear probe on the five best latents (fraction of texts)",
             "higher",
+            matters=0.02,
             reference="llm_top_5_test_accuracy",
         ),
     )

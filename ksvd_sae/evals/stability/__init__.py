@@ -39,6 +39,7 @@ class StabilityEval(Eval):
             f"atoms with |cos| above {SAME} to their partner in a training with another seed, matched one to one "
             "(% of atoms, mean over the other trainings; the values of seeds share pairs: their interval is narrow)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )

@@ -18,7 +18,7 @@ class TppEval(AblationEval):
     datasets: list[str] | None = Field(None, description="null: SAEBench's two; bbc-news: the five BBC classes")
 
     name: ClassVar[str] = "tpp"
-    item: ClassVar[str] = "class"
+    items_are: ClassVar[str] = "classes"
     columns: ClassVar[tuple[Column, ...]] = (
         Column(
             "TPP top-20",
@@ -28,6 +28,7 @@ class TppEval(AblationEval):
             "how much further a class's own probe falls than those of other classes when the 20 latents that carry "
             "the class are zeroed (difference of test accuracies)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )

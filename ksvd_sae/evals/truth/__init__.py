@@ -60,6 +60,7 @@ class TruthEval(MeasuredHere, SeededEval):
             "how well a latent's firing tells its nearest true feature's, learned again in a synthetic world, latents "
             "below the best threshold dropped, which other samples chose (F1, mean over latents)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -69,6 +70,7 @@ class TruthEval(MeasuredHere, SeededEval):
             "score",
             "the same for codes as they come (F1, mean over latents)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
         Column(
@@ -78,6 +80,7 @@ class TruthEval(MeasuredHere, SeededEval):
             "score",
             "mean |cos| of latents and true features, each matched to another (no unit)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )

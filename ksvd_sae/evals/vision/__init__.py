@@ -43,6 +43,7 @@ class ProbePreservationEval(ImageEval):
             "accuracy of a linear probe of the images' classes on reconstructions, as a part of its accuracy on the "
             "activations that it was fitted on (no unit; from 0 to 2)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )
@@ -74,6 +75,7 @@ class ImageProbingEval(ImageEval):
             "area under the accuracy of probes of the images' classes on the k best latents, over k, as a part of the "
             "range of k (no unit)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )
@@ -107,6 +109,7 @@ class SpatialEval(ImageEval):
             "how much the patches that a latent fires on lie together (Moran's I, mean over images, then latents; "
             "1 is one patch of ground, 0 is chance)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )
@@ -138,6 +141,7 @@ class MonosemanticityEval(ImageEval):
             "how alike the images that a latent fires on most are to another model (cosine of pairs, weighted by their "
             "codes, mean over latents)",
             "higher",
+            matters=0.02,
             optional=True,
         ),
     )
