@@ -44,7 +44,7 @@ def check_recomputable(folder: Path, scratch: Path, not_kept: frozenset[str] = f
     assert n_logs, "no dictionary has a training log"
     table = to_markdown(summary(frame), config.controls, intervals(frame))
     assert f"\n\n{table}" in (folder / "comparison.md").read_text(), "the table is not that of the scores"
-    write_verdicts(against_best(frame, config.saes), scratch / "verdicts.csv")
+    write_verdicts(against_best(frame, config.saes, read_items(folder)), scratch / "verdicts.csv")
     assert (folder / "verdicts.csv").read_bytes() == (scratch / "verdicts.csv").read_bytes()
 
 
