@@ -4,6 +4,7 @@ import ctypes
 import gc
 import logging
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -87,6 +88,22 @@ def without_autocast() -> Iterator[None]:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield
+
+
+@cache
+def cpu_name() -> str:
+    """The processor as it calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, str | int]:
+    """What numbers depend on beside versions: another kind of processor, or other threads, add in another order."""
+    return {"cpu": cpu_name(), "threads": torch.get_num_threads()}
 
 
 def keep_freed_memory() -> None:

@@ -31,6 +31,8 @@ TRACKED_PACKAGES = (
     "ksvd-sae",
     "torch",
     "numpy",
+    "numba",
+    "scipy",
     "transformers",
     "transformer-lens",
     "sae-lens",
@@ -200,12 +202,16 @@ def write_manifest(folder: Path, stage: str, key: dict[str, Any], **facts: Any) 
         key: everything the folder's content follows from (config and hashes of inputs).
         facts: what came out (counts, checksums, seconds).
     """
+    # Imports torch, which keys and files do without.
+    from ksvd_sae.device import machine
+
     manifest = {
         "stage": stage,
         "hash": content_hash(key),
         "key": json.loads(json.dumps(key, default=str)),
         "versions": versions(),
         "commit": commit(),
+        "machine": machine(),
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **facts,
     }

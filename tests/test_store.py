@@ -13,10 +13,12 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ksvd_sae import store as provenance
+from ksvd_sae.device import cpu_name
 from ksvd_sae.errors import DiskSpaceError, ManifestError
 from ksvd_sae.store import (
     MANIFEST,
@@ -132,7 +134,8 @@ class TestManifest:
         assert (read["stage"], read["key"], read["hash"]) == ("harvest", KEY, content_hash(KEY))
         assert (read["tokens"], read["files"]) == (100, {"a": "b"})
         assert read["versions"] == versions()
-        assert {"python", "torch", "numpy", "ksvd-sae"} <= set(read["versions"])
+        assert {"python", "torch", "numpy", "numba", "ksvd-sae"} <= set(read["versions"])
+        assert read["machine"] == {"cpu": cpu_name(), "threads": torch.get_num_threads()}
 
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(

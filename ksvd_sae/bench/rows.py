@@ -30,7 +30,6 @@ Suites add fields of their own. Needs no more than learning/ does, as gpu.py.
 
 import json
 import math
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -42,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ksvd_sae.device import cpu_name
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.store import commit, versions
 
@@ -161,21 +161,6 @@ def read(path: Path) -> list[dict[str, Any]]:
             raise ManifestError(f"reading {path}, line {number}: not a row", got=line[:80], cure="delete that line")
         found.append(fields)
     return found
-
-
-@lru_cache(maxsize=1)
-def cpu_name() -> str:
-    """The processor as it calls itself."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
 
 
 @lru_cache
