@@ -26,7 +26,10 @@ NOT_CLEAN = {"bench/scaling": 40, "bench/train": 9, "bench/update": 6, "study-en
 
 
 def test_measured_rows_are_of_commits() -> None:
-    found = {path: [json.loads(line)["commit"] for line in path.open()] for path in RESULTS.glob("*/*.jsonl")}
+    found = {
+        path: [json.loads(line)["commit"] for line in path.read_text().splitlines()]
+        for path in RESULTS.glob("*/*.jsonl")
+    }
     names = {path.relative_to(RESULTS).with_suffix("").as_posix(): commits for path, commits in found.items()}
     dirty = {name: n for name, commits in names.items() if (n := sum(commit.endswith("+") for commit in commits))}
     assert dirty == NOT_CLEAN, "measure them again from a clean checkout"

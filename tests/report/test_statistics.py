@@ -215,8 +215,8 @@ def test_intervals_cover_what_they_say(regime: str, n_items: int) -> None:
         cells = draw.normal(0, of_seeds, (3, 1)) + draw.normal(0, of_items, (1, n_items))
         found = compared(items(cells + draw.normal(0, left, cells.shape)), theirs)
         held += abs(found.mean) <= found.half_width
-    # Three standard errors of 400 draws are 0.033.
-    assert 0.93 - 0.033 <= held / n <= (1.0 if regime == "neither" else 0.98 + 0.02)
+    # Three standard errors of a share of 0.94 of 400 draws are 0.036, of 0.975 they are 0.023.
+    assert 0.94 - 0.036 <= held / n <= (1.0 if regime == "neither" else 0.998)
 
 
 # ---------------------------------------------------------------- verdicts
