@@ -5,16 +5,18 @@ import gc
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from ksvd_sae.errors import ConfigError
+from ksvd_sae.errors import ConfigError, MemorySpaceError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 # Parameters of glibc's mallopt (malloc.h).
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 # What a process may have of the machine's memory, in bytes or 'max', where Linux's control groups say.
@@ -129,3 +131,41 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         return
+
+
+def in_parts_that_fit(
+    n: int, size: int, work: Callable[[slice], T], what: str, cure: str, undo: Callable[[slice], object] | None = None
+) -> Iterator[T]:
+    """What ``work`` gives for ranges of n rows, ``size`` at a time; half as many from where the device lacks memory on.
+
+    The rows' results are the same but for rounding: products of other shapes are summed in another order.
+
+    Args: what, cure: for the error. undo: what ``work`` had begun on a range when it failed.
+    Raises: MemorySpaceError if there is too little for a single row.
+    """
+    start = 0
+    while start < n:
+        rows, said = slice(start, start + size), ""
+        try:
+            yield work(rows)
+        except torch.OutOfMemoryError as error:
+            # Only its words: the error keeps all that its frames held.
+            said = str(error)
+        if not said:
+            start += size
+            continue
+        if undo is not None:
+            undo(rows)
+        size = min(size, n - start)
+        if size == 1:
+            raise MemorySpaceError(f"{what}: too little memory on the device for one", cause=said[:300], cure=cure)
+        size //= 2
+        gc.collect()
+        torch.cuda.empty_cache()
+        _say_smaller(what, size)
+
+
+@cache
+def _say_smaller(what: str, size: int) -> None:
+    """Once: it may be so in every batch."""
+    logger.warning("%s: the device has too little memory; going on with %d at a time", what, size)

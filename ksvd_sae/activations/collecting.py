@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STAGE, ActivationShards, finish, shard_name, write_shard
 from ksvd_sae.activations.statistics import Moments, RunningStatistics, outlier_limit
+from ksvd_sae.device import in_parts_that_fit
 from ksvd_sae.errors import ManifestError, ShardError
 from ksvd_sae.progress import Advance
 from ksvd_sae.store import atomic_path, content_hash, file_sha256, is_finished, require_disk_space, write_json
@@ -237,15 +238,22 @@ class Collection:
             units = list(islice(stream, batch))
             if not units:
                 return None
-            # Half the bytes, where they are stored as bfloat16, before they leave the device.
-            x_ND = read(units).to(dtype).cpu()
+
+            def some(places: slice, units: list[T] = units) -> Tensor:
+                # Half the bytes, where they are stored as bfloat16, before they leave the device.
+                return read(units[places]).to(dtype).cpu()
+
+            cure = "model.dtype=bfloat16, shorter contexts, or another device"
+            found = list(in_parts_that_fit(len(units), batch, some, "harvest", cure))
             if not rows:
+                x_ND = found[0]
                 # All that is still to come, raw and shuffled: better to stop now than after an hour.
                 size = 2 * left_tokens * x_ND.shape[1] * x_ND.element_size()
                 require_disk_space(self.raw, size, f"harvest: collecting {left_tokens:,} more tokens")
-            rows.append(x_ND)
-            n_tokens, n_units = n_tokens + len(x_ND), n_units + len(units)
-            advance(len(x_ND))
+            rows += found
+            n_found = sum(map(len, found))
+            n_tokens, n_units = n_tokens + n_found, n_units + len(units)
+            advance(n_found)
         return torch.cat(rows), n_units
 
     def _write_part(self, part: str, index: int, x_ND: Tensor, n_units: int) -> dict[str, Any]:

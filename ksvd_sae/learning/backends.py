@@ -91,8 +91,13 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype, n_atoms: int, k: i
     return pursuit_triton.why_not(device, n_atoms, k, orthogonal=method == "omp")
 
 
-def chunks(x_BD: Tensor, n_atoms: int, memory_bytes: int | None, arrays: int) -> list[slice]:
-    """Row ranges such that ``arrays`` arrays of chunk × M fit into ``memory_bytes``."""
+def chunk_rows(x_BD: Tensor, n_atoms: int, memory_bytes: int | None, arrays: int) -> int:
+    """How many rows, such that ``arrays`` arrays of chunk × M fit into ``memory_bytes``."""
     budget = memory_bytes or _CHUNK_BYTES.get(x_BD.device.type, 64 << 20)
-    size = max(1, budget // (arrays * n_atoms * x_BD.element_size()))
+    return max(1, budget // (arrays * n_atoms * x_BD.element_size()))
+
+
+def chunks(x_BD: Tensor, n_atoms: int, memory_bytes: int | None, arrays: int) -> list[slice]:
+    """Row ranges of that many."""
+    size = chunk_rows(x_BD, n_atoms, memory_bytes, arrays)
     return [slice(start, start + size) for start in range(0, len(x_BD), size)]

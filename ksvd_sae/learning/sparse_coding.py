@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.arguments import number, whole
-from ksvd_sae.device import without_autocast
+from ksvd_sae.device import in_parts_that_fit, without_autocast
 from ksvd_sae.errors import DictionaryError, ShapeError
-from ksvd_sae.learning.backends import Backend, Method, chunks, coder_backend, on_gpu
+from ksvd_sae.learning.backends import Backend, Method, chunk_rows, chunks, coder_backend, on_gpu
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.gram import Gram, gram_of
@@ -212,11 +212,27 @@ def pursued(
     left_BK = torch.zeros_like(code.values_BK)
     pursue = _kernels(where).pursue
     with_atoms = times(atoms_MD, precision)
-    for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=3 if where == "torch" else 1):
+
+    def work(rows: slice) -> None:
         products_CM = with_atoms(x_BD[rows])
         out = (code.values_BK[rows], code.support_BK[rows], left_BK[rows])
         pursue(products_CM, energy_B[rows], floor_B[rows], gram_MM, k, steps, rtol, nonnegative, *out)
+
+    size = chunk_rows(x_BD, len(atoms_MD), memory_bytes, arrays=3 if where == "torch" else 1)
+    _in_parts(len(x_BD), size, work, code.values_BK, code.support_BK, left_BK)
     return code, left_BK
+
+
+def _in_parts(n: int, size: int, work: Callable[[slice], None], *out: Tensor) -> None:
+    """``work`` on all rows; a part that failed is zeroed before it is begun again."""
+
+    def undo(rows: slice) -> None:
+        for part in out:
+            part[rows] = 0
+
+    cure = "fewer atoms, or another device"
+    for _ in in_parts_that_fit(n, size, work, "sparse coding", cure, undo):
+        pass
 
 
 def _as_read(gram_MM: Gram, where: str, precision: Precision) -> Gram:
@@ -348,10 +364,14 @@ def orthogonal_matching_pursuit(
     gram_MM = _as_read(gram_MM, where, precision)
     pursue = _kernels(where).pursue_orthogonally
     with_atoms = times(atoms_MD, precision)
-    for rows in chunks(x_BD, len(atoms_MD), memory_bytes, arrays=k + 3 if where == "torch" else 1):
+
+    def work(rows: slice) -> None:
         products_CM = with_atoms(x_BD[rows])
         out = (code.values_BK[rows], code.support_BK[rows])
         pursue(products_CM, energy_B[rows], floor_B[rows], gram_MM, k, rtol, nonnegative, by_error, *out)
+
+    size = chunk_rows(x_BD, len(atoms_MD), memory_bytes, arrays=k + 3 if where == "torch" else 1)
+    _in_parts(len(x_BD), size, work, code.values_BK, code.support_BK)
     return code
 
 
