@@ -3,7 +3,7 @@
 Stages meet at files, in a folder that all of them see, so there is little to tell: that all are there (``wait``), what
 rank 0 found (``first``), who does what (``share``). That goes through the store by which torchrun's processes find each
 other, where one that is busy for hours keeps nobody's connection waiting; only the sums of learning are
-torch.distributed's (learning/ranks.py).
+torch.distributed's (ranks.py).
 
 Beside each process runs a small one, forked before there is much to fork, which no kernel that holds Python's lock can
 stop. It says every second that it is there, and ends its process if another one failed, was killed, or has not been
@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from ksvd_sae.device import resolve_device
 from ksvd_sae.errors import ConfigError, KsvdSaeError, ProcessError
-from ksvd_sae.learning.ranks import Ranks
+from ksvd_sae.ranks import Ranks
 from ksvd_sae.store import sole_writer
 
 if TYPE_CHECKING:

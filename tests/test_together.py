@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ksvd_sae.errors import ConfigError
-from ksvd_sae.learning.ranks import Ranks
+from ksvd_sae.ranks import Ranks
 from ksvd_sae.together import ALONE, Task, Together
 from tests.command_line import REPOSITORY, free_port
 from tests.threads import in_ranks

@@ -31,8 +31,8 @@ from ksvd_sae.bench.problems import PLANTED, Shape, planted_problem
 from ksvd_sae.bench.rows import OURS, Who, row
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
-from ksvd_sae.learning.ranks import Ranks
 from ksvd_sae.learning.training import Update
+from ksvd_sae.ranks import Ranks
 
 BATCH, SMALL = Shape(PLANTED, n=8192, d=256, m=1024, k=8), Shape(PLANTED, n=256, d=16, m=32, k=2)
 UPDATES: tuple[Update, ...] = ("sweep", "two_sweeps")

@@ -38,7 +38,7 @@ from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.kernels import batch_triton
 from ksvd_sae.learning.least_squares import refit_code
 from ksvd_sae.learning.products import has_bfloat16, multiplied, products
-from ksvd_sae.learning.ranks import ALONE, Ranks
+from ksvd_sae.ranks import ALONE, Ranks
 
 # Nonzeros summed in one go: enough to keep the second stage small, few enough for all of a GPU to be busy.
 _PIECE = 256

@@ -36,7 +36,6 @@ from ksvd_sae.learning.checks import check_code
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.drift import Drift
-from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.redraw import first_atoms
 from ksvd_sae.learning.sources import (
     DividedSource,
@@ -61,6 +60,7 @@ from ksvd_sae.learning.training import (
     learned_with,
 )
 from ksvd_sae.learning.weighting import Weighting
+from ksvd_sae.ranks import ALONE, Ranks
 from ksvd_sae.store import content_hash
 
 __all__ = ["BatchLog", "DictionaryLearner", "LearnerOptions"]

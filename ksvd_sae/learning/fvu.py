@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.errors import ConstantSamplesError, ShapeError
-from ksvd_sae.learning.ranks import ALONE, Ranks
+from ksvd_sae.ranks import ALONE, Ranks
 
 # Rows taken to float64 at a time where all samples are there at once: they stay in a CPU's cache, and keep a GPU busy.
 _ROWS = {"cpu": 1024, "cuda": 16_384}

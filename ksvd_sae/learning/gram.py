@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ksvd_sae.device import memory_bytes
 from ksvd_sae.learning.products import products
-from ksvd_sae.learning.ranks import ALONE, Ranks
+from ksvd_sae.ranks import ALONE, Ranks
 
 _SHARE = 4
 # Where several processes multiply a part each and send it: between CPUs sending takes as long as multiplying.

@@ -25,8 +25,8 @@ from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.atom_update import residual_of
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.products import Precision
-from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.sparse_coding import matching_pursuit, pursued
+from ksvd_sae.ranks import ALONE, Ranks
 
 SMALLEST_GROUP = 256
 NamedGroups = Literal["paper", "eighth"]

@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning import backends
 from ksvd_sae.learning.products import products
-from ksvd_sae.learning.ranks import ALONE, Ranks
+from ksvd_sae.ranks import ALONE, Ranks
 
 Redraw = Literal["residual", "data", "random", "none"]
 REDRAWS: tuple[Redraw, ...] = ("residual", "data", "random", "none")

@@ -26,7 +26,7 @@ from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.gram import Gram, gram_of
 from ksvd_sae.learning.least_squares import DEPENDENT, refit_code, refit_from_left
 from ksvd_sae.learning.products import Precision, check_precision, times
-from ksvd_sae.learning.ranks import ALONE, Ranks
+from ksvd_sae.ranks import ALONE, Ranks
 
 Coder = Literal["mp", "mp_refit", "omp", "ormp", "projection"]
 Choice = Literal["product", "error"]

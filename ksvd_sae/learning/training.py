@@ -31,10 +31,10 @@ from ksvd_sae.learning.incoherence import pushed_apart
 from ksvd_sae.learning.kernels import batch_triton
 from ksvd_sae.learning.matryoshka import Stage, stages
 from ksvd_sae.learning.products import PRECISIONS, Precision
-from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.redraw import ENOUGH_IDLE, REDRAWS, Redraw, near_duplicates, redrawn
 from ksvd_sae.learning.sparse_coding import pursued
 from ksvd_sae.learning.weighting import Weighting
+from ksvd_sae.ranks import ALONE, Ranks
 
 Update = Literal["sweep", "two_sweeps", "exact"]
 Init = Literal["data", "random"]

@@ -24,8 +24,8 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ManifestError
 from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.pca import covariance
-from ksvd_sae.learning.ranks import ALONE, Ranks
 from ksvd_sae.learning.weighting import DEFAULT_POWER, Weighting, WeightingKind, make_weighting
+from ksvd_sae.ranks import ALONE, Ranks
 from ksvd_sae.strict import Strict
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STATISTICS_FILE, ActivationShards, write_shard
 from ksvd_sae.errors import KsvdSaeError, ManifestError, ShapeError, ShardError
-from ksvd_sae.learning.ranks import Ranks
+from ksvd_sae.ranks import Ranks
 from ksvd_sae.store import MANIFEST
 from tests.activations.conftest import KEY, StoreHarvest
 from tests.learners import learner

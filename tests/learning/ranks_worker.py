@@ -14,8 +14,8 @@ from torch import Tensor
 from ksvd_sae.learning import gram
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
-from ksvd_sae.learning.ranks import Ranks
 from ksvd_sae.learning.weighting import weighting_by_std
+from ksvd_sae.ranks import Ranks
 from tests.strategies import planted
 
 CODING = Coding(3)

@@ -16,7 +16,7 @@ from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import DictionaryLearner, LearnerOptions
-from ksvd_sae.learning.ranks import ALONE, Ranks
+from ksvd_sae.ranks import ALONE, Ranks
 from tests import tolerances
 from tests.learning import ranks_worker
 from tests.tiny_saes import one_thread
