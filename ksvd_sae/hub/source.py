@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-from sae_lens.saes.sae import SAE
+from sae_lens.saes.sae import SAE, SAEMetadata
 
 from ksvd_sae import __version__
 from ksvd_sae.activations.text_datasets import FORMATS
@@ -241,11 +241,8 @@ def _for_saelens_alone(first: Entry, trained: TrainedDictionary, view: str, stoc
     sae = stock.sae
     known = {key: value for key, value in first.sae.cfg.metadata.items() if key != "needs"}
     known |= {"training_tokens": trained.manifest["samples_seen"], "stands_beside": first.sae_id}
-    for key, value in known.items():
-        sae.cfg.metadata[key] = value
-    for key in _OF_CONTEXTS:
-        if key not in known and key in sae.cfg.metadata:
-            delattr(sae.cfg.metadata, key)
+    own = {key: value for key, value in sae.cfg.metadata.items() if key not in _OF_CONTEXTS}
+    sae.cfg.metadata = SAEMetadata(**{**own, **known})
     sae.cfg.reshape_activations = first.sae.cfg.reshape_activations
     return Entry(trained.name, first.hook, view, sae, None, trained.manifest, trained.method, stock)
 
