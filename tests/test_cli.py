@@ -542,3 +542,10 @@ def test_study_of_a_layer_that_it_has_not_is_a_message() -> None:
     message = said("study", "study-engine", "--layer", "7")
     assert "no layer 7" in message
     assert "[9, 13]" in message
+
+
+def test_a_command_for_one_process_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = invoke("plan", "demo")
+    assert said.exit_code == 2
+    assert "ksvd-sae plan is for one process; under torchrun: harvest, train, evaluate, compare, run" in said.output
