@@ -1,5 +1,6 @@
 """README.md and docs/ say what is there: links, commands and the example; the site builds without a warning."""
 
+import json
 import os
 import re
 import subprocess
@@ -138,3 +139,11 @@ def _names(run: dict[str, Any]) -> Iterator[str]:
     evaluation = run.get("evaluation") or {}
     yield from (evaluation.get("scr") or {}).get("pairs", {})
     yield from (evaluation.get("ravel") or {}).get("attributes", {})
+
+
+def test_what_was_survived_is_what_was_counted() -> None:
+    counted = json.loads((ROOT / "results" / "reliability.json").read_text())
+    page = (ROOT / "docs" / "survival.md").read_text()
+    rows = "".join(f"| {row['test']} | {row['tried']:,} | {row['survived']:,} | {row['lost']:,} |\n" for row in counted)
+    assert counted
+    assert page.endswith("|---|---:|---:|---:|\n" + rows)

@@ -13,7 +13,7 @@ from ksvd_sae.learning import sparse_coding
 from ksvd_sae.learning.sparse_coding import matching_pursuit, orthogonal_matching_pursuit
 from tests.activations.test_harvest import Reader, content
 from tests.activations.test_harvest import run as run_harvest
-from tests.strategies import planted
+from tests.strategies import generic
 from tests.survival.conftest import Tally
 from tests.tolerances import CHUNKING
 
@@ -51,7 +51,7 @@ def test_coding(
     tally: Tally,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    problem = planted(100, 16, 24, 3, seed=0)
+    problem = generic(100, 16, 24, 3, seed=0).to(torch.float32)
     whole = coder(problem.x_BD, problem.atoms_MD, 3, backend=backend)
     memory_for(n_rows)
     parts = coder(problem.x_BD, problem.atoms_MD, 3, backend=backend)
@@ -62,7 +62,7 @@ def test_coding(
 
 
 def test_no_memory_for_one_sample(memory_for: Callable[[int], None]) -> None:
-    problem = planted(10, 16, 24, 3, seed=0)
+    problem = generic(10, 16, 24, 3, seed=0)
     memory_for(0)
     with pytest.raises(MemorySpaceError, match=r"(?s)sparse coding: too little memory.*Tried to allocate 1 rows"):
         orthogonal_matching_pursuit(problem.x_BD, problem.atoms_MD, 3)
