@@ -5,11 +5,10 @@ a few training tokens, the reconstructions x̂ are spliced into the model, and
 
     ½ (mse + a·kl),   mse = mean ‖(x − x̂)·W‖²,   kl = mean KL(as it is ‖ spliced),   a = mse / kl, held fixed
 
-is lowered by Adam: both halves weigh the same whatever their units (the balance as
-others implement the paper's). As in the paper all weights of an SAE are trained. Of a
-dictionary that codes by pursuit these are the atoms and the centre, with gradients of the coefficients, not of the
-choice of atoms. Ours: decoder rows keep their norms, what an encoder compares with (thresholds) stays, and the rate
-falls to 0 in a line.
+is lowered by Adam: both halves weigh the same whatever their units (the balance as others implement the paper's). As in
+the paper all weights of an SAE are trained. Of a dictionary that codes by pursuit these are the atoms and the centre,
+with gradients of the coefficients, not of the choice of atoms. Ours: decoder rows keep their norms, what an encoder
+compares with (thresholds) stays, and the rate falls to 0 in a line.
 """
 
 import json
