@@ -5,10 +5,10 @@ a few training tokens, the reconstructions x̂ are spliced into the model, and
 
     ½ (mse + a·kl),   mse = mean ‖(x − x̂)·W‖²,   kl = mean KL(as it is ‖ spliced),   a = mse / kl, held fixed
 
-is lowered by Adam: both halves pull alike whatever their units. As in the paper all weights of an SAE are trained. Of a
-dictionary that codes by pursuit these are the atoms and the centre, with gradients of the coefficients, not of the
-choice of atoms. Ours: decoder rows keep their norms, what an encoder compares with (thresholds) stays, and the rate
-falls to 0 in a line.
+is lowered by Adam: both halves weigh the same whatever their units (the balance as others implement the paper's). As in
+the paper all weights of an SAE are trained. Of a dictionary that codes by pursuit these are the atoms and the centre,
+with gradients of the coefficients, not of the choice of atoms. Ours: decoder rows keep their norms, what an encoder
+compares with (thresholds) stays, and the rate falls to 0 in a line.
 """
 
 import json
@@ -62,8 +62,8 @@ class FinetunedMethod(Derived, Viewed):
     coder: Coder | None = Field(None, description="as the other codes; null is its own encoder")
     nonnegative: bool | None = Field(None, description="as the other's codes")
     tokens: int = Field(32_768, ge=1, description="to fine-tune on, of the beginning of the training text")
-    batch_contexts: int = Field(4, ge=1, description="contexts a step")
-    lr: float = Field(3e-4, gt=0, description="in units in which activations have variance 1; it falls to 0")
+    batch_contexts: int = Field(1, ge=1, description="contexts a step")
+    lr: float = Field(1e-4, gt=0, description="in units in which activations have variance 1; it falls to 0")
 
     runs_model: ClassVar[bool] = True
 

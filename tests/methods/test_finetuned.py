@@ -45,7 +45,7 @@ class Place:
     sources: dict[str, Source]
 
     def tune(self, name: str, folder: Path, **options: Any) -> tuple[FinetunedMethod, Facts]:
-        method = FinetunedMethod.model_validate({"of": name, "tokens": 600, "lr": 3e-3, **options})
+        method = FinetunedMethod.model_validate({"of": name, "tokens": 600, "batch_contexts": 4, "lr": 3e-3, **options})
         completed = method.completed("tuned", OF)
         assert isinstance(completed, FinetunedMethod)
         return completed, completed.train(self.setting, folder, self.sources[name])
