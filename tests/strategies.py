@@ -4,6 +4,7 @@ Arrays come from a seeded generator rather than from hypothesis element by eleme
 sizes, dtypes and kinds of dictionaries, and hypothesis shrinks those.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,11 @@ from ksvd_sae.learning.sparse_coding import Code
 # Powers of two hide off-by-one mistakes in blocked code.
 ODD_SIZES = (1, 2, 3, 5, 7, 11, 13, 17)
 DTYPES = (torch.float32, torch.float64)
+
+
+def shown(value: object) -> str:
+    """A case's name: its repr without addresses, so that all processes of a test run have the same."""
+    return re.sub(r" at 0x\w+", "", repr(value))
 
 
 @dataclass(frozen=True)

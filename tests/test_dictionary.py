@@ -23,7 +23,7 @@ from ksvd_sae.learning.coding import AnyCoder, Coding
 from ksvd_sae.learning.sparse_coding import CODERS, Coder, encode
 from ksvd_sae.learning.weighting import Weighting, weighting_by_fisher, weighting_by_std
 from tests import tolerances
-from tests.strategies import Problem, generator, generic, planted, problems, unit_atoms
+from tests.strategies import Problem, generator, generic, planted, problems, shown, unit_atoms
 
 PROVENANCE = {"model": "some/model", "hook": "blocks.3.hook_resid_post", "seed": 3, "note": None, "scores": [0.1, 2]}
 
@@ -393,14 +393,14 @@ class TestArguments:
         rewrite(folder, format=2, provenance={"loss": float("nan")})
         assert Dictionary.load(folder).provenance == {"loss": "NaN"}
 
-    @pytest.mark.parametrize("place", [3, b"here", None, ""], ids=repr)
+    @pytest.mark.parametrize("place", [3, b"here", None, ""], ids=shown)
     def test_no_folder(self, place: Any) -> None:
         with pytest.raises(ShapeError, match=r"Dictionary\.save: folder must be a path"):
             example().save(place)
         with pytest.raises(ShapeError, match=r"Dictionary\.load: folder must be a path"):
             Dictionary.load(place)
 
-    @pytest.mark.parametrize("device", ["gpu", 0, None], ids=repr)
+    @pytest.mark.parametrize("device", ["gpu", 0, None], ids=shown)
     def test_no_device(self, folder: Path, device: Any) -> None:
         with pytest.raises(ConfigError, match="no device of this name"):
             Dictionary.load(folder, device=device)

@@ -24,7 +24,7 @@ from ksvd_sae.learning.coding import Coding
 from ksvd_sae.learning.dbksvd import BatchLog, DictionaryLearner, LearnerOptions
 from ksvd_sae.learning.weighting import weighting_by_std
 from tests import tolerances
-from tests.strategies import generator, planted
+from tests.strategies import generator, planted, shown
 
 X_ND = planted(300, 12, 20, 3, noise=0.1).x_BD + 1.5
 
@@ -316,7 +316,7 @@ class TestSeeds:
         with pytest.raises(ShapeError, match=r"(?s)seed None.*cure: a whole number"):
             ksvd.fit(X_ND, resume=True)
 
-    @pytest.mark.parametrize("seed", ["0", 1.5, torch.Generator(), (1, 2)], ids=repr)
+    @pytest.mark.parametrize("seed", ["0", 1.5, torch.Generator(), (1, 2)], ids=shown)
     def test_others(self, seed: Any) -> None:
         with pytest.raises(InputTypeError, match="seed must be a whole number"):
             estimator(seed=seed).fit(X_ND)
@@ -341,7 +341,7 @@ class TestArguments:
         with pytest.raises(ActivationError, match="drifted away"):
             ksvd.partial_fit(X_ND.numpy() + 20)
 
-    @pytest.mark.parametrize("codes", ["text", [["a"] * 20], sparse.csr_matrix(np.eye(20)), None], ids=repr)
+    @pytest.mark.parametrize("codes", ["text", [["a"] * 20], sparse.csr_matrix(np.eye(20)), None], ids=shown)
     def test_codes_that_are_none(self, codes: Any) -> None:
         with pytest.raises(InputTypeError):
             estimator().fit(X_ND).inverse_transform(codes)

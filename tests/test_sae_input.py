@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ksvd_sae.errors import ActivationError, ConfigError, InputTypeError, ShapeError
 from ksvd_sae.sae import DBKSVDSAE, DBKSVDSAEConfig, sae_from_dictionary
-from tests.strategies import generator
+from tests.strategies import generator, shown
 from tests.tiny_saes import D_MODEL, HOOK, MODEL_NAME, tiny_db_ksvd_sae, tiny_dictionary, tiny_sae_of
 from tests.tolerances import BFLOAT16, SAE_CODE
 
@@ -175,7 +175,7 @@ class TestDtypes:
 
 
 class TestArguments:
-    @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16], ids=repr)
+    @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16], ids=shown)
     def test_of_other_libraries(self, dtype: Any, tmp_path: Path) -> None:
         sae = sae_at(
             device=torch.device("cpu"), dtype=dtype, context_size=np.int64(9), loss=np.float32(0.5), layers=np.arange(2)
@@ -234,7 +234,7 @@ class TestArguments:
         DBKSVDSAE(cfg).save_model(tmp_path)
         assert SAE.load_from_disk(tmp_path).cfg == cfg
 
-    @pytest.mark.parametrize("number", ["2", 2.5, True, None], ids=repr)
+    @pytest.mark.parametrize("number", ["2", 2.5, True, None], ids=shown)
     def test_a_config_of_other_things(self, number: Any) -> None:
         with pytest.raises(InputTypeError, match="must be a whole number"):
             DBKSVDSAEConfig(d_in=4, d_sae=8, k=number)

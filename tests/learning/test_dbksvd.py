@@ -24,7 +24,7 @@ from ksvd_sae.learning.sparse_coding import Code, Coder, matching_pursuit
 from ksvd_sae.learning.weighting import weighting_by_fisher, weighting_by_std
 from tests import tolerances
 from tests.learners import learner
-from tests.strategies import generator, planted
+from tests.strategies import generator, planted, shown
 
 Update = Literal["sweep", "two_sweeps", "exact"]
 UPDATES: tuple[Update, ...] = ("sweep", "two_sweeps", "exact")
@@ -607,7 +607,7 @@ class TestArguments:
         with pytest.raises(ShapeError, match=r"(?s)coding must be a Coding.*got: 3.*cure"):
             LearnerOptions(20, 3)  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("device", ["mps", 0, "gpu", None, torch.device("meta")], ids=repr)
+    @pytest.mark.parametrize("device", ["mps", 0, "gpu", None, torch.device("meta")], ids=shown)
     def test_devices(self, device: Any) -> None:
         with pytest.raises(ConfigError):
             learner(20, 3, device=device).fit(self.X_ND)

@@ -12,6 +12,8 @@ from ksvd_sae.store import content_hash
 
 # Local data sets of text and label, and their labels.
 LABELS = {bbc_news.NAME: [str(i) for i in range(len(bbc_news.CLASSES))]}
+# Counts up when the same input gives other scores.
+_VERSION = 2
 
 
 def run_sparse_probing(
@@ -36,7 +38,7 @@ def run_sparse_probing(
         **({} if config.datasets is None else {"dataset_names": config.datasets}),
     )
     # SAEBench reuses LLM activations by the data set's name alone: the folder carries the rest.
-    shared = {"config": config.model_dump(), "data": setting.data_hash, **made_by(setting)}
+    shared = {"config": config.model_dump(), "data": setting.data_hash, "version": _VERSION, **made_by(setting)}
     artifacts = setting.artifacts.resolve() / f"sparse_probing-{content_hash(shared)}"
 
     def evaluate(saes: list[tuple[str, Any]], folder: Path, reasons: list[str]) -> None:
@@ -47,6 +49,7 @@ def run_sparse_probing(
                 eval_config, saes, setting.device, str(folder), artifacts_path=str(artifacts), save_activations=True
             )
 
-    files = run_eval("sparse_probing", panel, {"config": config.model_dump()}, setting, output, evaluate)
+    settings = {"config": config.model_dump(), "version": _VERSION}
+    files = run_eval("sparse_probing", panel, settings, setting, output, evaluate)
     data = "SAEBench's eight data sets" if config.datasets is None else ", ".join(config.datasets)
     return results("sparse_probing", data, config.test_set_size, files, config.seed)
