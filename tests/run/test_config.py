@@ -500,7 +500,7 @@ def test_rates_are_chosen_on_documents_that_no_table_shows() -> None:
         assert isinstance(run, TextRunConfig)
         return list(run.harvested.texts())
 
-    shown, rates = texts("demo-full"), texts("sae-rates")
+    shown, rates = texts("fair-rivals"), texts("rivals-tuning")
     assert rates == shown[64:]
     # Of some 450 tokens each.
-    assert load_config(EVAL_CONFIGS / "sae-rates.yaml").harvest.train_tokens < 300 * (len(rates) - 64)
+    assert load_config(EVAL_CONFIGS / "rivals-tuning.yaml").harvest.train_tokens < 300 * (len(rates) - 64)
