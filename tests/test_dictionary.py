@@ -363,7 +363,7 @@ class TestArguments:
             ({"provenance": {"scores": np.array([0.5, np.inf])}}, r"provenance\.scores\[1\] is inf"),
             ({"provenance": {"model": object()}}, r"provenance\.model cannot be stored as JSON"),
         ],
-        ids=str,
+        ids=shown,
     )
     def test_refused(self, changes: dict[str, Any], words: str) -> None:
         with pytest.raises(ShapeError, match=words):

@@ -199,7 +199,7 @@ class TestArguments:
             ({"device": "gpu"}, ConfigError, "no device of this name"),
             ({"device": "mps"}, ConfigError, "torch sees none"),
         ],
-        ids=str,
+        ids=shown,
     )
     def test_refused(self, options: dict[str, Any], error: type[Exception], words: str) -> None:
         if options.get("device") == "mps" and torch.backends.mps.is_available():

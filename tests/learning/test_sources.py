@@ -28,7 +28,7 @@ from ksvd_sae.learning.sources import (
     prefetched,
 )
 from tests.learners import learner
-from tests.strategies import generator, planted
+from tests.strategies import generator, planted, shown
 
 CPU = torch.device("cpu")
 X_ND = planted(600, 12, 20, 3, noise=0.1).x_BD + 0.5
@@ -91,7 +91,7 @@ class TestKinds:
         assert type(source) is kind
         assert isinstance(source, SampleSource) == (kind is not StreamSource)
 
-    @pytest.mark.parametrize("samples", [None, 3.0, object()], ids=str)
+    @pytest.mark.parametrize("samples", [None, 3.0, object()], ids=shown)
     def test_nothing_of_these(self, samples: Any) -> None:
         with pytest.raises(ShapeError, match=r"(?s)not samples.*limit: a \(N, D\) tensor"):
             as_source(samples)
