@@ -75,10 +75,12 @@ def write_comparison(
     notes += [line] if line else []
     items = read_items(folder)
     compared = against_best(frame, config.saes, items)
+    # Random atoms vary more than what is compared.
+    methods = [scores[~scores["dictionary"].isin(controls)] for scores in (frame, items)]
     tables_below = [
         pivot.coder_section(frame, config),
         verdict_section(compared),
-        power_section(frame, items),
+        power_section(*methods),
         published,
     ]
     sections = [section for section in tables_below if isinstance(section, Section)]

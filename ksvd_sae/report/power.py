@@ -119,10 +119,11 @@ def power_section(frame: pd.DataFrame, items: pd.DataFrame) -> Section | None:
     if table.empty:
         return None
     lead = (
-        "Spread of scores over trainings (pooled over dictionaries); spread of differences over items (of items of a "
-        "dictionary's own: √2 times theirs); and the least difference of two dictionaries that a test at 5 %, not "
-        "corrected, finds four times in five (visible). Needed to see what matters: so many seeds (were there no end "
-        "of items), so many items (were there no end of seeds). Items unknown: the eval's results do not name them."
+        "Spread of scores over trainings (pooled over dictionaries that are no controls); spread of differences over "
+        "items (of items of a dictionary's own: √2 times theirs); and the least difference of two dictionaries that a "
+        "test at 5 %, not corrected, finds four times in five (visible). Needed to see what matters: so many seeds "
+        "(were there no end of items), so many items (were there no end of seeds). Items unknown: the eval's results "
+        "do not name them."
     )
     sizes = ("seeds", "items", "SD over seeds", "SD over items", "visible", "matters", "seeds needed", "items needed")
     rows = [
