@@ -6,6 +6,10 @@ STAMP := $(VENV)/.installed
 
 # BROWSER=required: no Chromium is an error, and not a reason to leave its tests out.
 BROWSER ?= optional
+# Tests run in so many processes, of a thread each; sets have the same order in all.
+PROCESSES ?= 2
+ONE_THREAD := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+PYTEST := pytest -n $(PROCESSES) --dist loadfile
 HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
 
@@ -25,10 +29,10 @@ test: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	@if [ $(BROWSER) = required ] || { $(HAVE_BROWSER); }; then \
-		set -x; $(BIN)/pytest -m "not slow and not gpu"; \
+		set -x; $(ONE_THREAD) $(BIN)/$(PYTEST) -m "not slow and not gpu"; \
 	else \
 		echo "$(NO_BROWSER)"; \
-		$(BIN)/pytest -m "not slow and not gpu and not browser" && echo "$(NO_BROWSER)"; \
+		$(ONE_THREAD) $(BIN)/$(PYTEST) -m "not slow and not gpu and not browser" && echo "$(NO_BROWSER)"; \
 	fi
 
 # NO_MKDOCS_2_WARNING: Material's news of MkDocs' future, in colours.
@@ -65,7 +69,7 @@ other-python:
 	@$(PYTHON) -c 'import sys; print("Python", sys.version)'
 	@trap 'rm -rf $(OTHER)' EXIT; set -ex; \
 		$(MAKE) VENV=$(OTHER) $(OTHER)/.installed; \
-		$(OTHER)/bin/pytest -p no:cacheprovider -m "not slow and not gpu and not browser" $(OTHER_TESTS)
+		$(ONE_THREAD) $(OTHER)/bin/$(PYTEST) -p no:cacheprovider -m "not slow and not gpu and not browser" $(OTHER_TESTS)
 OTHER_TESTS := tests/learning tests/activations/test_harvest.py tests/run/test_config.py tests/run/test_pipeline.py \
 	tests/evals/test_heldout.py tests/path/test_bridge_path.py \
 	$(patsubst %,tests/test_%.py,arguments cli dictionary estimator import sae sae_gradients store)

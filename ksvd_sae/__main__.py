@@ -2,4 +2,5 @@
 
 from ksvd_sae.cli import app
 
-app(prog_name="ksvd-sae")
+if __name__ == "__main__":
+    app(prog_name="ksvd-sae")

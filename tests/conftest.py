@@ -2,8 +2,10 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
 
 from ksvd_sae.activations.shards import ActivationShards
@@ -22,6 +24,15 @@ settings.load_profile("ksvd_sae")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--reliability", action="store_true", help="write the counts to results/reliability.json")
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on() -> Iterator[None]:
+    """SAEBench switches gradients off for the whole process; a test that lets it would fail others."""
+    yield
+    left = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left, "gradients are off after this test"
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ksvd_sae.errors import ConfigError
+from ksvd_sae.errors import ConfigError, DiskSpaceError
 from ksvd_sae.store import atomic_path, content_hash, versions
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class TensorCache:
         try:
             with atomic_path(path) as temporary:
                 save_file(own, temporary)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, DiskSpaceError) as error:
             # A full disk costs time and no score: what is not kept is computed again.
             logger.warning("%s could not be kept (%s): the model will be asked again", path, error)
             return False

@@ -131,7 +131,7 @@ def test_a_text_that_suffices_is_not_split(tmp_path: Path, caplog: pytest.LogCap
     shards = run(tmp_path, Reader(), long_texts(120, 12))
     assert "split" not in shards.manifest["parts"]["heldout"]
     assert len(list(read_documents(tmp_path / HELDOUT_DOCUMENTS))) == 64
-    assert caplog.text == ""
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 @pytest.mark.parametrize("stop_at", [0, 2, 4, 5, 6, 9, 15])

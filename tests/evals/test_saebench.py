@@ -353,7 +353,7 @@ def test_tpp_scores_are_saebenchs_and_follow_from_the_seed(setting: EvalSetting,
         "sae_bench.evals.scr_and_tpp.main.COLUMN2_VALS_LOOKUP": {CLASSES: None},
     }
     panel = [("first", identity_sae()), ("db-ksvd", tiny_db_ksvd_sae()), ("topk-sae", tiny_topk_sae())]
-    with working_directory(setting.data_folder), replaced(changes):
+    with working_directory(setting.data_folder), replaced(changes), torch.set_grad_enabled(torch.is_grad_enabled()):
         config.n_values = [2, 5]
         scr.run_eval(config, panel[:1], "cpu", str(tmp_path), artifacts_path=str(tmp_path / "stock"))
         config.n_values = [2, 5, 20]

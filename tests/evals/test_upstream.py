@@ -156,7 +156,10 @@ def test_sparse_probing_scores_depend_on_what_was_there(setting: EvalSetting, tm
     assert first == again
     stock, then = scores()
     assert then == again
-    assert stock != then, mended("sae_bench.evals.sparse_probing.main.get_dataset_activations")
+    assert stock != then, mended(
+        "sae_bench.evals.sparse_probing.main.get_dataset_activations, "
+        "sae_bench.sae_bench_utils.activation_collection.get_sae_meaned_activations"
+    )
 
 
 def test_heads_are_not_flattened(setting: EvalSetting) -> None:

@@ -187,6 +187,9 @@ def write(place: Path, frame: pd.DataFrame, config: RunConfig) -> Path:
     density = place / "evaluations" / "heldout"
     density.mkdir(parents=True, exist_ok=True)
     (density / "a.json").write_text('{"density": [0.1, 0.2]}')
+    for eval_name, source in frame[["eval", "source"]].drop_duplicates().itertuples(index=False):
+        (place / "evaluations" / eval_name).mkdir(exist_ok=True)
+        (place / "evaluations" / eval_name / source).write_text("{}")
     manifest["files"] = {"heldout": {"db-ksvd": "a.json"}}
     return write_comparison(place / "results", config, manifest, place / "evaluations", {})
 

@@ -82,6 +82,8 @@ def begun(stage: str, place: Path) -> int:
     code = 1
     try:
         os.setsid()
+        # A job in the background of a shell ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(place)
         with open(place / "said", "a") as said:
             os.dup2(said.fileno(), 2)
