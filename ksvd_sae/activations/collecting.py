@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.activations.shards import ACTIVATIONS_KEY, STAGE, ActivationShards, finish, shard_name, write_shard
-from ksvd_sae.activations.statistics import Moments, RunningStatistics, outlier_limit
+from ksvd_sae.activations.statistics import Moments, RunningStatistics, outlier_limit, row_norms
 from ksvd_sae.device import in_parts_that_fit
 from ksvd_sae.errors import ManifestError, ShardError
 from ksvd_sae.progress import Advance
@@ -319,7 +319,7 @@ class Collection:
         for part, parts in raw.items():
             for number in filter(self._is_own, range(len(parts))):
                 with atomic_path(path(part, number)) as temporary:
-                    save_file({"norms": torch.linalg.vector_norm(parts[number].float(), dim=1)}, temporary)
+                    save_file({"norms": row_norms(parts[number])}, temporary)
         self._together.wait()
         return {part: [load_file(path(part, n))["norms"] for n in range(len(parts))] for part, parts in raw.items()}
 

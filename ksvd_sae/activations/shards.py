@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ksvd_sae.activations.statistics import RunningStatistics, Statistics
+from ksvd_sae.activations.statistics import RunningStatistics, Statistics, row_norms
 from ksvd_sae.errors import ManifestError, ShapeError, ShardError
 from ksvd_sae.store import atomic_path, file_sha256, read_manifest, write_manifest
 
@@ -91,7 +91,7 @@ def write_harvest(
             if part == "train":
                 running = running or RunningStatistics(x_ND.shape[1])
                 running.add(x_ND)
-                norms.append(torch.linalg.vector_norm(x_ND.float(), dim=1))
+                norms.append(row_norms(x_ND))
             shards.append(write_shard(folder / part / shard_name(index), x_ND))
         parts[part] = {"n_samples": sum(shard["n_samples"] for shard in shards), "shards": shards, "outliers": 0}
     statistics = (running or RunningStatistics(0)).result(float(torch.cat(norms).median()) if norms else 0.0)

@@ -1,5 +1,6 @@
 """What a harvest knows about its activations, summed in float64 as they stream by."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +86,24 @@ class RunningStatistics:
         return Statistics(self.n, self._mean_D.clone(), self._squares_D / self.n, self._norms / self.n, median_norm)
 
 
+def row_norms(x_ND: Tensor) -> Tensor:
+    """Of each row, (N,) float32; of rows whose squares float32 does not hold, too."""
+    norms_N = torch.linalg.vector_norm(x_ND.float(), dim=1)
+    odd_N = ~((norms_N > 0) & torch.isfinite(norms_N))
+    norms_N[odd_N] = torch.linalg.vector_norm(x_ND[odd_N].double(), dim=1).float()
+    return norms_N
+
+
 def outlier_limit(norms_N: Tensor, factor: float | None) -> tuple[float, float]:
     """(median norm, the norm above which a token is an outlier): factor times the median, or infinity."""
     if len(norms_N) == 0:
         raise ActivationError("outlier filter: no tokens", cause="the text held only special tokens")
     median = float(norms_N.double().median())
+    if not math.isfinite(median) or (factor is not None and median == 0 < float(norms_N.max())):
+        raise ActivationError(
+            "outlier filter: the median norm is no measure of what is large",
+            got=median,
+            cause="a hook that gives zeros for most tokens" if median == 0 else "overflow in the model",
+            cure="harvest.outlier_factor: null keeps all tokens" if median == 0 else "another model.dtype or hook",
+        )
     return median, float("inf") if factor is None else factor * median

@@ -20,12 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ksvd_sae.device import without_autocast
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.atom_update import residual_of
 from ksvd_sae.learning.code import Code
 from ksvd_sae.learning.products import Precision
-from ksvd_sae.learning.sparse_coding import matching_pursuit, pursued
+from ksvd_sae.learning.sparse_coding import at_any_scale, matching_pursuit, pursued
 from ksvd_sae.ranks import ALONE, Ranks
 
 SMALLEST_GROUP = 256
@@ -140,7 +139,7 @@ def stages(
     max_steps: int | None = None,
     rtol: float = 0.0,
     tau: float = 0.0,
-    tau_absolute: float = 0.0,
+    tau_absolute: float | Tensor = 0.0,
     nonnegative: bool = False,
     precision: Precision = "float32",
     checked: bool = False,
@@ -180,7 +179,7 @@ def joined(parts: Sequence[Stage]) -> Code:
     return Code(torch.cat([part.code.values_BK for part in parts], dim=1), torch.cat(supports, dim=1))
 
 
-@without_autocast()
+@at_any_scale
 @torch.no_grad()
 def matryoshka_encode(
     x_BD: Tensor,
@@ -192,7 +191,7 @@ def matryoshka_encode(
     max_steps: int | None = None,
     rtol: float = 0.0,
     tau: float = 0.0,
-    tau_absolute: float = 0.0,
+    tau_absolute: float | Tensor = 0.0,
     nonnegative: bool = False,
 ) -> Code:
     """Code each row group by group with at most Σ ``group_budgets`` atoms (k, or up to n_groups − 1 more).

@@ -34,6 +34,9 @@ _PAIR_ROWS = 1024
 _SKETCH, _SKETCHED_COSINE = 64, 0.98
 # A residual below this share of its sample's norm is rounding: no direction to start an atom from.
 _CODED = 1e-5
+# A batch's largest number is above 1e-6 (``checked_batch``). A row of this norm or less is nothing beside it, and
+# ``normalize`` would make no unit row of it.
+_NOTHING = 1e-12
 # Whatever torch's defaults are set to.
 _HOST: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
@@ -128,10 +131,11 @@ def draw_atoms(
         return drawn_ND, torch.ones(n, dtype=torch.bool, device=x_BD.device)
     norms_B = torch.linalg.vector_norm(x_BD, dim=1)
     if how == "data":
-        rows_BD, weights_B = x_BD, (norms_B > 0).double()
+        rows_BD, weights_B = x_BD, (norms_B > _NOTHING).double()
     else:
         left_B = torch.linalg.vector_norm(residual_BD, dim=1, dtype=x_BD.dtype)
-        rows_BD, weights_B = residual_BD, torch.where(left_B > _CODED * norms_B, left_B, 0).double() ** 2
+        least_B = (_CODED * norms_B).clamp_(min=_NOTHING)
+        rows_BD, weights_B = residual_BD, torch.where(left_B > least_B, left_B, 0).double() ** 2
     weights_B = ranks.joined(weights_B)
     picks = ranks.agreed(drawn_samples(weights_B, min(n, len(weights_B)), generator))
     return normalize(ranks.rows(rows_BD, picks).to(x_BD.dtype), dim=1), weights_B[picks] > 0
@@ -162,6 +166,7 @@ def first_atoms(n_atoms: int, init: str, x_BD: Tensor, generator: torch.Generato
         raise ShapeError(
             "DB-KSVD: the first batch has fewer nonzero samples than atoms",
             got=f"{len(atoms_MD)} samples, n_atoms = {n_atoms}",
+            cause="small batches; samples of zeros; or few samples so large that all others are nothing beside them",
             cure="use larger batches, fewer atoms, or init='random'",
         )
     return atoms_MD
@@ -169,7 +174,7 @@ def first_atoms(n_atoms: int, init: str, x_BD: Tensor, generator: torch.Generato
 
 def random_samples(n: int, x_BD: Tensor, generator: torch.Generator, ranks: Ranks = ALONE) -> Tensor:
     """Up to n distinct nonzero samples, normalised."""
-    nonzero = (ranks.joined(torch.linalg.vector_norm(x_BD, dim=1)) > 0).nonzero().flatten()
+    nonzero = (ranks.joined(torch.linalg.vector_norm(x_BD, dim=1)) > _NOTHING).nonzero().flatten()
     picks = torch.randperm(len(nonzero), generator=generator, device="cpu")[:n]
     return normalize(ranks.rows(x_BD, nonzero[picks.to(nonzero.device)]), dim=1)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ksvd_sae.arguments import number, whole
 from ksvd_sae.device import in_parts_that_fit, without_autocast
-from ksvd_sae.errors import DictionaryError, ShapeError
+from ksvd_sae.errors import ActivationError, DictionaryError, ShapeError
 from ksvd_sae.learning.backends import Backend, Method, chunk_rows, chunks, coder_backend, on_gpu
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
@@ -30,6 +30,8 @@ from ksvd_sae.ranks import ALONE, Ranks
 
 Coder = Literal["mp", "mp_refit", "omp", "ormp", "projection"]
 Choice = Literal["product", "error"]
+# Of float64's, subnormal numbers included: 2^-1074 to 2^1024.
+_HALF_EXPONENT = 540
 CODERS: tuple[Coder, ...] = ("mp", "mp_refit", "omp", "ormp", "projection")
 __all__ = [
     "CODERS",
@@ -80,31 +82,55 @@ def encode(
     return matching_pursuit(x_BD, atoms_MD, k, max_steps=max_steps, refit=coder == "mp_refit", **options)
 
 
-def _at_any_scale(coder: Callable[..., Code]) -> Callable[..., Code]:
-    """Code tiny or huge samples at a scale where their squares neither vanish nor overflow.
+def at_any_scale(coder: Callable[..., Code]) -> Callable[..., Code]:
+    """Code each tiny or huge sample at a scale where its squares neither vanish nor overflow.
 
     Multiplying by a power of two is exact, so it changes no bit of the code but its exponent.
+    Raises: ActivationError for codes that their type has no number for: a coefficient may be √D times as large as the
+        largest number of its sample.
     """
 
     @wraps(coder)
     @without_autocast()
     def wrapper(x_BD: Tensor, *args: Any, **kwargs: Any) -> Code:
-        is_number = isinstance(x_BD, Tensor) and x_BD.numel() and x_BD.is_floating_point()
-        largest = float(x_BD.abs().max()) if is_number else 1.0
-        if not (0 < largest < 1e-12 or 1e12 < largest < float("inf")):
+        if not isinstance(x_BD, Tensor) or x_BD.ndim != 2 or not x_BD.numel() or not x_BD.is_floating_point():
             return coder(x_BD, *args, **kwargs)
-        # In two steps: the factor itself may lie outside float32.
-        exponent = math.frexp(largest)[1]
-        halves = (exponent // 2, exponent - exponent // 2)
+        largest_B = x_BD.abs().amax(dim=1)
+        odd_B = (largest_B > 0) & ((largest_B < 1e-12) | (largest_B > 1e12)) & torch.isfinite(largest_B)
+        if not bool(odd_B.any()):
+            return coder(x_BD, *args, **kwargs)
+        dtype = torch.float64 if x_BD.dtype == torch.float64 else torch.float32
+        exponent_B = torch.where(odd_B, torch.frexp(largest_B.to(dtype)).exponent, 0)
+        # In two steps: the factor itself may lie outside the type.
+        halves = exponent_B // 2, exponent_B - exponent_B // 2
+        down, up = ([_power_of_two(sign * half_B, dtype)[:, None] for half_B in halves] for sign in (-1, 1))
         if "tau_absolute" in kwargs:
-            kwargs["tau_absolute"] = kwargs["tau_absolute"] * 2.0 ** -halves[0] * 2.0 ** -halves[1]
-        code = coder(x_BD * 2.0 ** -halves[0] * 2.0 ** -halves[1], *args, **kwargs)
-        return Code(code.values_BK * 2.0 ** halves[0] * 2.0 ** halves[1], code.support_BK)
+            kwargs["tau_absolute"] = kwargs["tau_absolute"] * down[0][:, 0] * down[1][:, 0]
+        code = coder(x_BD.to(dtype) * down[0] * down[1], *args, **kwargs)
+        values_BK = code.values_BK * up[0] * up[1]
+        bad_B = ~torch.isfinite(values_BK).all(dim=1)
+        if bool(bad_B.any()):
+            raise ActivationError(
+                f"{coder.__name__}: {int(bad_B.sum())} of {len(x_BD)} samples have coefficients that "
+                f"{str(dtype).removeprefix('torch.')} does not hold",
+                got=f"numbers up to {float(largest_B[bad_B].max()):.3g}, first at row {int(bad_B.int().argmax())}",
+                limit=f"{torch.finfo(dtype).max:.3g} for each coefficient",
+                cause="overflow in the model, or a corrupt file",
+                cure="drop these rows, or divide all samples by a number",
+            )
+        return Code(values_BK, code.support_BK)
 
     return wrapper
 
 
-@_at_any_scale
+def _power_of_two(exponent_B: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^exponent, for halves of any float's exponent; exact, as ``exp2`` need not be."""
+    powers = [2.0**n for n in range(-_HALF_EXPONENT, _HALF_EXPONENT + 1)]
+    table = torch.tensor(powers, dtype=torch.float64, device=exponent_B.device)
+    return table[exponent_B + _HALF_EXPONENT].to(dtype)
+
+
+@at_any_scale
 @torch.no_grad()
 def matching_pursuit(
     x_BD: Tensor,
@@ -304,7 +330,7 @@ def _refit_from_left(
     return code
 
 
-@_at_any_scale
+@at_any_scale
 @torch.no_grad()
 def orthogonal_matching_pursuit(
     x_BD: Tensor,
@@ -377,6 +403,7 @@ def orthogonal_matching_pursuit(
 
 @without_autocast()
 @torch.no_grad()
+@at_any_scale
 def project(x_BD: Tensor, atoms_MD: Tensor) -> Code:
     """Least squares on orthonormal atoms: all M coefficients are the products (PCA's code).
 

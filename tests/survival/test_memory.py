@@ -1,5 +1,9 @@
-"""A device that runs out of memory: smaller parts with the same results, then our own error."""
+"""A device that runs out of memory: smaller parts with the same results, then our own error. Training keeps within its
+memory, whatever the size of the data."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.shards import write_harvest
 from ksvd_sae.errors import MemorySpaceError
 from ksvd_sae.learning import sparse_coding
 from ksvd_sae.learning.sparse_coding import matching_pursuit, orthogonal_matching_pursuit
 from tests.activations.test_harvest import Reader, content
 from tests.activations.test_harvest import run as run_harvest
-from tests.strategies import generic
+from tests.command_line import REPOSITORY
+from tests.strategies import generator, generic
 from tests.survival.conftest import Tally
 from tests.tolerances import CHUNKING
 
@@ -90,3 +96,29 @@ def test_no_memory_for_one_context(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(SmallReader, "n_contexts", 0)
     with pytest.raises(MemorySpaceError, match=r"(?s)harvest: too little memory.*bfloat16"):
         run_harvest(tmp_path / "a" / "b", SmallReader())
+
+
+@pytest.fixture(scope="module")
+def large_harvest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 MiB in shards of 4 MiB."""
+    folder, shard_ND = tmp_path_factory.mktemp("large") / "harvest", torch.randn(4096, 256, generator=generator(0))
+    write_harvest(folder, {"made": "by hand"}, [shard_ND] * 100, [shard_ND[:10]])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("update", "groups"),
+    [
+        pytest.param(update, groups, marks=() if (update, groups) == ("sweep", "plain") else pytest.mark.slow)
+        for update in ("sweep", "two_sweeps", "exact")
+        for groups in ("plain", "groups")
+    ],
+)
+def test_training_within_its_memory(update: str, groups: str, large_harvest: Path, tally: Tally) -> None:
+    """A tenth of what the data takes; a batch is half a MiB."""
+    command = [sys.executable, "-m", "tests.survival.within_memory", str(large_harvest), "40", update, groups]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout) if done.returncode == 0 else {}
+    within = bool(found) and found["batches"] == 1600 and 0 < found["grown"] < 40
+    tally.count("training within its memory", survived=within)
+    assert within, f"{found} {done.stderr[-4000:]}"
