@@ -41,12 +41,16 @@ _TOGETHER = ("harvest", "train", "evaluate", "compare", "run")
 
 @app.callback()
 def _process(context: typer.Context) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and context.invoked_subcommand not in _TOGETHER:
+    if _is_one_of_several() and context.invoked_subcommand not in _TOGETHER:
         _err.print(f"ksvd-sae {context.invoked_subcommand} is for one process; under torchrun: {', '.join(_TOGETHER)}")
         sys.exit(2)
     # Large pages for large tensors, where Linux gives them when asked: 512 times fewer page faults in fresh memory.
     # torch reads this before its first tensor. Of a whole process, so that importing this module does not set it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 ConfigArgument = Annotated[
@@ -558,7 +562,7 @@ def _errors_as_messages(verbose: bool) -> Iterator[None]:
     except KsvdSaeError as error:
         if verbose:
             traceback.print_exc()
-        who = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        who = f"rank {os.environ.get('RANK', '?')}: " if _is_one_of_several() else ""
         _err.print(f"[bold red]{who}{type(error).__name__}[/bold red]", highlight=False)
         _err.print(str(error), highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)

@@ -69,15 +69,27 @@ class Together:
     @classmethod
     def of_torchrun(cls) -> "Together":
         """By the environment that torchrun gives each process; alone where there is none."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        given = os.environ.get("WORLD_SIZE", "1")
+        if given == "1":
             return cls()
+        cure = "start them by torchrun; or unset WORLD_SIZE"
         if missing := [name for name in _ENVIRONMENT if not os.environ.get(name)]:
             raise ConfigError(
-                f"several processes: WORLD_SIZE is {os.environ['WORLD_SIZE']}, but there is no {', '.join(missing)}",
-                cure="start them by torchrun; or unset WORLD_SIZE",
+                f"several processes: WORLD_SIZE is {given!r}, but there is no {', '.join(missing)}", cure=cure
             )
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return cls(rank, size, int(os.environ.get("LOCAL_RANK", rank)))
+        numbers = {
+            name: os.environ.get(name, os.environ["RANK"])
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+        }
+        odd = [f"{name} is {value!r}" for name, value in numbers.items() if not value.isascii() or not value.isdigit()]
+        if odd or not int(numbers["RANK"]) < int(given):
+            raise ConfigError(
+                f"several processes: {', '.join(odd) or 'RANK is not below WORLD_SIZE'}",
+                got=", ".join(f"{name}={value}" for name, value in numbers.items()),
+                limit="whole numbers, RANK from 0 to WORLD_SIZE - 1",
+                cure=cure,
+            )
+        return cls(*(int(numbers[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     @property
     def is_first(self) -> bool:

@@ -546,6 +546,25 @@ def test_study_of_a_layer_that_it_has_not_is_a_message() -> None:
     assert "[9, 13]" in message
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "there is no RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": ""}, "there is no RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "not below WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "port"}, "MASTER_PORT"),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+)
+def test_half_of_an_environment_of_torchrun(given: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    shown = said("run", "demo")
+    assert words in shown
+    assert "unset WORLD_SIZE" in shown
+
+
 def test_a_command_for_one_process_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = invoke("plan", "demo")
