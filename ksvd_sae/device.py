@@ -138,7 +138,8 @@ def in_parts_that_fit(
 ) -> Iterator[T]:
     """What ``work`` gives for ranges of n rows, ``size`` at a time; half as many from where the device lacks memory on.
 
-    The rows' results are the same but for rounding: products of other shapes are summed in another order.
+    The rows' results are the same but for rounding (products of other shapes are summed in another order), which a
+    pursuit of many steps makes larger.
 
     Args: what, cure: for the error. undo: what ``work`` had begun on a range when it failed.
     Raises: MemorySpaceError if there is too little for a single row.
