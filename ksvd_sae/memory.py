@@ -9,14 +9,13 @@ Memory that a library took before and keeps for itself is not. Linux only: elsew
 CUDA: ``torch.cuda.max_memory_allocated`` over the call, less what was allocated before it.
 """
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from ksvd_sae.device import memory_bytes
+from ksvd_sae.device import give_back_memory, memory_bytes
 
 _T = TypeVar("_T")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -33,7 +32,7 @@ def peak_growth(call: Callable[[], _T], device: torch.device) -> tuple[_T, float
         result = call()
         torch.cuda.synchronize(device)
         return result, (torch.cuda.max_memory_allocated(device) - before_bytes) / 2**20
-    _give_back_freed()
+    give_back_memory()
     if not _reset_peak():
         return call(), None
     before_kib = _status_kib("VmRSS")
@@ -55,13 +54,6 @@ def free_bytes(device: torch.device) -> int:
 def resident_bytes() -> int:
     """What this process has in memory now, mapped files included; 0 where Linux does not say."""
     return _status_kib("VmRSS") << 10 if _STATUS.is_file() else 0
-
-
-def _give_back_freed() -> None:
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):  # not glibc
-        return
 
 
 def _reset_peak() -> bool:

@@ -6,7 +6,8 @@ of it is replaced but where it reads and writes. Both start with nothing on disk
 coders included. ``largest_difference`` is the largest |a − b| / max(1, |b|) among all numbers of the result files,
 details included. ``further_s`` is what another dictionary takes once the model has been asked: the time between the
 first result and the last, by SAEBench's own stamps, over the number of those after the first. SAEBench loads the model
-in each eval; ours, as in a run of several evals, in the first one.
+in each eval; ours, as in a run of several evals, in the first one. Where the config has ``evaluation.processes``, all
+evals of ours are measured that way, too: beside what SAEBench's take, one after the other.
 
 In these rows n is the number of dictionaries, m that of the largest one's atoms, k the most of a token.
 """
@@ -51,6 +52,7 @@ class Panel:
         evals: those of EVALS that the config has, by name.
         setting: of our runs; its cache and artifacts are replaced by empty ones.
         data: for the rows.
+        processes: evals at a time that the config asks for.
     """
 
     panelists: "list[Panelist]"
@@ -58,6 +60,7 @@ class Panel:
     evals: "dict[str, Eval]"
     setting: "EvalSetting"
     data: str
+    processes: int = 1
 
 
 def run(settings: Settings) -> Outcome:
@@ -88,14 +91,20 @@ def compare(panel: Panel, settings: Settings, folder: Path, failures: list[str])
     impls = (OURS,) if settings.peers == "none" else (SAE_BENCH, OURS)
     evals = list(panel.evals)
     model = LoadedModel(panel.setting.weights, panel.setting.prepend_bos)
+    theirs: Numbers = {}
     for name in evals:
         # SAEBench first: neither is to gain by files that the other one has read, and ours reads fewer.
         whose = [_who(impl, settings.device) for impl in impls]
-        jobs = [_job(panel, name, who, folder, model, loads=name == evals[0]) for who in whose]
+        jobs = [_job(panel, [name], who, folder, model, loads=name == evals[0]) for who in whose]
         found = measure(jobs, settings.repeats or 1, failures, time_first=True)
         rows += _rows(name, found, panel, settings)
+        theirs |= next((one.scores["numbers"] for one in found if one.job.who.impl == SAE_BENCH), {})
     if len(rows) == len(EVALS) * len(impls):
         rows += _together(rows, panel, settings)
+        if panel.processes > 1:
+            job = _job(panel, evals, _who(OURS, settings.device), folder, model, loads=True)
+            (measured,) = measure([job], settings.repeats or 1, failures, time_first=True)
+            rows += _side_by_side(measured, theirs, rows[-len(impls) :], panel, settings)
     return rows
 
 
@@ -132,30 +141,32 @@ def _panel(settings: Settings) -> Panel:
     }
     model = run.config.model
     data = f"{model.name} {model.hook}, evals of {settings.config.stem}"
-    return Panel(panelists, sizes, {name: evals[name] for name in EVALS if name in evals}, run.eval_setting, data)
+    evals = {name: evals[name] for name in EVALS if name in evals}
+    return Panel(panelists, sizes, evals, run.eval_setting, data, run.config.evaluation.processes)
 
 
 def _who(impl: str, device: torch.device) -> Who:
     return Who(impl, "panel", "torch", device=device, packages=("sae-bench", "sae-lens", "transformer-lens"))
 
 
-def _job(panel: Panel, name: str, who: Who, folder: Path, model: "LoadedModel", *, loads: bool) -> Job:
-    """One eval. ``model``: what the evals before have left, for ours; ``loads``: it is the first and loads it."""
+def _job(panel: Panel, names: list[str], who: Who, folder: Path, model: "LoadedModel", *, loads: bool) -> Job:
+    """One eval, or several side by side. ``model``: what the evals before have left, for ours; ``loads``: it is the
+    first and loads it."""
 
     def empty_folder() -> Path:
         if loads:
             model.release()
-        return Path(mkdtemp(prefix=f"{name}-", dir=folder))
+        return Path(mkdtemp(prefix=f"{names[0]}-", dir=folder))
 
     def scores(place: Path) -> dict[str, Any]:
-        with model.in_use() if who.impl == OURS else nullcontext():
-            return _scores(panel, name, who.impl, place)
+        with model.in_use() if who.impl == OURS and len(names) == 1 else nullcontext():
+            return _scores(panel, names, who.impl, place)
 
     return Job(who, len(panel.panelists), scores, _score, empty_folder)
 
 
-def _scores(panel: Panel, name: str, impl: str, place: Path) -> dict[str, Any]:
-    """Result files of one eval by panelist, read."""
+def _scores(panel: Panel, names: list[str], impl: str, place: Path) -> dict[str, Any]:
+    """Result files by eval and panelist, read."""
     from ksvd_sae.evals.llm_cache import TensorCache
     from ksvd_sae.evals.panel import run_evals
 
@@ -163,8 +174,12 @@ def _scores(panel: Panel, name: str, impl: str, place: Path) -> dict[str, Any]:
     limit_bytes = of_the_panel.limit_bytes if of_the_panel is not None else 0
     cache = TensorCache(place / "llm", limit_bytes) if impl == OURS else None
     setting = replace(panel.setting, artifacts=place / "artifacts", cache=cache)
-    (results,) = run_evals(panel.panelists, [panel.evals[name]], setting, place)
-    return {who: json.loads(path.read_text()) for who, path in results.files.items()}
+    evals = [panel.evals[name] for name in names]
+    return {
+        f"{results.eval}/{who}": json.loads(path.read_text())
+        for results in run_evals(panel.panelists, evals, setting, place, panel.processes if len(names) > 1 else 1)
+        for who, path in results.files.items()
+    }
 
 
 def _score(results: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +252,20 @@ def _together(rows: list[dict[str, Any]], panel: Panel, settings: Settings) -> l
         )
         summed.append(fields | {name: sum(one[name] for one in of_impl) for name in ("n_scores", "further_s")})
     return summed
+
+
+def _side_by_side(
+    measured: Measured, theirs: Numbers, together: list[dict[str, Any]], panel: Panel, settings: Settings
+) -> list[dict[str, Any]]:
+    """Ours of all evals at once as a row, beside SAEBench's, one after the other. What a process needs in memory, the
+    meter of this one does not see."""
+    case, who = f"{TOGETHER}, {panel.processes} at a time", measured.job.who
+    numbers = measured.scores["numbers"]
+    difference = largest_difference(numbers, theirs) if theirs else None
+    ours = _row(case, who, measured.seconds, None, difference, panel, settings) | {"n_scores": len(numbers)}
+    return [
+        one | {"case": case} if one["impl"] == SAE_BENCH else ours | {"further_s": one["further_s"]} for one in together
+    ]
 
 
 def _row(

@@ -225,6 +225,7 @@ class Work:
     read: tokens that the model reads up to the hook. rest: tokens that go on from there; there and back counts thrice.
     predicted: tokens whose next one's distribution is computed. coded: activations that a dictionary codes. passes:
     over the dense code of an activation, and of how many.
+    held: predictions whose distribution stays in memory, up to what the config gives.
     kept, cached: activations of the model that stay on disk, and in the cache of a size that the config gives.
     other_s: seconds of what is none of these, such as probes: as the demo took them on one core, in proportion.
     """
@@ -232,6 +233,7 @@ class Work:
     read: float = 0
     rest: float = 0
     predicted: float = 0
+    held: float = 0
     kept: float = 0
     cached: float = 0
     other_s: float = 0

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from ksvd_sae.activations import harvest as harvesting
 from ksvd_sae.activations.shards import STAGE
+from ksvd_sae.device import give_back_memory
 from ksvd_sae.errors import DiskSpaceError, KsvdSaeError, MemorySpaceError
 from ksvd_sae.evals.base import Eval, Work
 from ksvd_sae.memory import free_bytes, resident_bytes
@@ -82,7 +83,8 @@ class Problem(BaseModel):
 class Plan(BaseModel):
     """A run's stages in order, on this machine.
 
-    disk_bytes: most that is needed at a time beyond what is there. probe_s: what the measuring took.
+    disk_bytes: most that is needed at a time beyond what is there. base_bytes: memory of a process that has done
+    nothing yet, which is in that of each stage. probe_s: what the measuring took.
     """
 
     config: str
@@ -95,6 +97,7 @@ class Plan(BaseModel):
     disk_free_bytes: int
     host_free_bytes: int
     device_free_bytes: int | None
+    base_bytes: int
     processes: int
     probe_s: float
     problems: list[Problem]
@@ -103,14 +106,24 @@ class Plan(BaseModel):
     @property
     def seconds(self) -> float:
         """Of all stages whose time is known; evals side by side where the config says so."""
-        evals = [s.seconds or 0.0 for s in self.stages if s.name.startswith("evaluate ")]
-        rest = sum(s.seconds or 0.0 for s in self.stages if not s.name.startswith("evaluate "))
-        return rest + side_by_side_s(evals, self.processes)
+        evals, rest = self._evals_and_rest()
+        return sum(s.seconds or 0.0 for s in rest) + side_by_side_s([s.seconds or 0.0 for s in evals], self.processes)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def host_bytes(self) -> int:
-        return max((s.host_bytes or 0 for s in self.stages), default=0)
+        """Most at a time; evals side by side are beside the process that waits for them."""
+        evals, rest = self._evals_and_rest()
+        return max([self.evals_bytes(self.processes), *(s.host_bytes or 0 for s in (*evals, *rest))])
+
+    def evals_bytes(self, processes: int) -> int:
+        """Of as many evals, those that take most."""
+        most = sorted((s.host_bytes or 0 for s in self._evals_and_rest()[0]), reverse=True)[:processes]
+        return sum(most) + self.base_bytes * (len(most) > 1)
+
+    def _evals_and_rest(self) -> tuple[list[Stage], list[Stage]]:
+        is_eval = [(s, s.name.startswith("evaluate ") and s.how != "done") for s in self.stages]
+        return [s for s, is_one in is_eval if is_one], [s for s, is_one in is_eval if not is_one]
 
     def check(self) -> None:
         """Raise for the first thing that does not fit."""
@@ -216,6 +229,7 @@ class Planner(ABC):
         started = clock()
         config, device = self.config, self.run.device
         free = free_bytes(torch.device("cpu"))
+        give_back_memory()
         base_bytes = resident_bytes()
         stages = [*self._harvest(), *self._trainings(), *self._evals()]
         for stage in stages:
@@ -232,6 +246,7 @@ class Planner(ABC):
             disk_free_bytes=shutil.disk_usage(self.run.cache).free,
             host_free_bytes=free + base_bytes,
             device_free_bytes=free_bytes(device) if device.type == "cuda" else None,
+            base_bytes=base_bytes,
             processes=config.evaluation.processes,
             probe_s=round(clock() - started, 1),
             problems=[],
@@ -302,11 +317,11 @@ class Planner(ABC):
         share = tokens / max(1, self.config.harvest.train_tokens + self.config.harvest.heldout_tokens)
         return share * self._n_parts * math.prod(self._batch) / 2
 
-    def _memory(self, model: ModelRates, in_hand: int) -> tuple[int, int]:
-        """(host, device): of loading or of reading, whichever is more."""
+    def _memory(self, model: ModelRates, in_hand: int, held: int = 0) -> tuple[int, int]:
+        """(host, device): of loading or of reading, whichever is more. Args: held: beside the model."""
         if self.run.device.type == "cuda":
-            return max(model.load_bytes, in_hand), model.weight_bytes + model.read_bytes
-        return max(model.load_bytes, model.weight_bytes + model.read_bytes + in_hand), 0
+            return max(model.load_bytes, in_hand), model.weight_bytes + model.read_bytes + held
+        return max(model.load_bytes, model.weight_bytes + model.read_bytes + held + in_hand), 0
 
     def _trainings(self) -> list[Stage]:
         return [self._training(replica) for replica in replicas(self.config)]
@@ -361,6 +376,7 @@ class Planner(ABC):
         if work is None:
             return self._unknown(name, amount, "nobody has counted what it does")
         asks = work.read + work.rest + work.read_each + work.rest_each
+        slower = 1.0 if model is None or section.at_once else model.slower
         if model is None and asks:
             return self._unknown(name, amount, self.why)
         n, seconds, notes = len(left), work.other_s + len(left) * work.other_each_s, []
@@ -374,18 +390,20 @@ class Planner(ABC):
                     (work.predicted, work.predicted_each),
                 )
             )
-            seconds += self._loading(section) + read * model.read_s + rest * model.rest_s + predicted * model.predict_s
+            asked_s = read * model.read_s + rest * model.rest_s + predicted * model.predict_s
+            seconds += self._loading(section) + slower * asked_s
             amount = f"{read + rest:,.0f} tokens, {amount}"
         if work.coded_each:
             known = [rates for rates in map(self.rates, left) if isinstance(rates, TrainingRates)]
             if not known and not asks:
                 return self._unknown(name, amount, "how fast dictionaries code is not known")
-            seconds += sum(work.coded_each * rates.code_s + work.passes_each * rates.pass_s for rates in known)
+            coded_s = sum(work.coded_each * rates.code_s + work.passes_each * rates.pass_s for rates in known)
+            seconds += slower * coded_s
             if len(known) < n:
                 notes.append(f"without the codes of {n - len(known)} that are not known")
         if guessed > 0.1 * seconds:
             notes.append(f"{guessed:.0f} s of it are in proportion to the demo's, not measured")
-        host, device = (0, 0) if model is None or not asks else self._memory(model, 0)
+        host, device = (0, 0) if model is None or not asks else self._memory(model, 0, self._held(work, model))
         wide = model.d_in * 4 if model is not None else 0
         kept = work.kept * wide + min(work.cached * wide, getattr(self.config.evaluation, "llm_cache_gb", 0) * 1e9)
         return Stage(
@@ -398,6 +416,11 @@ class Planner(ABC):
             disk_bytes=int(kept),
             note="; ".join([*notes, *([self.why] if asks and self.why else [])]) or None,
         )
+
+    def _held(self, work: Work, model: ModelRates) -> int:
+        """Bytes of the untouched model's probabilities."""
+        most = float(getattr(self.config.evaluation, "llm_memory_gb", 0)) * 1e9
+        return int(min(4 * work.held * model.vocabulary, most))
 
     def _loading(self, section: Eval) -> float:
         """The model is loaded by the first eval of a process, and by those that want it in another form."""
@@ -433,6 +456,11 @@ class Planner(ABC):
                         what="memory", stage=stage.name, needed_bytes=needed, free_bytes=there, key=key, value=value
                     )
                     problems.append(one)
+        if not problems and made.host_bytes > made.host_free_bytes:
+            fewer = (n for n in range(made.processes, 0, -1) if made.evals_bytes(n) <= made.host_free_bytes)
+            beside = {"needed_bytes": made.host_bytes, "free_bytes": made.host_free_bytes}
+            cure = {"key": "evaluation.processes", "value": str(next(fewer))}
+            problems.append(Problem(what="memory", stage=f"{made.processes} evals side by side", **beside, **cure))
         return problems
 
     def _less_disk(self, made: Plan) -> tuple[str | None, str | None]:

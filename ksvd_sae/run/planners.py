@@ -32,7 +32,8 @@ class ModelSizes:
     weights: int
     multiplications: float
     rest: float
-    vocabulary: float
+    predicted: float
+    vocabulary: int
 
 
 def model_sizes(config: ModelConfig, context_tokens: int) -> ModelSizes:
@@ -50,8 +51,9 @@ def model_sizes(config: ModelConfig, context_tokens: int) -> ModelSizes:
     a_token = block + 2 * heads * context_tokens
     hook = config.hook.rpartition(".")[2]
     d_in = cfg.d_mlp if hook in ("hook_pre", "hook_post") else heads if has_heads(config.hook) else cfg.d_model
-    weights = cfg.n_layers * block + 2 * cfg.d_vocab * cfg.d_model
-    return ModelSizes(d_in, weights, done * a_token, (cfg.n_layers - done) * a_token, cfg.d_vocab * cfg.d_model)
+    predicted = cfg.d_vocab * cfg.d_model
+    weights, rest = cfg.n_layers * block + 2 * predicted, (cfg.n_layers - done) * a_token
+    return ModelSizes(d_in, weights, done * a_token, rest, predicted, cfg.d_vocab)
 
 
 class TextPlanner(Planner):
@@ -93,9 +95,11 @@ class TextPlanner(Planner):
             load_s=weight_bytes / 2e8,
             read_s=sizes.multiplications / rate,
             rest_s=sizes.rest / rate,
-            predict_s=sizes.vocabulary / rate,
-            gradient_s=(sizes.multiplications + 3 * sizes.rest + 2 * sizes.vocabulary) / rate,
+            predict_s=sizes.predicted / rate,
+            gradient_s=(sizes.multiplications + 3 * sizes.rest + 2 * sizes.predicted) / rate,
             write_s=1e-9,
+            slower=1.0,
+            vocabulary=sizes.vocabulary,
             # The checkpoint and the model made of it.
             load_bytes=2 * weight_bytes,
             weight_bytes=weight_bytes,

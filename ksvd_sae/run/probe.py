@@ -46,8 +46,9 @@ class ModelRates:
     """Seconds of the language model: to load it, and of a token up to the hook, from there to its end, of a next
     token's distribution, of a gradient.
 
-    load_bytes: most that loading took on the host. weight_bytes: of its parameters. read_bytes: most that reading a
-    batch took beside them, on its device. rows_ND: activations, as they were read.
+    slower: how many times as long reading takes with an eval's share of the threads, where evals run side by side.
+    vocabulary: next tokens. load_bytes: most that loading took on the host. weight_bytes: of its parameters.
+    read_bytes: most that reading a batch took beside them, on its device. rows_ND: activations, as they were read.
     """
 
     load_s: float
@@ -56,6 +57,8 @@ class ModelRates:
     predict_s: float
     gradient_s: float
     write_s: float
+    slower: float
+    vocabulary: int
     load_bytes: int
     weight_bytes: int
     read_bytes: int
@@ -139,10 +142,16 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
     _, read_mib = peak_growth(partial(reader.read, tokens_BL[:n]), device)
     rows_ND = reader.read(tokens_BL[:n]).cpu()
     read_s = _per_item(lambda: reader.read(tokens_BL[:n]), n * length, device)
+    slower, threads = 1.0, torch.get_num_threads()
+    if run.config.evaluation.processes > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, threads // run.config.evaluation.processes))
+        slower = _per_item(lambda: reader.read(tokens_BL[:n]), n * length, device) / read_s
+        torch.set_num_threads(threads)
     rest_s = predict_s = gradient_s = 0.0
     model = reader.model
     if predicts:
-        whole_s = _per_item(lambda: before_unembedding(model, tokens_BL[:1].to(device)), length, device)
+        few_BL = tokens_BL[: -(-n // 2)].to(device)
+        whole_s = _per_item(lambda: before_unembedding(model, few_BL), few_BL.numel(), device)
         layers = (hook_layer(reader.hook) or 0) + 1
         rest_s = max(whole_s - read_s, read_s * (model.cfg.n_layers / layers - 1) / 2)
         unembedding = Unembedding(model)
@@ -154,7 +163,8 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
     write_s = _writing(run, rows_ND.to(getattr(torch, config.dtype)))
     weight_bytes = sum(weight.nbytes for weight in model.parameters())
     peaks = (_bytes(load_mib), weight_bytes, _bytes(read_mib) * len(tokens_BL) // n)
-    return ModelRates(load_s, read_s, rest_s, predict_s, gradient_s, write_s, *peaks, rows_ND)
+    seconds = (load_s, read_s, rest_s, predict_s, gradient_s, write_s, slower)
+    return ModelRates(*seconds, model.cfg.d_vocab, *peaks, rows_ND)
 
 
 def _writing(run: Run, stored_ND: Tensor) -> float:
@@ -193,6 +203,8 @@ def probe_images(run: Run, model: VisionModelConfig) -> ImageRates:
         predict_s=0.0,
         gradient_s=0.0,
         write_s=_writing(run, rows_ND.to(getattr(torch, config.harvest.dtype))),
+        slower=1.0,
+        vocabulary=0,
         load_bytes=_bytes(load_mib),
         weight_bytes=sum(weight.nbytes for weight in reader.model.parameters()),
         read_bytes=_bytes(read_mib) * config.harvest.batch_images // len(some),

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ from ksvd_sae.bench.evals import EVALS, SAE_BENCH, TOGETHER, Panel, compare, lar
 from ksvd_sae.bench.rows import OURS, append
 from ksvd_sae.bench.settings import Settings
 from ksvd_sae.errors import ConfigError, EvaluationError
+from ksvd_sae.evals import panel as evals_panel
 from ksvd_sae.evals.absorption import AbsorptionEval
 from ksvd_sae.evals.base import Eval, EvalSetting, Panelist
 from ksvd_sae.evals.core import CoreEval
@@ -129,6 +130,28 @@ def test_both_give_the_same_scores_and_ours_asks_the_model_less(
     further = rows[-2]["further_s"] / rows[-1]["further_s"]
     assert f" {faster:.3g} × " in table
     assert f" {further:.3g} × " in table
+
+
+def test_ours_side_by_side_as_the_config_asks(panel: Panel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one after the other, as processes would not find the tiny model."""
+    asked: list[int] = []
+
+    def in_this_process(tasks: Iterable[Callable[[], Any]], processes: int) -> Iterator[Any]:
+        asked.append(processes)
+        return (task() for task in tasks)
+
+    monkeypatch.setattr(evals_panel, "side_by_side", in_this_process)
+    rows = compare(replace(panel, processes=2), Settings(), tmp_path, [])
+    assert asked == [2]
+    *_, stock_summed, ours_summed, stock, ours = rows
+    assert ours["case"] == stock["case"] == f"{TOGETHER}, 2 at a time"
+    assert stock["median_s"] == stock_summed["median_s"]
+    assert ours["median_s"] != ours_summed["median_s"]
+    assert ours["n_scores"] == ours_summed["n_scores"]
+    assert ours["largest_difference"] <= SAEBENCH_SCORE
+    assert ours["peak_mib"] is None
+    append(tmp_path / "bench" / "evals.jsonl", rows)
+    assert f"| {TOGETHER}, 2 at a time |" in tables.render(tmp_path / "bench")
 
 
 def test_a_score_that_differs_is_seen(panel: Panel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ def rates(**changes: Any) -> ModelRates:
         "predict_s": 3e-3,
         "gradient_s": 4e-3,
         "write_s": 0.0,
+        "slower": 1.0,
+        "vocabulary": 1000,
         "load_bytes": GIB,
         "weight_bytes": GIB // 2,
         "read_bytes": GIB // 4,
@@ -225,7 +227,7 @@ def test_of_a_model_that_is_not_here_the_plan_says_what_is_arithmetic(
     asked = config(dictionaries={"pca": {"kind": "pca", "k": 3}}, evaluation={"core": {}, "sparse_probing": None})
     planned(asked, tries=True)
     monkeypatch.setattr(planners, "probe_model", absent)
-    monkeypatch.setattr(planners, "model_sizes", lambda *_: planners.ModelSizes(24, 10**6, 1e5, 2e5, 3e5))
+    monkeypatch.setattr(planners, "model_sizes", lambda *_: planners.ModelSizes(24, 10**6, 1e5, 2e5, 3e5, 1000))
     plan = planner_of(Run(asked, tmp_path / "results", tmp_path / "cache")).plan()
     harvest, trained, core = (stage(plan, name) for name in ("harvest", "train pca", "evaluate core"))
     assert (harvest.how, trained.how, core.how) == ("arithmetic", "measured", "arithmetic")
@@ -261,6 +263,23 @@ def test_evals_side_by_side_end_with_the_longest() -> None:
     assert side_by_side_s([5, 3, 2], 1) == 10
     assert side_by_side_s([5, 3, 2], 2) == 5
     assert side_by_side_s([5, 3, 3], 2) == 6
+
+
+def test_evals_side_by_side_are_slower_and_take_memory_together(planned: Any) -> None:
+    evals: dict[str, Any] = {"core": {"dataset": "heldout"}, "sparse_probing": None, "heldout": None, "stability": None}
+    evals["loss"] = {"contexts": 64, "context_tokens": 100}
+    alone = planned(config(evaluation=evals))
+    both = config(evaluation={**evals, "processes": 2, "llm_memory_gb": 2})
+    beside = planned(both, slower=1.5, vocabulary=10**6)
+    for name in ("evaluate core", "evaluate loss"):
+        # Five seconds are the model's loading.
+        assert stage(beside, name).seconds - 5 == pytest.approx(1.5 * (stage(alone, name).seconds - 5), rel=0.01)
+        # Probabilities of a million tokens' next ones.
+        assert stage(beside, name).host_bytes == pytest.approx(2e9 + 0.75 * GIB, rel=0.01)
+    assert beside.host_bytes == pytest.approx(4e9 + 1.5 * GIB, rel=0.01)
+    assert beside.problems == []
+    with pytest.raises(MemorySpaceError, match=r"evaluation\.processes=1"):
+        planned(both, memory=4 * GIB, vocabulary=10**6).check()
 
 
 @pytest.mark.parametrize("kind", EVALS)

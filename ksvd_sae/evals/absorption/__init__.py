@@ -19,7 +19,7 @@ from ksvd_sae.evals.items import Item, of_details
 
 # Words of Gemma's vocabulary; tokens of a prompt with its examples; seconds of probes, of 800 words.
 _WORDS, _PROMPT_TOKENS = 140_000, 85
-_PROBES_S, _SPARSE_PROBES_S = 60.0, 4.0
+_PROBES_S, _SPARSE_PROBES_S = 80.0, 5.5
 
 
 class AbsorptionEval(SeededEval):

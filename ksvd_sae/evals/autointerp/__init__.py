@@ -14,6 +14,9 @@ from ksvd_sae.evals.base import IN_A_BLOCK, Column, EvalResults, EvalSetting, Pa
 from ksvd_sae.evals.items import Item, of_values
 from ksvd_sae.strict import Strict
 
+# Seconds of a latent's texts and their lexical judge.
+_LEXICAL_S = 0.03
+
 
 class EndpointConfig(Strict):
     """An OpenAI-compatible endpoint. Its key is read from the environment; one in the config is refused, unshown."""
@@ -165,7 +168,9 @@ class AutoInterpEval(SeededEval):
         return run_autointerp(panel, self, setting, output)
 
     def work(self, heldout_tokens: int, trainings: int) -> Work:
-        return Work(read=self.total_tokens, cached=self.total_tokens, coded_each=self.total_tokens)
+        judged_s = _LEXICAL_S * self.n_latents if self.judge == "lexical" else 0.0
+        tokens = self.total_tokens
+        return Work(read=tokens, cached=tokens, coded_each=tokens, other_each_s=judged_s)
 
     @classmethod
     def items(cls, result: Mapping[str, Any]) -> Iterator[Item]:

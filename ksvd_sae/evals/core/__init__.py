@@ -95,6 +95,7 @@ class CoreEval(Eval):
             read=spliced + read,
             rest=2 * spliced,
             predicted=2 * spliced,
+            held=spliced,
             cached=2 * spliced + read,
             rest_each=spliced,
             predicted_each=spliced,

@@ -96,6 +96,7 @@ class LossEval(MeasuredHere):
             read=tokens,
             rest=2 * tokens,
             predicted=2 * tokens,
+            held=tokens,
             rest_each=tokens,
             predicted_each=tokens,
             coded_each=tokens + _ANATOMY_SAMPLES,
