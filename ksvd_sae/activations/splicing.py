@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ksvd_sae.activations.language import AnyModel
 
 # 268 MB in float32, some three of which exist at once. For Gemma's vocabulary that is 256 rows; products with 128 or 64
-# take 1.3 and 1.6 times as long a row (one CPU core).
+# take 1.3 and 1.6 times as long a row (one-off, one CPU core).
 LOGITS_AT_ONCE = 2**26
 # Of the largest: in 16 bits products of other shapes are rounded otherwise.
 _SAME_LOGITS = 2**-5

@@ -66,7 +66,7 @@ def corpus_hash() -> str:
 
 
 def _half(first: bool) -> list[Article]:
-    """Every other distinct article of each class: the halves have the same classes and no article in common."""
+    """Every other distinct article of each class: the halves have the same classes and none word for word in common."""
     distinct = {" ".join(a.text.split()): a for a in reversed(_articles())}.values()
     by_class = {label: [a for a in reversed(distinct) if a.label == label] for label in CLASSES}
     return [article for label in CLASSES for article in by_class[label][0 if first else 1 :: 2]]

@@ -1,7 +1,7 @@
 """orthogonal-matching-pursuit-gpu (Lubonja et al. 2024, once batched-omp): OMP with an inverse Cholesky factor.
 
 Its algorithm 'v0' (torch) on CUDA; on the CPU 'v0_blas' (Cython), which takes float64 alone and was 10 times as fast
-there. It keeps k·m numbers a sample, so it is given 1,024 samples at a time, the fastest size of those tried.
+there (one-off). It keeps k·m numbers a sample, so it is given 1,024 samples at a time, the fastest size of those tried.
 """
 
 from collections.abc import Callable
