@@ -391,6 +391,7 @@ class Run:
             config=self.config.model_dump(mode="json", serialize_as_any=True),
             device=str(self.device),
             seconds=round(time.perf_counter() - started, 1),
+            harvest_seconds=self.shards().manifest["seconds"],
             **self.data.read_as(),
         )
 

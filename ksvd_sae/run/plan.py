@@ -42,7 +42,7 @@ class Stage(BaseModel):
 
     name: as commands and configs have it. amount: what it has to do. how: where its time comes from; 'done' has nothing
     left. seconds, host_bytes, device_bytes, disk_bytes: that it takes (most memory at a time; disk that stays); None:
-    not known. note: what a reader must know of them.
+    not known. apart: it is in a process of its own, beside others. note: what a reader must know of them.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -54,6 +54,7 @@ class Stage(BaseModel):
     host_bytes: int | None = 0
     device_bytes: int | None = 0
     disk_bytes: int | None = 0
+    apart: bool = False
     note: str | None = None
 
 
@@ -106,24 +107,22 @@ class Plan(BaseModel):
     @property
     def seconds(self) -> float:
         """Of all stages whose time is known; evals side by side where the config says so."""
-        evals, rest = self._evals_and_rest()
-        return sum(s.seconds or 0.0 for s in rest) + side_by_side_s([s.seconds or 0.0 for s in evals], self.processes)
+        apart, rest = self._apart_and_rest()
+        return sum(s.seconds or 0.0 for s in rest) + side_by_side_s([s.seconds or 0.0 for s in apart], self.processes)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def host_bytes(self) -> int:
-        """Most at a time; evals side by side are beside the process that waits for them."""
-        evals, rest = self._evals_and_rest()
-        return max([self.evals_bytes(self.processes), *(s.host_bytes or 0 for s in (*evals, *rest))])
+        """Most at a time."""
+        return max([self.apart_bytes(self.processes), *(stage.host_bytes or 0 for stage in self.stages)])
 
-    def evals_bytes(self, processes: int) -> int:
-        """Of as many evals, those that take most."""
-        most = sorted((s.host_bytes or 0 for s in self._evals_and_rest()[0]), reverse=True)[:processes]
+    def apart_bytes(self, processes: int) -> int:
+        """Of as many stages in processes of their own, those that take most, and the process that waits for them."""
+        most = sorted((s.host_bytes or 0 for s in self._apart_and_rest()[0]), reverse=True)[:processes]
         return sum(most) + self.base_bytes * (len(most) > 1)
 
-    def _evals_and_rest(self) -> tuple[list[Stage], list[Stage]]:
-        is_eval = [(s, s.name.startswith("evaluate ") and s.how != "done") for s in self.stages]
-        return [s for s, is_one in is_eval if is_one], [s for s, is_one in is_eval if not is_one]
+    def _apart_and_rest(self) -> tuple[list[Stage], list[Stage]]:
+        return [s for s in self.stages if s.apart], [s for s in self.stages if not s.apart]
 
     def check(self) -> None:
         """Raise for the first thing that does not fit."""
@@ -376,7 +375,8 @@ class Planner(ABC):
         if work is None:
             return self._unknown(name, amount, "nobody has counted what it does")
         asks = work.read + work.rest + work.read_each + work.rest_each
-        slower = 1.0 if model is None or section.at_once else model.slower
+        apart = self.config.evaluation.processes > 1 and not section.at_once
+        slower = model.slower if apart and model is not None else 1.0
         if model is None and asks:
             return self._unknown(name, amount, self.why)
         n, seconds, notes = len(left), work.other_s + len(left) * work.other_each_s, []
@@ -414,6 +414,7 @@ class Planner(ABC):
             host_bytes=host,
             device_bytes=device,
             disk_bytes=int(kept),
+            apart=apart,
             note="; ".join([*notes, *([self.why] if asks and self.why else [])]) or None,
         )
 
@@ -457,7 +458,7 @@ class Planner(ABC):
                     )
                     problems.append(one)
         if not problems and made.host_bytes > made.host_free_bytes:
-            fewer = (n for n in range(made.processes, 0, -1) if made.evals_bytes(n) <= made.host_free_bytes)
+            fewer = (n for n in range(made.processes, 0, -1) if made.apart_bytes(n) <= made.host_free_bytes)
             beside = {"needed_bytes": made.host_bytes, "free_bytes": made.host_free_bytes}
             cure = {"key": "evaluation.processes", "value": str(next(fewer))}
             problems.append(Problem(what="memory", stage=f"{made.processes} evals side by side", **beside, **cure))

@@ -6,6 +6,7 @@ batches of two sizes, which tell what is done and held for a sample from what is
 to the counted operations. Peaks of memory are the process' own (``ksvd_sae.memory``).
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -250,6 +251,12 @@ class Trainings:
                 self._warm.add(method.kind)
             one_s, _ = train(self._part(shards))
             (more_s, made), peak_mib = peak_growth(partial(train, shards), self.run.device)
+            # Of what is done for the rows, whatever comes before and after is not done twice.
+            rows_s = min(max(more_s - one_s, 0.25 * one_s), one_s)
+            if small is method and more_s < _SECONDS and hasattr(method, "passes"):
+                # Next to what comes before and after, the rows take too little to be told from noise: more of them.
+                passes = 1 + min(16, math.ceil(_SECONDS / max(rows_s, 1e-3)))
+                rows_s = min(max(0.0, train(shards, passes)[0] - more_s) / (2 * (passes - 1)), one_s)
             if small is not method:
                 large = small.resized({"batch_samples": 2 * own})
                 (large_s, _), large_mib = peak_growth(
@@ -257,8 +264,6 @@ class Trainings:
                 )
             disk_bytes = sum(path.stat().st_size for path in made.rglob("*") if path.is_file())
             code_s, pass_s = self._coding(small, made)
-        # Of what is done for the rows, whatever comes before and after is not done twice.
-        rows_s = min(max(more_s - one_s, 0.25 * one_s), one_s)
         samples = n_samples * getattr(method, "passes", 1)
         seconds, peak_bytes = max(0.0, one_s - rows_s) + rows_s * samples / rows, float(_bytes(peak_mib))
         if small is not method:
@@ -316,11 +321,11 @@ class Trainings:
         )
 
     def _train(
-        self, method: Method, folder: Path, source: Source | None, shards: ActivationShards
+        self, method: Method, folder: Path, source: Source | None, shards: ActivationShards, passes: int = 1
     ) -> tuple[float, Path]:
         made = Path(tempfile.mkdtemp(dir=folder))
-        once = method.model_copy(update={"passes": 1}) if hasattr(method, "passes") else method
-        _, seconds = timed(lambda: once.train(self._setting(shards), made, source), self.run.device)
+        short = method.model_copy(update={"passes": passes}) if hasattr(method, "passes") else method
+        _, seconds = timed(lambda: short.train(self._setting(shards), made, source), self.run.device)
         return seconds, made
 
     def _source(self, method: Method, folder: Path, shards: ActivationShards) -> Source:
