@@ -13,6 +13,9 @@ from ksvd_sae.offline import biographies
 
 _ITEMS_OF = "scr_metric_threshold_20"
 
+# Seconds of a class' ablation, as the demo's texts take them, beside codes.
+_ABLATED_S = 0.33
+
 
 class AblationEval(SeededEval):
     """Settings of both evals: probes of classes are trained, the latents that carry one are zeroed."""
@@ -44,7 +47,8 @@ class AblationEval(SeededEval):
         train, test = (size // 2 * self.context_tokens for size in (self.train_set_size, self.test_set_size))
         texts = times * classes * (train + test)
         coded = times * ablated * (2 * train + len(self.n_values) * classes * test)
-        return Work(read=texts, kept=texts, coded_each=coded)
+        other_s = _ABLATED_S * times * ablated * len(self.n_values)
+        return Work(read=texts, kept=texts, coded_each=coded, other_each_s=other_s)
 
 
 class ScrEval(AblationEval):
