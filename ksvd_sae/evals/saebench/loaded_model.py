@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ksvd_sae.activations.language import AnyModel
 
 logger = logging.getLogger(__name__)
+# Entries of what a tokenizer's user may set.
+_SETTINGS = 1000
 
 
 class LoadedModel:
@@ -68,7 +70,7 @@ class LoadedModel:
             # SAEBench's annotations, which it has checked at each call, name HookedTransformer alone.
             jaxtyping.config.update("jaxtyping_disable", True)
         self._model.reset_hooks()
-        vars(self._model.tokenizer).update(copy.deepcopy(self._tokenizer_was))
+        vars(self._model.tokenizer).update({name: _copied(value) for name, value in self._tokenizer_was.items()})
         return self._model
 
     def _loaded(self, model_name: str, **options: Any) -> "AnyModel":
@@ -92,4 +94,10 @@ class LoadedModel:
 def _plain_state(tokenizer: Any) -> dict[str, Any]:
     """What in a tokenizer is set by assignment: sides, special tokens, lengths; not the compiled tokenizer itself."""
     plain = (str, int, float, bool, type(None), list, dict, tuple)
-    return {name: copy.deepcopy(value) for name, value in vars(tokenizer).items() if isinstance(value, plain)}
+    return {name: _copied(value) for name, value in vars(tokenizer).items() if isinstance(value, plain)}
+
+
+def _copied(value: Any) -> Any:
+    """A copy, but of a vocabulary and its merges: half a million of them take seconds, and no eval alters these."""
+    large = isinstance(value, list | dict | tuple) and len(value) > _SETTINGS
+    return value if large else copy.deepcopy(value)
