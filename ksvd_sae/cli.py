@@ -157,14 +157,22 @@ def train(
     config: ConfigArgument,
     overrides: SetOption = None,
     cells: CellsOption = None,
+    so_far: Annotated[
+        bool,
+        typer.Option("--so-far", help="from what a harvest that still runs, or was stopped, has collected up to now"),
+    ] = False,
     results: ResultsOption = Path("results"),
     verbose: VerboseOption = False,
 ) -> None:
     """Learn every dictionary of the config from the harvest."""
 
     def steps(run: "Run") -> None:
+        of = ""
+        if so_far:
+            run = run.so_far()
+            of = f", of {run.harvest().n_samples:,} tokens"
         for trained in run.train():
-            _out.print(f"{trained.name}: {trained.folder}")
+            _out.print(f"{trained.name}{of}: {trained.folder}")
 
     _stage(config, overrides, results, verbose, steps, cells)
 

@@ -194,7 +194,7 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
     # Here: learning/ and bench/ run without it.
     from filelock import FileLock, Timeout
 
-    path = folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}.lock"
+    path = _lock_path(folder)
     lock, owner, who = FileLock(path), path.with_suffix(".owner"), "another process"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,6 +224,26 @@ def sole_writer(folder: Path, what: str) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def is_being_written(folder: Path) -> bool:
+    """Whether somebody is its ``sole_writer`` now."""
+    from filelock import FileLock, Timeout
+
+    path = _lock_path(folder)
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}.lock"
 
 
 def write_json(target: Path, value: Any) -> None:

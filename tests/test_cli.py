@@ -293,6 +293,13 @@ def test_stage_before_its_input(config: str, command: str, cure: str) -> None:
     assert f"run `{cure}" in message
 
 
+def test_so_far_before_there_is_anything(config: str) -> None:
+    message = said("train", config, "--so-far")
+    assert "ManifestError" in message
+    assert "so far: no training tokens are collected" in message
+    assert "`ksvd-sae harvest CONFIG` collects it" in message
+
+
 def test_verbose_shows_the_traceback(config: str) -> None:
     done = invoke("compare", config, "--verbose")
     assert done.exit_code == 1

@@ -27,6 +27,7 @@ from ksvd_sae.store import (
     cache_dir,
     content_hash,
     file_sha256,
+    is_being_written,
     is_finished,
     read_manifest,
     require_disk_space,
@@ -267,10 +268,13 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path, caplog: pytest.Log
     with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
+        assert is_being_written(folder)
         threading.Timer(0.5, holder.kill).start()
         with sole_writer(folder, "train x"):
             pass
+        assert not is_being_written(folder)
         assert f"train x: process {holder.pid} on" in caplog.text
+        assert not is_being_written(folder.with_name("another"))
     with sole_writer(folder.with_name("another"), "train y"), sole_writer(folder, "train x"):
         pass
     assert caplog.text.count("waiting") == 1

@@ -6,13 +6,19 @@ writes the shards that training reads; then ``raw/`` is deleted.
 
 Of several processes each collects every so manyth part: how many units a part takes is known without the model, so the
 parts are those of one process. And each writes every so manyth shard.
+
+The first raw parts are those of a harvest of as many training tokens as they hold, which can take them while this one
+goes on (``SoFar``).
 """
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain, count, islice, takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,7 +33,16 @@ from ksvd_sae.activations.statistics import Moments, RunningStatistics, outlier_
 from ksvd_sae.device import in_parts_that_fit
 from ksvd_sae.errors import ManifestError, ShardError
 from ksvd_sae.progress import Advance
-from ksvd_sae.store import atomic_path, content_hash, file_sha256, is_finished, require_disk_space, write_json
+from ksvd_sae.store import (
+    MANIFEST,
+    atomic_path,
+    content_hash,
+    file_sha256,
+    is_being_written,
+    is_finished,
+    require_disk_space,
+    write_json,
+)
 from ksvd_sae.strict import Strict
 from ksvd_sae.together import ALONE, Together
 
@@ -81,6 +96,11 @@ def collected(
 
 def _claim(folder: Path, key: dict[str, Any]) -> None:
     """Mark an unfinished folder as this key's, or refuse it if it is another's."""
+    _check_claim(folder, key)
+    write_json(folder / _KEY_FILE, key)
+
+
+def _check_claim(folder: Path, key: dict[str, Any]) -> None:
     path = folder / _KEY_FILE
     if path.exists() and content_hash(json.loads(path.read_text())) != content_hash(key):
         raise ManifestError(
@@ -88,11 +108,103 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
             cause="the folder was moved or edited",
             cure="move it away and run again",
         )
-    write_json(path, key)
 
 
-def _without_gaps(entries: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_gaps(entries: dict[int, T]) -> list[T]:
     return [entries[number] for number in takewhile(entries.__contains__, count())]
+
+
+def _entry_path(raw: Path, part: str, number: int) -> Path:
+    return raw / f"{part}-{number:05d}.json"
+
+
+def _number(entry: Path) -> int:
+    return int(entry.stem.rpartition("-")[2])
+
+
+@dataclass(frozen=True)
+class SoFar:
+    """What an unfinished harvest has collected of each part up to now, as far as no raw part is missing in between.
+
+    Nothing is locked: the harvest may go on meanwhile, and even end, which removes the raw parts (FileNotFoundError).
+    parts: their entries.
+    """
+
+    folder: Path
+    parts: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def of(cls, folder: Path, key: dict[str, Any]) -> "SoFar":
+        """Raises: ManifestError for a folder that another key made."""
+        _check_claim(folder, key)
+        found: dict[str, dict[int, dict[str, Any]]] = {part: {} for part in PARTS}
+        for part in PARTS:
+            for path in (folder / _RAW).glob(f"{part}-*.json"):
+                entry = json.loads(path.read_text())
+                if path.with_name(entry["file"]).exists():
+                    found[part][_number(path)] = entry
+        return cls(folder, {part: _without_gaps(entries) for part, entries in found.items()})
+
+    def n_tokens(self, part: str) -> int:
+        return sum(entry["n_samples"] for entry in self.parts[part])
+
+    def check(self, wanted: CollectingConfig) -> None:
+        """Raise ManifestError unless there is something to train on."""
+        if self.n_tokens("train") and self.n_tokens("heldout") >= wanted.heldout_tokens:
+            return
+        raise ManifestError(
+            f"so far: no training tokens are collected in {self.folder}",
+            got=f"in whole raw parts {self.n_tokens('heldout'):,} held-out tokens, which come first, and "
+            f"{self.n_tokens('train'):,} of training",
+            limit=f"{wanted.heldout_tokens:,} held-out tokens, and a part of {wanted.shard_tokens:,} "
+            "(harvest.shard_tokens) of training",
+            cause="the harvest has only begun, or with another config",
+            cure="run again once there is more; `ksvd-sae harvest CONFIG` collects it",
+        )
+
+    def share(self, into: Path, wanted: CollectingConfig) -> None:
+        """Give another harvest's folder the raw parts and what is known beside them, as hard links.
+
+        A link takes no room and outlives what it is of; no file of a harvest changes once it has its name. Whoever goes
+        on there verifies the parts.
+        Args: wanted: of the harvest that they are from.
+        Raises: DiskSpaceError (too little room to shuffle them, where the harvest goes on beside it), ManifestError
+            (no links can be made there).
+        """
+        raw = self.folder / _RAW
+        # Held-out documents before what raw/ says of them: a harvest that cuts them now writes these after that. And a
+        # part's entry after the part, of which it says that it is there.
+        files = [path for path in self.folder.glob("[!.]*") if path.is_file()]
+        files = [path for path in files if path.name not in (_KEY_FILE, MANIFEST)]
+        files += [path for path in raw.glob("[!.]*.json") if "-" not in path.name]
+        for part, entries in self.parts.items():
+            for number, entry in enumerate(entries):
+                files += [raw / entry["file"], _entry_path(raw, part, number)]
+        self._require_disk_space(wanted)
+        (into / _RAW).mkdir(parents=True, exist_ok=True)
+        try:
+            for file in files:
+                with suppress(FileExistsError):
+                    os.link(file, into / file.relative_to(self.folder))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ManifestError(
+                f"so far: raw parts cannot be linked into {into}: {error}",
+                cause="a file system without hard links, or a cache whose folders lie on several",
+                cure="wait for the harvest's end; or begin it with KSVD_SAE_CACHE on a file system that has them",
+            ) from error
+
+    def _require_disk_space(self, wanted: CollectingConfig) -> None:
+        n_tokens = sum(map(self.n_tokens, PARTS))
+        entries = [entry for part in PARTS for entry in self.parts[part]]
+        n_bytes = sum((self.folder / _RAW / entry["file"]).stat().st_size for entry in entries)
+        what = f"so far: writing shuffled shards of {n_tokens:,} tokens"
+        if is_being_written(self.folder):
+            # What is to come raw, then all of it shuffled.
+            to_write = 2 * (wanted.train_tokens + wanted.heldout_tokens) - n_tokens
+            n_bytes, what = n_bytes + n_bytes * to_write // n_tokens, f"{what}, beside all that the harvest is to write"
+        require_disk_space(self.folder, n_bytes, what)
 
 
 def reading_order(shards: ActivationShards) -> Tensor | None:
@@ -148,7 +260,7 @@ class Collection:
         """Entries of the raw parts that are whole, by their numbers; a broken one is collected again."""
         entries: dict[int, dict[str, Any]] = {}
         for path in sorted(self.raw.glob(f"{part}-*.json")):
-            number, entry = int(path.stem.rpartition("-")[2]), json.loads(path.read_text())
+            number, entry = _number(path), json.loads(path.read_text())
             shard = path.with_name(entry["file"])
             # Of several processes, each looks at those that it would collect.
             if self._is_own(number) and (not shard.exists() or file_sha256(shard) != entry["sha256"]):
@@ -257,13 +369,10 @@ class Collection:
         return torch.cat(rows), n_units
 
     def _write_part(self, part: str, index: int, x_ND: Tensor, n_units: int) -> dict[str, Any]:
-        path = self._entry_path(part, index)
+        path = _entry_path(self.raw, part, index)
         entry = {**write_shard(path.with_suffix(".safetensors"), x_ND), self._unit: n_units}
         write_json(path, entry)
         return entry
-
-    def _entry_path(self, part: str, number: int) -> Path:
-        return self.raw / f"{part}-{number:05d}.json"
 
     # ------------------------------------------------------------ finishing
 
@@ -324,7 +433,7 @@ class Collection:
         return {part: [load_file(path(part, n))["norms"] for n in range(len(parts))] for part, parts in raw.items()}
 
     def _open_raw(self, part: str, number: int) -> Tensor:
-        entry = json.loads(self._entry_path(part, number).read_text())
+        entry = json.loads(_entry_path(self.raw, part, number).read_text())
         # safetensors maps the file: rows are read from disk as they are gathered.
         x_ND: Tensor = load_file(self.raw / entry["file"])[ACTIVATIONS_KEY]
         if not len(x_ND) == entry["n_samples"] == self._parts[part][number]["n_samples"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ksvd_sae.errors import TextError
+from ksvd_sae.store import atomic_path
 
 # Of a held-out document that came as token ids. No name that SAELens takes for a tokenised data set's column.
 _IDS = "token_ids"
@@ -141,7 +142,7 @@ def _chat_text(chat: Chat, tokenizer: Any) -> str:
 
 def write_documents(path: Path, documents: Iterable[Readable], tokenizer: Any) -> None:
     """JSONL with each document under 'text'; token ids stay beside what they say, as a text may have others."""
-    with path.open("w", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for document in documents:
             row: dict[str, Any] = {"text": document}
             if isinstance(document, TokenIds):

@@ -298,7 +298,10 @@ def _of_dictionary(folder: Path, views: Views) -> list[Entry]:
     training = read_manifest(folder, TRAIN_STAGE) if (folder / MANIFEST).is_file() else None
     dictionary, common = _for_others(dictionary), _of_model(known["model"], known["hook"])
     common |= {"model_weights": known["model_weights"]} if "model_weights" in known else {}
-    common |= {} if training is None else {"training_tokens": training["samples_seen"]}
+    if training is not None:
+        # Trainings did not always say of how many tokens, and not all are of a harvest.
+        of = {"tokens_harvested": training["tokens_harvested"]} if "tokens_harvested" in training else {}
+        common |= {**of, "training_tokens": training["samples_seen"]}
     name = re.sub(r"[^A-Za-z0-9._-]+|^\W+", "-", folder.resolve().name if training is None else training["name"])
     return [
         Entry(name, known["hook"], view, _wrapped(dictionary, view, common), dictionary, training)

@@ -103,6 +103,16 @@ class RunConfig(Strict):
         """The same run with some of its dictionaries."""
         return self.model_copy(update={"dictionaries": {n: m for n, m in self.dictionaries.items() if n in names}})
 
+    def of_tokens(self, train_tokens: int) -> "RunConfig":
+        """The same run on so many training tokens, under a name that says so.
+
+        Raises: ValueError: options of a dictionary that do not fit so few.
+        """
+        harvest = self.harvest.model_copy(update={"train_tokens": train_tokens})
+        for name, method in self.dictionaries.items():
+            _named(name, method.check, harvest)
+        return self.model_copy(update={"name": f"{self.name}.so-far-{train_tokens}", "harvest": harvest})
+
     @field_validator("dictionaries")
     @classmethod
     def _completed(cls, methods: dict[str, Method]) -> dict[str, Method]:

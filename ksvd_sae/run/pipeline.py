@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ksvd_sae.activations.collecting import SoFar
 from ksvd_sae.activations.gradients import GradientMoments, open_gradients
 from ksvd_sae.activations.language import ActivationReader
+from ksvd_sae.activations.shards import STAGE as HARVEST_STAGE
 from ksvd_sae.activations.shards import ActivationShards
-from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
+from ksvd_sae.errors import ConfigError, EvaluationError, KsvdSaeError, ManifestError
 from ksvd_sae.evals.base import EvalResults, EvalSetting, Heldout, Panelist, scoring_versions
 from ksvd_sae.methods.base import Method, Source, TrainingSetting, View
 from ksvd_sae.run.cells import chosen
@@ -161,6 +163,58 @@ class Run:
         self.together.first(check)
         return self.data.harvest(self.device, self.together)
 
+    def so_far(self) -> "Run":
+        """The run of the training tokens that its harvest has collected up to now, as if no more were asked for; itself
+        once that is all.
+
+        The harvest may be going on meanwhile: nobody waits for the other, and what it gives is the same.
+        Raises: ManifestError (there is nothing yet, or it cannot be shared), ConfigError (too little for a
+            dictionary), DiskSpaceError.
+        """
+        n_tokens = self.together.first(self._share_so_far)
+        if n_tokens is None:
+            return self
+        return Run(self._of_tokens(n_tokens), self.results.parent, self.cache, self.together)
+
+    def _share_so_far(self) -> int | None:
+        """Training tokens of the harvest that has been given what there is; None: all are collected."""
+        wanted = self.config.harvest
+        while not is_finished(self.harvest_folder, HARVEST_STAGE, self._harvest_key):
+            try:
+                there = SoFar.of(self.harvest_folder, self._harvest_key)
+                n_tokens = there.n_tokens("train")
+                if n_tokens >= wanted.train_tokens:
+                    break
+                there.check(wanted)
+                run = Run(self._of_tokens(n_tokens), self.results.parent, self.cache)
+                if not is_finished(run.harvest_folder, HARVEST_STAGE, run._harvest_key):
+                    there.share(run.harvest_folder, wanted)
+            except FileNotFoundError:
+                # The harvest has just ended, which removes its raw parts; or somebody else has removed one.
+                continue
+            logger.info(
+                "so far: %s of %s training tokens; any command works on these with --set harvest.train_tokens=%d --set "
+                "name=%s in place of --so-far",
+                f"{n_tokens:,}",
+                f"{wanted.train_tokens:,}",
+                n_tokens,
+                run.config.name,
+            )
+            return n_tokens
+        logger.info("so far: all training tokens are collected")
+        return None
+
+    def _of_tokens(self, n_tokens: int) -> RunConfig:
+        try:
+            return self.config.of_tokens(n_tokens)
+        except ValueError as error:
+            raise ConfigError(
+                f"so far: too few tokens are collected: {error}",
+                got=f"{n_tokens:,} of {self.config.harvest.train_tokens:,} training tokens",
+                cause="the harvest has only begun",
+                cure="run again once there are more; or leave that dictionary out, as with --cells",
+            ) from error
+
     def reader(self) -> ActivationReader:
         """The language model, loaded."""
         return self.data.reader(self.device)
@@ -262,7 +316,8 @@ class Run:
             started = time.perf_counter()
             facts = method.train(setting, folder, taken_from).manifest(time.perf_counter() - started)
             if together.is_first:
-                write_manifest(folder, TRAIN_STAGE, key, name=replica.label, device=str(self.device), **facts)
+                known = {"tokens_harvested": setting.shards.n_samples} if method.learns else {}
+                write_manifest(folder, TRAIN_STAGE, key, name=replica.label, device=str(self.device), **known, **facts)
         logger.info("train %s: %s s, %s", replica.label, facts["seconds"], folder)
         return self._opened(replica)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +268,16 @@ def test_listed_documents_are_read_back(tmp_path: Path, tokenizer: Any) -> None:
     # Whoever reads texts finds one in every line.
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().split("\n")[:-1]]
     assert [line["text"] for line in lines] == ["one\u2028line", "", "Ba co"]
+
+
+def test_documents_are_written_whole_or_not_at_all(tmp_path: Path, tokenizer: Any) -> None:
+    """Stopped in between, those of before are there."""
+
+    def stopped() -> Iterator[str]:
+        yield "two"
+        raise KeyboardInterrupt
+
+    write_documents(tmp_path / "a.jsonl", ["one"], tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        write_documents(tmp_path / "a.jsonl", stopped(), tokenizer)
+    assert list(read_documents(tmp_path / "a.jsonl")) == ["one"]

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.activations import shards as shard_files
-from ksvd_sae.activations.collecting import Collection, reading_order
+from ksvd_sae.activations.collecting import Collection, SoFar, reading_order
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS, HarvestConfig, run_harvest
 from ksvd_sae.activations.language import ActivationReader, ModelConfig
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.text import TextConfig, contexts
 from ksvd_sae.errors import ActivationError, DiskSpaceError, ManifestError, TextError
-from ksvd_sae.store import MANIFEST, content_hash
+from ksvd_sae.store import MANIFEST, content_hash, sole_writer
 from tests import tiny_models, tolerances
 from tests.activations.conftest import GivenTexts
 
@@ -345,6 +345,99 @@ def test_raw_parts_that_a_stopped_harvest_left_go(tmp_path: Path) -> None:
     left.write_bytes(b"stopped between the manifest and the end")
     run_harvest(harvest_of(None), tmp_path, no_reader)
     assert not left.parent.exists()
+
+
+# ---------------------------------------------------------------- so far
+
+
+def share(folder: Path, into: Path, texts: list[str] | None = None) -> int:
+    """Give what an unfinished harvest has to one of fewer tokens; how many these are."""
+    harvest = harvest_of(TEXTS if texts is None else texts)
+    there = SoFar.of(folder, harvest.key)
+    there.check(harvest.config)
+    there.share(into, harvest.config)
+    return there.n_tokens("train")
+
+
+# With one part of training, with some, and with all but the last; 17: the text is at its end, and is split.
+@pytest.mark.parametrize(("stop_at", "n_texts"), [(8, 200), (13, 200), (20, 200), (17, 90)])
+def test_what_is_collected_is_a_harvest_of_fewer_tokens(
+    tmp_path: Path, uninterrupted: tuple[ActivationShards, int], stop_at: int, n_texts: int
+) -> None:
+    texts, names = TEXTS[:n_texts], ("stopped", "few", "fresh", "whole")
+    stopped, few, fresh, whole = (tmp_path / "h" / name for name in names)
+    with pytest.raises(StoppedError):
+        run(stopped, Reader(stop_at), texts)
+    n_tokens = share(stopped, few, texts)
+    assert SHARD_TOKENS <= n_tokens < TRAIN_TOKENS
+    run(stopped, Reader(), texts)
+    run(whole, Reader(), texts)
+    assert content(stopped) == content(whole), "the harvest goes on as if nobody had shared it"
+    run(few, no_reader, texts, train_tokens=n_tokens)
+    shards = run(fresh, Reader(), texts, train_tokens=n_tokens)
+    assert ("split" in shards.manifest["parts"]["heldout"]) == (n_texts == 90)
+    assert content(few) == content(fresh), "nothing of the one is the other's"
+
+
+def test_a_damaged_part_that_is_shared_is_read_again(
+    tmp_path: Path, uninterrupted: tuple[ActivationShards, int]
+) -> None:
+    """By each for itself."""
+    stopped, few, fresh = (tmp_path / "h" / name for name in ("stopped", "few", "fresh"))
+    with pytest.raises(StoppedError):
+        run(stopped, Reader(stop_at=18))
+    damaged = stopped / "raw" / "train-00001.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    n_tokens = share(stopped, few)
+    again = Reader()
+    run(few, again, train_tokens=n_tokens)
+    run(fresh, Reader(), train_tokens=n_tokens)
+    assert 0 < again.calls < 4
+    assert content(few) == content(fresh)
+    run(stopped, Reader())
+    assert content(stopped) == content(uninterrupted[0].folder)
+
+
+# In the held-out part, and where it is whole but no part of training is.
+@pytest.mark.parametrize("stop_at", [0, 3, 6])
+def test_nothing_to_share_yet(tmp_path: Path, stop_at: int) -> None:
+    stopped, few = tmp_path / "h" / "stopped", tmp_path / "h" / "few"
+    with pytest.raises(StoppedError):
+        run(stopped, Reader(stop_at))
+    with pytest.raises(ManifestError, match=r"(?s)so far: no training tokens.*got: .* 0 of training.*cure: run again"):
+        share(stopped, few)
+    assert not few.exists()
+    with pytest.raises(ManifestError, match="another config"):
+        SoFar.of(stopped, harvest_of(TEXTS, seed=1).key)
+
+
+def test_sharing_leaves_the_harvest_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it goes on meanwhile; a copy of what is there is needed anyway."""
+    stopped, few = tmp_path / "h" / "stopped", tmp_path / "h" / "few"
+    with pytest.raises(StoppedError):
+        run(stopped, Reader(stop_at=13))
+    n_tokens = sum(SoFar.of(stopped, harvest_of(TEXTS).key).n_tokens(part) for part in ("heldout", "train"))
+    # Beside the rows, a header each.
+    copy = int(1.5 * n_tokens * D_IN * 4)
+    monkeypatch.setattr("ksvd_sae.store.shutil.disk_usage", lambda _: Usage(10**6, 0, copy))
+    with sole_writer(stopped, "harvest"), pytest.raises(DiskSpaceError, match="all that the harvest is to write"):
+        share(stopped, few)
+    assert not few.exists()
+    share(stopped, few)
+    monkeypatch.setattr("ksvd_sae.store.shutil.disk_usage", lambda _: Usage(10**6, 0, n_tokens * D_IN * 4))
+    with pytest.raises(DiskSpaceError, match="shuffled shards"):
+        share(stopped, few)
+
+
+def test_sharing_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with pytest.raises(StoppedError):
+        run(tmp_path / "h" / "stopped", Reader(stop_at=13))
+    monkeypatch.setattr("os.link", refuse)
+    with pytest.raises(ManifestError, match=r"(?s)cannot be linked.*not permitted.*without hard links"):
+        share(tmp_path / "h" / "stopped", tmp_path / "h" / "few")
 
 
 # ---------------------------------------------------------------- refusals

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ksvd_sae.activations.collecting import SoFar
 from ksvd_sae.activations.harvest import run_harvest
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.errors import TextError
@@ -61,6 +62,22 @@ def test_altered_before_it_is_resumed(tmp_path: Path) -> None:
     altered.write_bytes(altered.read_bytes()[:-1])
     run(folder, 2, Reader(), Reader())
     assert by_one.content(folder) == by_one.content(whole.folder)
+
+
+def test_what_is_shared_of_it_has_no_gap(tmp_path: Path) -> None:
+    """Where one process is behind, what others have after its next part is left out."""
+    folder, few = tmp_path / "h" / "many", tmp_path / "h" / "few"
+    with pytest.raises(StoppedError):
+        run(folder, 2, Reader(), Reader(stop_at=6))
+    harvest = harvest_of(by_one.TEXTS)
+    there = SoFar.of(folder, harvest.key)
+    assert len(there.parts["train"]) < len(list((folder / "raw").glob("train-*.json")))
+    there.check(harvest.config)
+    there.share(few, harvest.config)
+    n_tokens = there.n_tokens("train")
+    many = in_ranks(3, lambda t: run_harvest(harvest_of(by_one.TEXTS, train_tokens=n_tokens), few, no_reader, t))[0]
+    fresh = by_one.run(tmp_path / "h" / "fresh", Reader(), train_tokens=n_tokens)
+    assert by_one.content(many.folder) == by_one.content(fresh.folder)
 
 
 def test_a_text_that_is_split_inside(tmp_path: Path) -> None:

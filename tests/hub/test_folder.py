@@ -195,7 +195,7 @@ def test_a_training_alone(published: Published, tmp_path: Path) -> None:
     trained = published.source.run.first["learned"]
     write_folder(open_source(trained.folder, [], "signed"), REPO, tmp_path / "out", "mit")
     metadata = config_of(tmp_path / "out", "learned.s0/signed")["metadata"]
-    assert metadata["training_tokens"] == 2000
+    assert (metadata["training_tokens"], metadata["tokens_harvested"]) == (2000, 2000)
     assert "2,000 samples" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -18,10 +18,11 @@ from sae_lens import SAE
 from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 
+from ksvd_sae.activations.collecting import Collection
 from ksvd_sae.activations.gradients import GRADIENTS_FILE, GradientMoments, gradients_folder, gradients_key
 from ksvd_sae.activations.harvest import HELDOUT_DOCUMENTS
 from ksvd_sae.dictionary import Dictionary
-from ksvd_sae.errors import EvaluationError, KsvdSaeError, ManifestError
+from ksvd_sae.errors import ConfigError, EvaluationError, KsvdSaeError, ManifestError
 from ksvd_sae.learning.dbksvd import DictionaryLearner
 from ksvd_sae.methods import METHODS, db_ksvd
 from ksvd_sae.methods.base import TRAIN_LOG, Derived, Facts, Method
@@ -401,6 +402,92 @@ def test_no_cache_can_be_made(tmp_path: Path) -> None:
 def test_before_training(place: Path) -> None:
     with pytest.raises(ManifestError, match=r"run `ksvd-sae train CONFIG\.yaml`"):
         run_in(place).trained()
+
+
+# ---------------------------------------------------------------- so far
+
+
+def begin_harvest(run: Run, n_samples: int) -> Run:
+    """Collect this run's harvest, in parts of 400, as far as so many training samples go; gives the run."""
+    x_ND, collection = raw_activations(2500), Collection(run.harvest_folder, run.config.harvest, "contexts")
+
+    def fill(part: str, x_ND: torch.Tensor) -> bool:
+        return collection.fill(part, iter(x_ND.split(10)), 4, torch.cat, len, lambda *_: None)
+
+    assert fill("heldout", x_ND[2000:])
+    (run.harvest_folder / HELDOUT_DOCUMENTS).write_text('{"text": "a document"}\n')
+    assert not fill("train", x_ND[:n_samples])
+    return run
+
+
+IN_PARTS = config_with(harvest={**RAW["harvest"], "shard_tokens": 400})
+
+
+def test_training_on_what_there_is(tmp_path: Path, trainings: list[str]) -> None:
+    run = begin_harvest(run_in(tmp_path, IN_PARTS), 900)
+    some = run.so_far()
+    assert some.config.name == "tiny-run.so-far-800"
+    assert some.harvest().n_samples == 800
+    first = some.train()
+    assert [t.manifest.get("tokens_harvested") for t in first] == [800] * 4
+    assert first[0].manifest["samples_seen"] == 2 * 800
+    # As if no more had been asked for: what reads a run reads this one.
+    fewer = {**RAW["harvest"], "shard_tokens": 400, "train_tokens": 800}
+    assert run_in(tmp_path, config_with(harvest=fewer)).trained() == first
+    assert SAE.load_from_disk(first[0].folder / "sae").cfg.d_sae == 24
+    rows = {(row["dictionary"], row["metric"]): row["value"] for row in some.evaluate()["rows"]}
+    assert rows["db-ksvd", "fvu"] == pytest.approx(heldout_fvu(some, first[0]), rel=1e-5)
+    assert compare(some).parent.name == some.config.name
+    # Nothing new, then more, then all.
+    assert run_in(tmp_path, IN_PARTS).so_far().train() == first
+    assert len(trainings) == 4
+    more = begin_harvest(run, 1300).so_far()
+    assert more.harvest().n_samples == 1200
+    second = more.train()
+    assert len(trainings) == 8
+    assert not {t.folder for t in first} & {t.folder for t in second}
+    with pytest.raises(ManifestError, match="no manifest"):
+        run.train()
+    x_ND = raw_activations(2500)
+    write_harvest(run.harvest_folder, run.data.key, x_ND[:2000], x_ND[2000:])
+    assert run.so_far() is run
+    assert [t.manifest["tokens_harvested"] for t in run.train()] == [2000] * 4
+    assert len(trainings) == 12
+
+
+def test_the_harvest_ends_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its raw parts go, and what is there then is all."""
+    run = begin_harvest(run_in(tmp_path, IN_PARTS), 900)
+    x_ND, link = raw_activations(2500), os.link
+
+    def end(*files: Path) -> None:
+        write_harvest(run.harvest_folder, run.data.key, x_ND[:2000], x_ND[2000:])
+        shutil.rmtree(run.harvest_folder / "raw", ignore_errors=True)
+        link(*files)
+
+    monkeypatch.setattr("os.link", end)
+    assert run.so_far() is run
+
+
+def test_all_is_collected_but_not_finished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Then there is nothing to be had before the harvest's end."""
+    caplog.set_level("INFO", "ksvd_sae")
+    run = run_in(tmp_path, config_with(harvest={**RAW["harvest"], "shard_tokens": 400, "train_tokens": 800}))
+    collection = begin_harvest(run_in(tmp_path, IN_PARTS), 900).harvest_folder
+    shutil.copytree(collection, run.harvest_folder)
+    assert run.so_far() is run
+    assert run.harvest().n_samples == 800
+    assert "all training tokens are collected" in caplog.text
+
+
+def test_too_little_for_a_dictionary(tmp_path: Path) -> None:
+    large = {"kind": "random", "n_atoms": 900, "k": 3}
+    config = config_with(harvest={**RAW["harvest"], "shard_tokens": 400}, dictionaries={"large": large})
+    run = begin_harvest(run_in(tmp_path, config), 900)
+    wanted = r"(?s)so far: too few .* dictionaries\.large: n_atoms = 900 .* 800.*got: 800 of 2,000.*cure: run again"
+    with pytest.raises(ConfigError, match=wanted):
+        run.so_far()
+    assert len(list((tmp_path / "cache" / "activations").iterdir())) == 1
 
 
 # ---------------------------------------------------------------- two at once

@@ -4,7 +4,9 @@
 all that it started, by SIGINT to all of it, as a terminal sends it, or by SIGTERM; up to four times in a row, each time
 going on where it was stopped before, then it is left to end; then all that the stage wrote is compared with what an
 undisturbed run of it wrote. What ended before it was stopped does not count, nor what was stopped before the command
-began. With TWICE for WAY nothing is stopped: two processes run the stage at once.
+began. With TWICE for WAY nothing is stopped: two processes run the stage at once. With SO_FAR a harvest is killed, or
+stands still with its lock in hand, while what it has is trained on; then it goes on to its end and is trained on: all
+must be as if each had been run by itself.
 
 A process of its own: each stage is the command, in a fork of it, which has imported everything and computed nothing.
 Prints {stage: [times, those after which all was the same]}.
@@ -23,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER, TIMES, STOPPED = Path(sys.argv[1]), int(sys.argv[3]), sys.argv[4:]
-WAY = None if sys.argv[2] == "TWICE" else signal.Signals[sys.argv[2]]
+SO_FAR = sys.argv[2] == "SO_FAR"
+WAY = None if SO_FAR or sys.argv[2] == "TWICE" else signal.Signals[sys.argv[2]]
 # Read as the Hub libraries are imported.
 os.environ |= {"HF_HOME": str(FOLDER / "hf-home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_XET": "1"}
 os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "KSVD_SAE_CACHE": "cache"}
@@ -73,7 +76,7 @@ _PUBLISH = ["publish", f"results/{NAME}", REPO, "--view", "both", "--license", "
 STAGES["publish"] = [*_PUBLISH, "--upload"]
 
 
-def begun(stage: str, place: Path) -> int:
+def begun(stage: str, place: Path, *options: str) -> int:
     """A process, in a session of its own, that runs a stage."""
     sys.stdout.flush()
     child = os.fork()
@@ -91,7 +94,7 @@ def begun(stage: str, place: Path) -> int:
         torch.set_num_threads(1)
         if stage == "publish":
             on_our_hub()
-        cli.app(STAGES[stage])
+        cli.app([*STAGES[stage], *options])
     except SystemExit as ended:
         code = int(ended.code or 0)
     except KeyboardInterrupt:
@@ -165,6 +168,10 @@ def content(place: Path, hub: Hub) -> dict[str, Any]:
     return found
 
 
+def different(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
 def trials(stage: str, before: Path, whole: Path, hub: Hub, seconds: float) -> int:
     """Times after which all was as in ``whole``."""
     kept, tried, survived, draw = dict(hub.repositories), 0, 0, random.Random(f"{WAY} {stage}")
@@ -191,12 +198,43 @@ def trials(stage: str, before: Path, whole: Path, hub: Hub, seconds: float) -> i
             in_a_row = 1
         else:
             ended(begun(stage, place), place)
-        found = content(place, hub)
-        different = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
-        if different:
-            print(stage, "differs in", different, "of", place.rename(FOLDER / f"{stage}-{tried}"), file=sys.stderr)
-        tried, survived = tried + in_a_row, survived + (0 if different else in_a_row)
+        if differs := different(content(place, hub), wanted):
+            print(stage, "differs in", differs, "of", place.rename(FOLDER / f"{stage}-{tried}"), file=sys.stderr)
+        tried, survived = tried + in_a_row, survived + (0 if differs else in_a_row)
     hub.repositories.update(kept)
+    return survived
+
+
+def trials_so_far(before: Path, hub: Hub) -> int:
+    """Times after which all was as by runs of their own: of what the harvest had, and of all that it was to have."""
+    survived, draw = 0, random.Random("so far")
+    for tried in range(TIMES):
+        place, alone = (FOLDER / f"{name}-{tried}" for name in ("so-far", "alone"))
+        for folder in (place, alone):
+            shutil.copytree(before, folder, symlinks=True)
+        killed, last = tried % 2 == 1, f"raw/train-{draw.randint(0, 3):05d}.json"
+        child = begun("harvest", place)
+        while not list((place / "cache").glob(f"activations/*/{last}")):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), (place / "said").read_text()[-6000:]
+            time.sleep(0.001)
+        os.killpg(child, signal.SIGKILL if killed else signal.SIGSTOP)
+        if killed:
+            os.waitpid(child, 0)
+        there = [json.loads(path.read_text()) for path in place.glob("cache/activations/*/raw/train-*.json")]
+        ended(begun("train", place, "--so-far"), place)
+        if killed:
+            child = begun("harvest", place)
+        else:
+            os.killpg(child, signal.SIGCONT)
+        ended(child, place)
+        ended(begun("train", place), place)
+        fewer = f"harvest.train_tokens={sum(entry['n_samples'] for entry in there)}"
+        for options in ([], ["--set", fewer]):
+            for stage in ("harvest", "train"):
+                ended(begun(stage, alone, *options), alone)
+        if differs := different(content(place, hub), content(alone, hub)):
+            print(fewer, "differs in", differs, "of", place, file=sys.stderr)
+        survived += not differs
     return survived
 
 
@@ -219,7 +257,8 @@ def main(hub: Hub) -> None:
         ended(begun(stage, place), place)
         seconds = time.perf_counter() - started
         if stage in STOPPED:
-            counts[stage] = [TIMES, trials(stage, before, place, hub, seconds)]
+            survived = trials_so_far(before, hub) if SO_FAR else trials(stage, before, place, hub, seconds)
+            counts[stage] = [TIMES, survived]
             print(f"{stage}: {seconds:.1f} s undisturbed; {counts[stage]}", file=sys.stderr)
     print(json.dumps(counts))
 

@@ -32,6 +32,12 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     assert counts == {stage: [1, 1] for stage in ("harvest", "train", "evaluate")}, said
 
 
+def test_training_on_what_a_harvest_has_so_far(tmp_path: Path) -> None:
+    """Once while it stands still, as if at work in another process, once while it is dead."""
+    counts, said = stop(tmp_path, "SO_FAR", 2, "harvest")
+    assert counts == {"harvest": [2, 2]}, said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
@@ -40,10 +46,11 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
         *(("SIGKILL", stage, 50) for stage in STAGES),
         *((way, stage, 20) for way in ("SIGINT", "SIGTERM") for stage in STAGES[:3]),
         *(("TWICE", stage, 10) for stage in STAGES[:3]),
+        ("SO_FAR", "harvest", 10),
     ],
 )
 def test_a_stage_that_is_stopped_often(way: str, stage: str, times: int, tmp_path: Path, tally: Tally) -> None:
     counts, said = stop(tmp_path, way, times, stage)
-    what = "two processes at once" if way == "TWICE" else way
+    what = {"TWICE": "two processes at once", "SO_FAR": "training on what there is"}.get(way, way)
     tally.add(f"{what} during {stage}", *counts[stage])
     assert counts == {stage: [times, times]}, said

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ksvd_sae.activations.collecting import SoFar
 from ksvd_sae.activations.shards import ActivationShards
 from ksvd_sae.activations.vision.harvest import ImageHarvest, ImageHarvestConfig, run_image_harvest
 from ksvd_sae.activations.vision.heldout import PLACES_FILE, HeldoutImages
@@ -160,6 +161,31 @@ def test_stopped_and_gone_on_it_is_the_same(
         run_image_harvest(harvest, folder, lambda: reader)
     assert sum(again) == 12 - n_whole
     assert content(folder) == content(finished.folder)
+
+
+def test_what_is_collected_is_a_harvest_of_fewer_tokens(
+    image_folder: Path, dinov2_folder: Path, reader: ImageReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harvest, (stopped, few, fresh) = harvest_of(image_folder, dinov2_folder), (tmp_path / "h" / n for n in "abc")
+    original, read = reader.read, list[int]()
+
+    def counted(pixels: Tensor) -> Tensor:
+        if len(read) == 5:
+            raise StoppedError
+        read.append(len(pixels))
+        return original(pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read", counted)
+        with pytest.raises(StoppedError):
+            run_image_harvest(harvest, stopped, lambda: reader)
+    there = SoFar.of(stopped, harvest.key)
+    there.check(harvest.config)
+    there.share(few, harvest.config)
+    fewer = harvest_of(image_folder, dinov2_folder, train_tokens=there.n_tokens("train"))
+    run_image_harvest(fewer, few, no_reader)
+    run_image_harvest(fewer, fresh, lambda: reader)
+    assert content(few) == content(fresh)
 
 
 @pytest.mark.parametrize("where", ["write_images", "_write_shuffled", "save_file"])
