@@ -73,9 +73,9 @@ class CollectingConfig(Strict):
 
 
 def collected(
-    folder: Path, key: dict[str, Any], make: Callable[[], None], together: Together = ALONE
+    folder: Path, key: dict[str, Any], make: Callable[[], None], together: Together = ALONE, part: str = "train"
 ) -> ActivationShards:
-    """The finished harvest of this key in ``folder``, made by ``make`` if it is not there.
+    """A part of the finished harvest of this key in ``folder``, which ``make`` makes if it is not there.
 
     Raises: ManifestError for a folder that another key made.
     """
@@ -83,7 +83,7 @@ def collected(
     # A harvest that was stopped at its very end has not removed them.
     if together.first(lambda: is_finished(folder, STAGE, key) and not raw.exists()):
         logger.info("harvest: reusing %s", folder)
-        return ActivationShards.open(folder, key=key)
+        return ActivationShards.open(folder, part, key)
     with together.writing(folder, "harvest"):
         # Another process may have finished it meanwhile.
         if not together.first(lambda: is_finished(folder, STAGE, key)):
@@ -91,7 +91,7 @@ def collected(
             make()
         if together.is_first:
             shutil.rmtree(raw, ignore_errors=True)
-    return ActivationShards.open(folder, key=key)
+    return ActivationShards.open(folder, part, key)
 
 
 def _claim(folder: Path, key: dict[str, Any]) -> None:

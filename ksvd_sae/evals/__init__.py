@@ -21,7 +21,13 @@ from ksvd_sae.evals.sparse_probing import SparseProbingEval
 from ksvd_sae.evals.stability import StabilityEval
 from ksvd_sae.evals.tpp import TppEval
 from ksvd_sae.evals.truth import TruthEval
-from ksvd_sae.evals.vision import ImageProbingEval, MonosemanticityEval, ProbePreservationEval, SpatialEval
+from ksvd_sae.evals.vision import (
+    ImageProbingEval,
+    MonosemanticityEval,
+    ProbePreservationEval,
+    SpatialEval,
+    TransferEval,
+)
 from ksvd_sae.strict import Strict
 
 EVALS: tuple[type[Eval], ...] = (
@@ -39,6 +45,7 @@ EVALS: tuple[type[Eval], ...] = (
     ImageProbingEval,
     SpatialEval,
     MonosemanticityEval,
+    TransferEval,
     StabilityEval,
     TruthEval,
 )
@@ -91,7 +98,8 @@ class Evaluation(Strict):
     def key(self) -> dict[str, JsonValue]:
         """What scores follow from."""
         options: dict[str, JsonValue] = self.model_dump(mode="json", exclude={"processes"})
-        return options
+        sources: dict[str, JsonValue] = {s.name: known for s in self.evals() if (known := s.source_hash()) is not None}
+        return {**options, "sources": sources} if sources else options
 
     def left_out(self) -> list[str]:
         """Evals that run by default and are not to run."""

@@ -224,7 +224,8 @@ class Work:
 
     read: tokens that the model reads up to the hook. rest: tokens that go on from there; there and back counts thrice.
     predicted: tokens whose next one's distribution is computed. coded: activations that a dictionary codes. passes:
-    over the dense code of an activation, and of how many.
+    over the dense code of an activation, and of how many. images: of another source, which the run's vision model reads
+    and keeps; a dictionary does with their tokens what it does with held-out ones, beside these.
     held: predictions whose distribution stays in memory, up to what the config gives.
     kept, cached: activations of the model that stay on disk, and in the cache of a size that the config gives.
     other_s: seconds of what is none of these, such as probes: as the demo took them on one core, in proportion.
@@ -237,6 +238,7 @@ class Work:
     kept: float = 0
     cached: float = 0
     other_s: float = 0
+    images: int = 0
     read_each: float = 0
     rest_each: float = 0
     predicted_each: float = 0
@@ -319,6 +321,13 @@ class Eval(Strict, ABC):
             if followed and all(settings.get(name) == value for name, value in followed.items()):
                 return True
         return False
+
+    def source_hash(self) -> str | None:
+        """Of what it reads beside the run's own data, where that lies on this machine; None: nothing does.
+
+        Raises: EvaluationError if it is not there; before anything is harvested.
+        """
+        return None
 
     def write_data(self, folder: Path) -> None:
         """Write the data sets of ours that it reads, each into a folder of its name."""

@@ -216,6 +216,8 @@ class ImageData(RunData):
     config: ImageRunConfig
 
     def harvest(self, device: torch.device, together: Together = ALONE) -> ActivationShards:
+        for section in self.config.evaluation.evals():
+            section.source_hash()
         needs_labels = any(section.needs_labels for section in self.config.evaluation.evals())
         reader = partial(ImageReader, self.config.model, device)
         return run_image_harvest(

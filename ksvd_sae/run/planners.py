@@ -1,6 +1,6 @@
 """Plans of runs on text and on images: what their models read, measured or by arithmetic."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ from ksvd_sae.activations.gradients import gradients_folder, gradients_key
 from ksvd_sae.activations.language import ModelConfig, has_heads, hook_layer
 from ksvd_sae.activations.vision.model import VisionModelConfig
 from ksvd_sae.errors import ConfigError, HubError, ImageError
-from ksvd_sae.evals.base import Eval
+from ksvd_sae.evals.base import Eval, Work
 from ksvd_sae.run.config import ImageRunConfig, on_text
 from ksvd_sae.run.pipeline import Run
 from ksvd_sae.run.plan import Planner, Stage
@@ -160,7 +160,7 @@ class ImagePlanner(Planner):
         super().__init__(run)
         assert isinstance(run.config, ImageRunConfig)
         self.on_images = run.config
-        self._judges: dict[str, ImageRates | str] = {}
+        self._readers: dict[str, ImageRates | str] = {}
 
     @cached_property
     def model(self) -> ImageRates | None:
@@ -215,32 +215,46 @@ class ImagePlanner(Planner):
         code_s = sum(rates.code_s for one in firsts if isinstance(rates := self.rates(one), TrainingRates))
         return f"{report.images:,} images", images * self._image_tokens * code_s if self._image_tokens else None
 
+    def work(self, section: Eval) -> Work | None:
+        """Tokens of other images are coded and passed over beside the held-out ones."""
+        work = super().work(section)
+        if work is None or not work.images:
+            return work
+        more = 1 + work.images * self._image_tokens / self.config.harvest.heldout_tokens
+        return replace(work, coded_each=more * work.coded_each, passes_each=more * work.passes_each)
+
     def _eval(self, section: Eval, finished: bool) -> Stage:
-        stage = super()._eval(section, finished)
-        if stage.how == "measured" and section.needs_labels:
-            return stage.model_copy(update={"note": "without its probes"})
-        backbone = getattr(section, "backbone", None)
-        if stage.how == "done" or not isinstance(backbone, VisionModelConfig):
+        stage, work, seeds = super()._eval(section, finished), self.work(section), self.config.evaluation.seeds
+        others = 0 if work is None else work.images
+        if stage.how == "measured" and (section.needs_labels or others):
+            stage = stage.model_copy(update={"note": "without its probes"})
+        reads = self.on_images.model if others else getattr(section, "backbone", None)
+        # What the first seed leaves on disk, the others find.
+        found = others and seeds and section.own_seed != seeds[0]
+        if stage.how == "done" or found or not isinstance(reads, VisionModelConfig):
             return stage
-        judge = self._judge(backbone)
-        if isinstance(judge, str):
-            return self._unknown(stage.name, stage.amount, judge)
-        n = self._images(self.config.harvest.heldout_tokens)
-        host, device = self._memory(judge, 0)
+        rates = self._reading_rates(reads)
+        if isinstance(rates, str):
+            return self._unknown(stage.name, stage.amount, rates)
+        n = others or self._images(self.config.harvest.heldout_tokens)
+        host, device = self._memory(rates, 0)
         seen = {
-            "seconds": (stage.seconds or 0) + judge.load_s + n * judge.image_s,
-            "amount": f"{n:,} images by {backbone.shown_name}, {stage.amount}",
+            "seconds": (stage.seconds or 0) + rates.load_s + n * rates.image_s,
+            "amount": f"{n:,} images by {reads.shown_name}, {stage.amount}",
             "host_bytes": max(stage.host_bytes or 0, host),
             "device_bytes": max(stage.device_bytes or 0, device),
+            "disk_bytes": (stage.disk_bytes or 0) + others * self._image_tokens * (self._token_bytes or 0),
         }
         return stage.model_copy(update=seen)
 
-    def _judge(self, backbone: VisionModelConfig) -> ImageRates | str:
-        """The model that judges images, or why it is not known how fast."""
-        key = str(backbone)
-        if key not in self._judges:
+    def _reading_rates(self, model: VisionModelConfig) -> ImageRates | str:
+        """Of a model that reads images for an eval, or why it is not known how fast."""
+        if model == self.on_images.model and self.model is not None:
+            return self.model
+        key = str(model)
+        if key not in self._readers:
             try:
-                self._judges[key] = probe_images(self.run, backbone)
+                self._readers[key] = probe_images(self.run, model)
             except (HubError, ConfigError, ImageError) as error:
-                self._judges[key] = error.what
-        return self._judges[key]
+                self._readers[key] = error.what
+        return self._readers[key]

@@ -43,6 +43,7 @@ def shrunk(config: str) -> dict[str, str]:
         **{f"dictionaries.{name}.groups": "[16, 48]" for name in groups},
         **{f"dictionaries.{name}.k": "8" for name in names},
         "evaluation.spatial.min_images": "5",
+        "evaluation.transfer": "{images: {source: folder, dataset: elsewhere}, n_images: 30}",
         "report": f"{{atoms: 3, examples: 3, pixels: {PIXELS}}}",
     }
 
@@ -52,6 +53,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vision")
     tiny_vision.vision_models(folder / "hf-home")
     tiny_vision.write_images(folder / "images", 40)
+    tiny_vision.write_images(folder / "elsewhere", 10, seed=1)
     return folder
 
 
@@ -87,6 +89,7 @@ def test_every_dictionary_has_its_scores(finished: tuple[str, Path, str]) -> Non
         ("probe_preservation", "preservation"),
         ("image_probing", "auc"),
         ("monosemanticity", "similarity"),
+        ("transfer", "composite"),
     ):
         rows = table[(table["eval"] == eval_name) & (table["metric"] == metric)]
         assert sorted(rows["dictionary"]) == sorted(names), (eval_name, metric)
@@ -95,6 +98,7 @@ def test_every_dictionary_has_its_scores(finished: tuple[str, Path, str]) -> Non
     spatial = table[(table["eval"] == "spatial") & (table["metric"] == "morans_i")].set_index("dictionary")["value"]
     assert np.isfinite(spatial["db-ksvd"])
     assert set(table.loc[table["eval"] == "heldout", "data"]) == {"images-heldout"}
+    assert set(table.loc[table["eval"] == "transfer", "data"]) == {"elsewhere"}
     scores = table.pivot_table(index="dictionary", columns=["eval", "metric"], values="value")
     assert scores.loc["db-ksvd-refit", ("heldout", "fvu")] < scores.loc["db-ksvd", ("heldout", "fvu")]
     # The model without a dictionary is the same one for all.
@@ -106,7 +110,7 @@ def test_the_table_has_the_columns_of_images(finished: tuple[str, Path, str]) ->
     """Those of text are not there as columns without a score."""
     _, results, _ = finished
     heads = (results / "comparison.md").read_text().splitlines()[2]
-    for head in ("FVU ↓", "probe kept ↑", "image probing ↑", "spatial ↑", "monosemanticity ↑", "dead ↓"):
+    for head in ("FVU ↓", "probe kept ↑", "image probing ↑", "spatial ↑", "monosemanticity ↑", "transfer ↑", "dead ↓"):
         assert head in heads
     assert "loss recovered" not in heads
     assert "probing top" not in heads

@@ -109,6 +109,11 @@ def test_evals_of_images_are_no_keys_of_a_text_run(name: str) -> None:
         ({"harvest": {**RAW["harvest"], "gradient_tokens": 100}}, "unknown key 'harvest.gradient_tokens'"),
         ({"evaluation": {"spatil": None}}, "unknown key 'evaluation.spatil'"),
         ({"model": {"name": "x", "layer": -1}}, "model.layer"),
+        ({"evaluation": {"transfer": {}}}, "evaluation.transfer.images"),
+        (
+            {"evaluation": {"transfer": {"images": {"source": "folder", "dataset": "x", "colum": "y"}}}},
+            "unknown key 'evaluation.transfer.images.colum'",
+        ),
         (
             {"dictionaries": {"a": {"kind": "db_ksvd", "n_atoms": 24, "k": 3, "weighting": "fisher"}}},
             "use weighting 'std'",

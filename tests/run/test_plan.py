@@ -291,8 +291,11 @@ def test_evals_side_by_side_are_slower_and_take_memory_together(planned: Any) ->
 
 @pytest.mark.parametrize("kind", EVALS)
 def test_every_eval_counts_what_it_does(kind: Any) -> None:
-    backbone = {"backbone": {"name": "some/model", "layer": 1}} if kind.name == "monosemanticity" else {}
-    work = kind(**backbone).work(10_000, 3)
+    needed = {
+        "monosemanticity": {"backbone": {"name": "some/model", "layer": 1}},
+        "transfer": {"images": {"dataset": "some/images"}},
+    }
+    work = kind(**needed.get(kind.name, {})).work(10_000, 3)
     assert work is not None
     assert any(vars(work).values())
 

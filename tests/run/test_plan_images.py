@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ksvd_sae.errors import MemorySpaceError
+from ksvd_sae.errors import EvaluationError, MemorySpaceError
 from ksvd_sae.run import plan as planning
 from ksvd_sae.run import probe
 from ksvd_sae.run.config import RunConfig, parse_config
@@ -32,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(place: Path, **model: Any) -> RunConfig:
     judge = {"backbone": {"name": str(place / "judge"), "layer": 2}}
+    others = {"images": {"source": "folder", "dataset": str(place / "images")}, "n_images": 6}
     return parse_config(
         {
             "name": "tiny",
@@ -40,7 +41,7 @@ def config(place: Path, **model: Any) -> RunConfig:
             "images": {"source": "folder", "dataset": str(place / "images")},
             "harvest": {"train_tokens": 8 * PATCHES, "heldout_tokens": 4 * PATCHES, "batch_images": 4},
             "dictionaries": {"learned": {"kind": "db_ksvd", "n_atoms": 32, "k": 4, "batch_samples": 512}},
-            "evaluation": {"monosemanticity": judge},
+            "evaluation": {"monosemanticity": judge, "transfer": others},
         }
     )
 
@@ -55,13 +56,17 @@ def test_a_plan_is_what_a_harvest_then_has(place: Path, tmp_path: Path) -> None:
     plan = planned(asked, tmp_path)
     assert [one.name.removeprefix("evaluate ") for one in plan.stages] == [
         *("harvest", "train learned", "heldout", "probe_preservation", "image_probing", "spatial", "monosemanticity"),
-        *("stability", "report"),
+        *("transfer", "stability", "report"),
     ]
     assert [(one.name, one.note) for one in plan.stages if one.how != "measured"] == []
     harvest = stage(plan, "harvest")
     assert harvest.amount.startswith(f"8 + 4 images of {PATCHES} tokens: 2,048 + 1,024 tokens at encoder.layer.1")
     assert "4 images by judge" in stage(plan, "evaluate monosemanticity").amount
     assert stage(plan, "evaluate image_probing").note == "without its probes"
+    others = stage(plan, "evaluate transfer")
+    assert others.amount == "6 images by model, 1 dictionaries"
+    assert others.note == "without its probes"
+    assert others.disk_bytes == 6 * PATCHES * tiny_vision.D_MODEL * 4
     assert plan.problems == []
     assert Plan.model_validate_json(plan.model_dump_json(exclude={"seconds", "host_bytes"})) == plan
     assert not list(tmp_path.glob("activations/*")), "nothing was run"
@@ -71,8 +76,12 @@ def test_a_plan_is_what_a_harvest_then_has(place: Path, tmp_path: Path) -> None:
     stored = sum(path.stat().st_size for path in run.harvest_folder.rglob("*") if path.is_file())
     # Up to half a batch more for each of two parts, and what is said beside the numbers.
     assert harvest.disk_bytes == pytest.approx(stored, rel=0.25)
-    again = planned(asked, tmp_path)
+    evaluation = asked.evaluation.model_copy(update={"seeds": [0, 1]})
+    again = planned(asked.model_copy(update={"evaluation": evaluation}), tmp_path)
     assert stage(again, "harvest").how == "done"
+    # The first seed's are there for the second.
+    assert stage(again, "evaluate transfer, seed 0").amount == others.amount
+    assert stage(again, "evaluate transfer, seed 1").amount == "1 dictionaries"
     assert f"images of {PATCHES} tokens" in stage(again, "harvest").amount
     assert {one.how for one in again.stages[1:]} == {"measured"}
 
@@ -98,3 +107,15 @@ def test_of_a_model_that_is_not_here_nothing_is_said(place: Path, tmp_path: Path
     assert {one.how for one in plan.stages if one.name != "evaluate stability"} == {"not known"}
     assert "loading model" in (stage(plan, "harvest").note or "")
     assert stage(plan, "harvest").disk_bytes is None
+
+
+def test_other_images_that_are_not_there_are_refused_before_the_harvest(place: Path, tmp_path: Path) -> None:
+    asked = config(place)
+    others = asked.evaluation.transfer.model_copy(
+        update={"images": asked.images.model_copy(update={"dataset": str(tmp_path / "nowhere")})}
+    )
+    evaluation = asked.evaluation.model_copy(update={"transfer": others})
+    run = Run(asked.model_copy(update={"evaluation": evaluation}), tmp_path / "results", tmp_path)
+    with pytest.raises(EvaluationError, match=r"transfer: image folder .*nowhere"):
+        run.harvest()
+    assert not run.harvest_folder.exists()

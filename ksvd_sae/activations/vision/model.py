@@ -154,6 +154,7 @@ class ImageReader:
         del layers[config.layer + 1 :]
         self.model = self.model.to(device).eval()
         self._patch: int = own.patch_size
+        self._sizes = set[tuple[int, ...]]()
         self._grid: Grid | None = None
 
     @property
@@ -168,13 +169,13 @@ class ImageReader:
         return self._grid
 
     def pixels(self, images: Sequence[LabelledImage]) -> Tensor:
-        """(B, 3, H, W) as the model reads them. Raises: ImageError (broken, or not all of one size)."""
+        """(B, 3, H, W) as the model reads them. Raises: ImageError (broken, or not of one size with all before)."""
         prepared = self._processor([image.opened() for image in images])["pixel_values"]
-        sizes = {tuple(image.shape) for image in prepared}
-        if len(sizes) > 1:
+        self._sizes |= {tuple(image.shape) for image in prepared}
+        if len(self._sizes) > 1:
             raise ImageError(
                 f"preprocessing for {self.config.name!r} gives images of several sizes",
-                got=", ".join(map(str, sorted(sizes))),
+                got=", ".join(map(str, sorted(self._sizes))),
                 cause="a preprocessor_config.json without do_center_crop",
                 cure="crop the images to one size",
             )

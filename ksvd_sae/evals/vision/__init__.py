@@ -5,12 +5,30 @@ the training part. Codes are divided by it too. A signed code is scored by its p
 image's patches is taken; in the split view each sign has a latent of its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field, JsonValue
 
+from ksvd_sae.activations.vision.images import ImagesConfig
 from ksvd_sae.activations.vision.model import VisionModelConfig
-from ksvd_sae.evals.base import Column, EvalSetting, Heldout, Measured, MeasuredHere, Panelist, Reads, SeededEval, Work
+from ksvd_sae.errors import ActivationError, EvaluationError, HubError, ImageError, TextError
+from ksvd_sae.evals.base import (
+    Column,
+    EvalResults,
+    EvalSetting,
+    Heldout,
+    Measured,
+    MeasuredHere,
+    Panelist,
+    Reads,
+    SeededEval,
+    Work,
+)
 
 # Over dense codes: to put them in place, and to look at them.
 _PLACED, _LARGEST, _NEIGHBOURS = 3, 1, 16
@@ -166,3 +184,73 @@ class MonosemanticityEval(ImageEval):
 
     def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
         return {**super().follows_from(heldout), "backbone": self.backbone.content_hash()}
+
+
+class TransferEval(ImageEval):
+    """Whether a dictionary holds on images of another source, which the run's model reads as it read its own: what is
+    left of them, whether the latents that fire on held-out images fire there too, and a probe of their classes on few
+    latents."""
+
+    images: ImagesConfig = Field(description="the other images, in the form of the run's own")
+    n_images: int = Field(
+        10_000, ge=2, description="the first so many, as the run's seed shuffles them; all, where there are fewer"
+    )
+    k: int = Field(10, ge=1, description="latents that the probe reads")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="of these images: the probe is tested on them")
+
+    name: ClassVar[str] = "transfer"
+    passes: ClassVar[int] = _PLACED + _LARGEST
+    reads_signs: ClassVar[bool] = True
+    cost: ClassVar[str] = "the run's model over the other images once; coding them and the held-out ones; a probe"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column(
+            "transfer",
+            "transfer",
+            "composite",
+            "score",
+            "how a dictionary holds on images of another source: mean of the variance explained there, the part of the "
+            "latents active at home that are active there, the overlap of these sets (Jaccard), and the accuracy of a "
+            "probe of their classes on few latents (no unit, 0 to 1)",
+            "higher",
+            matters=0.02,
+            optional=True,
+        ),
+    )
+
+    def work(self, heldout_tokens: int, trainings: int) -> Work:
+        return replace(super().work(heldout_tokens, trainings), images=self.n_images)
+
+    def source_hash(self) -> str | None:
+        return self._content
+
+    @cached_property
+    def _content(self) -> str | None:
+        """Each dictionary's result asks for it, and a folder may hold a million images."""
+        with self.named():
+            return self.images.content_hash()
+
+    def follows_from(self, heldout: Heldout) -> dict[str, JsonValue]:
+        return {**super().follows_from(heldout), "content": self.source_hash()}
+
+    def run(self, panel: list[Panelist], setting: EvalSetting, output: Path) -> EvalResults:
+        return replace(super().run(panel, setting, output), data=self.images.name)
+
+    def measure(self, panelist: Panelist, setting: EvalSetting, heldout: Heldout) -> Measured:
+        from ksvd_sae.evals.vision.transfer import transfer
+
+        with self.named():
+            return transfer(self, panelist.load(), setting, heldout)
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors of images say whose these are, and leave the run's other evals be."""
+        try:
+            yield
+        except (ActivationError, HubError, ImageError, TextError) as error:
+            raise EvaluationError(
+                f"{self.name}: {error.what}",
+                got=error.got,
+                limit=error.limit,
+                cause=error.cause,
+                cure=error.cure and error.cure.replace("images.", f"evaluation.{self.name}.images."),
+            ) from error

@@ -5,6 +5,7 @@ none; latents that never fire make no warning.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ksvd_sae.evals.base import Heldout, Measured
 from ksvd_sae.evals.vision.codes import coded_images, largest_codes
 
 if TYPE_CHECKING:
-    from ksvd_sae.evals.vision import ImageProbingEval, ProbePreservationEval
+    from ksvd_sae.evals.vision import ImageProbingEval, ProbePreservationEval, TransferEval
 
 Array = NDArray[Any]
 
@@ -26,7 +27,7 @@ Array = NDArray[Any]
 def preservation(config: "ProbePreservationEval", sae: Any, heldout: Heldout) -> Measured:
     """See ``ProbePreservationEval``."""
     images, statistics = heldout.images, heldout.shards.statistics
-    label_I, train, test = _split(config, heldout)
+    label_I, train, test = split(config, images.labels)
     own, rebuilt = list[Tensor](), list[Tensor]()
     for coded in coded_images(sae, images):
         # Where nothing is left of an image, its mean is that of all.
@@ -36,7 +37,7 @@ def preservation(config: "ProbePreservationEval", sae: Any, heldout: Heldout) ->
         for means, x_IPD in ((own, coded.x_IPD), (rebuilt, rebuilt_IPD)):
             means.append((x_IPD.double().cpu().sum(dim=1) / n_I1.cpu() - statistics.centre_D) / statistics.scale)
     own_ID, rebuilt_ID = (torch.cat(means).float().numpy() for means in (own, rebuilt))
-    probe = _probe(own_ID[train], label_I[train], config.seed, 1000)
+    probe = fitted_probe(own_ID[train], label_I[train], config.seed, 1000)
     accuracy = {
         name: float(probe.score(x_ID[test], label_I[test])) for name, x_ID in (("raw", own_ID), ("rebuilt", rebuilt_ID))
     }
@@ -47,21 +48,15 @@ def preservation(config: "ProbePreservationEval", sae: Any, heldout: Heldout) ->
 
 def sparse_probing(config: "ImageProbingEval", sae: Any, heldout: Heldout) -> Measured:
     """See ``ImageProbingEval``."""
-    from sklearn.feature_selection import f_classif
     from sklearn.metrics import auc
 
-    label_I, train, test = _split(config, heldout)
+    label_I, train, test = split(config, heldout.images.labels)
     code_IF = largest_codes(sae, heldout.images).numpy()
-    with warnings.catch_warnings():
-        # Latents that are the same everywhere have no F.
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", RuntimeWarning)
-        f_F = f_classif(code_IF, label_I)[0]
-    best_F = np.argsort(np.nan_to_num(f_F, nan=-np.inf))[::-1]
+    best_F = best_latents(code_IF, label_I)
     accuracies = {}
     for k in sorted({k for k in config.k_values if k <= len(best_F)}):
         few = best_F[:k]
-        probe = _probe(code_IF[train][:, few], label_I[train], config.seed, 500)
+        probe = fitted_probe(code_IF[train][:, few], label_I[train], config.seed, 500)
         accuracies[k] = float(probe.score(code_IF[test][:, few], label_I[test]))
     if not accuracies:
         raise EvaluationError(
@@ -76,7 +71,20 @@ def sparse_probing(config: "ImageProbingEval", sae: Any, heldout: Heldout) -> Me
     return Measured({"auc": float(area), **top}, len(test), {"k_accuracies": named})
 
 
-def _probe(x_ND: Array, label_N: Array, seed: int, steps: int) -> Any:
+def best_latents(code_IF: Array, label_I: Array) -> Array:
+    """Latents by how much their codes differ between classes (ANOVA's F), those that differ most first."""
+    from sklearn.feature_selection import f_classif
+
+    with warnings.catch_warnings():
+        # Latents that are the same everywhere have no F.
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        f_F = f_classif(code_IF, label_I)[0]
+    return np.argsort(np.nan_to_num(f_F, nan=-np.inf))[::-1]
+
+
+def fitted_probe(x_ND: Array, label_N: Array, seed: int, steps: int) -> Any:
+    """A logistic regression."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -86,19 +94,24 @@ def _probe(x_ND: Array, label_N: Array, seed: int, steps: int) -> Any:
         return probe.fit(x_ND, label_N)
 
 
-def _split(config: "ProbePreservationEval | ImageProbingEval", heldout: Heldout) -> tuple[Array, Array, Array]:
+def split(
+    config: "ProbePreservationEval | ImageProbingEval | TransferEval",
+    labels: Sequence[str | None],
+    whose: str = "held-out",
+    more: str = "hold out more tokens (harvest.heldout_tokens)",
+) -> tuple[Array, Array, Array]:
     """Classes as numbers, and which images probes are fitted and tested on: the same part of each class, if it can be.
 
+    Args: whose: the images, for errors. more: how there come to be more.
     Raises: EvaluationError if images have no classes, or there are too few of them.
     """
     from sklearn.model_selection import train_test_split
 
-    labels = heldout.images.labels
     n_classes = len({label for label in labels if label is not None})
     if None in labels or n_classes < 2:
         without = sum(label is None for label in labels)
         raise EvaluationError(
-            f"{config.name}: the held-out images have no classes to tell apart",
+            f"{config.name}: the {whose} images have no classes to tell apart",
             got=f"{n_classes} classes, {without} of {len(labels)} images without one",
             limit="2 classes, and one for each image",
             cure=f"give images with classes (a folder for each; images.label_column), or set evaluation.{config.name}: "
@@ -113,8 +126,8 @@ def _split(config: "ProbePreservationEval | ImageProbingEval", heldout: Heldout)
     except ValueError as error:
         raise EvaluationError(
             f"{config.name}: {error}",
-            got=f"{len(label_I)} held-out images of {n_classes} classes",
+            got=f"{len(label_I)} {whose} images of {n_classes} classes",
             cause="too few images for a test part that has every class",
-            cure="hold out more tokens (harvest.heldout_tokens), or give images of fewer classes",
+            cure=f"{more}, or give images of fewer classes",
         ) from error
     return label_I, train, test

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ksvd_sae.activations.collecting import SoFar
 from ksvd_sae.activations.shards import ActivationShards
+from ksvd_sae.activations.vision import elsewhere
+from ksvd_sae.activations.vision.elsewhere import images_elsewhere
 from ksvd_sae.activations.vision.harvest import ImageHarvest, ImageHarvestConfig, run_image_harvest
 from ksvd_sae.activations.vision.heldout import PLACES_FILE, HeldoutImages
 from ksvd_sae.activations.vision.images import ImagesConfig
@@ -51,7 +53,7 @@ def content(folder: Path) -> dict[str, Any]:
     return found
 
 
-def no_reader() -> ImageReader:
+def no_reader(*_: Any) -> ImageReader:
     raise AssertionError("the model was loaded")
 
 
@@ -242,6 +244,52 @@ def test_cls_beside_patches_and_outliers_left_out(image_folder: Path, dinov2_fol
     limit = heldout.manifest["statistics"]["outlier_limit"]
     assert torch.equal(present_IP, true_ITD[:, 1:].norm(dim=2) <= limit)
     assert torch.equal(x_IPD, true_ITD[:, 1:] * present_IP[..., None])
+
+
+# ---------------------------------------------------------------- other images
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_elsewhere_are_read_as_those_at_home(
+    image_folder: Path, dinov2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Of the same source they are the same bit for bit, CLS and outliers too; and they are read once."""
+    settings: dict[str, Any] = {"outlier_factor": 1.05, "dtype": dtype, "shard_tokens": PATCHES // 4}
+    harvest = harvest_of(image_folder, dinov2_folder, also=["cls"], **settings)
+    reader = ImageReader(harvest.model, torch.device("cpu"))
+    home = run_image_harvest(harvest, tmp_path / "h" / "home", lambda: reader)
+    held = HeldoutImages(ActivationShards.open(home.folder, "heldout"))
+    there = images_elsewhere(harvest.images, 4, home, tmp_path / "others", reader.device)
+    assert (there.n_images, there.grid, there.labels, there.names) == (4, held.grid, held.labels, held.names)
+    assert len(there.shards.read_shards()) > 1
+    assert there.shards.manifest["parts"]["heldout"]["outliers"] > 0
+    for ours, true in zip(there.batches(3), held.batches(3), strict=True):
+        assert torch.equal(ours[0], true[0])
+        assert torch.equal(ours[1], true[1])
+    assert there.shards.statistics.scale == home.statistics.scale
+    monkeypatch.setattr(elsewhere, "ImageReader", no_reader)
+    again = images_elsewhere(harvest.images, 4, home, tmp_path / "others", reader.device)
+    assert again.shards.folder == there.shards.folder
+
+
+def test_all_images_where_there_are_fewer(finished: ActivationShards, image_folder: Path, tmp_path: Path) -> None:
+    images = ImagesConfig(source="folder", dataset=str(image_folder / "disc"), label_column=None)
+    there = images_elsewhere(images, 1000, finished, tmp_path, torch.device("cpu"))
+    assert (there.n_images, there.labels) == (8, [None] * 8)
+
+
+def test_images_elsewhere_without_classes_or_broken(
+    finished: ActivationShards, image_folder: Path, tmp_path: Path
+) -> None:
+    source, cpu = ImagesConfig(source="folder", dataset=str(image_folder / "disc")), torch.device("cpu")
+    with pytest.raises(ImageError, match="has no class") as caught:
+        images_elsewhere(source, 10, finished, tmp_path, cpu)
+    assert "label_column: null" in str(caught.value.cure)
+    folder = tmp_path / "broken" / "disc"
+    folder.mkdir(parents=True)
+    (folder / "5.jpg").write_bytes((image_folder / "disc" / "005.jpg").read_bytes()[:500])
+    with pytest.raises(ImageError, match=r"disc/5\.jpg"):
+        images_elsewhere(source.model_copy(update={"dataset": str(folder.parent)}), 10, finished, tmp_path, cpu)
 
 
 # ---------------------------------------------------------------- what is wrong

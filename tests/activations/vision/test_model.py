@@ -180,6 +180,9 @@ def test_images_of_several_sizes(dinov2_folder: Path, tmp_path: Path, images: li
     assert len(sizes) > 1
     with pytest.raises(ImageError, match="several sizes"):
         reader.pixels(images)
+    one_by_one = ImageReader(VisionModelConfig(name=str(folder), layer=1), CPU)
+    with pytest.raises(ImageError, match="several sizes"):
+        list(map(one_by_one.pixels, [[image] for image in images]))
 
 
 def test_broken_activations(dinov2_folder: Path, images: list[LabelledImage]) -> None:

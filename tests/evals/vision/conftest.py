@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ksvd_sae.activations.shards import ActivationShards, write_harvest
+from ksvd_sae.activations.shards import STATISTICS_FILE, ActivationShards, write_harvest
 from ksvd_sae.activations.vision.heldout import IMAGES_FILE, PLACES, PLACES_FILE, HeldoutImages
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.evals.base import EvalSetting, Heldout
@@ -39,6 +40,20 @@ def planted() -> tuple[Tensor, Tensor, list[str]]:
     noise = 0.05 * torch.randn(N_IMAGES, ROWS, COLUMNS, D_IN, generator=draw)
     x_IPD = (code_IPM @ atoms_MD + noise + 0.5).flatten(1, 2)
     return x_IPD, atoms_MD, [f"class {i % N_CLASSES}" for i in range(N_IMAGES)]
+
+
+def planted_elsewhere(seed: int = 2) -> tuple[Tensor, list[str]]:
+    """(x_IPD, classes): of fewer images, each patch one of six directions from the mean of ``planted``, which few atoms
+    code; two are of a class."""
+    draw = generator(seed)
+    centre_D = planted()[0].flatten(0, 1).mean(dim=0)
+    direction_UD = torch.nn.functional.normalize(torch.randn(2 * N_CLASSES, D_IN, generator=draw), dim=1)
+    kind_I = torch.arange(N_IMAGES // 2) % N_CLASSES
+    of_class_IP = 2 * kind_I[:, None] + torch.randint(0, 2, (len(kind_I), ROWS * COLUMNS), generator=draw)
+    other_IP = torch.randint(0, 2 * N_CLASSES, of_class_IP.shape, generator=draw)
+    which_IP = torch.where(torch.rand(of_class_IP.shape, generator=draw) < 0.4, of_class_IP, other_IP)
+    length_IP = 0.5 + torch.rand(which_IP.shape, generator=draw)
+    return centre_D + length_IP[..., None] * direction_UD[which_IP], [f"class {kind}" for kind in kind_I.tolist()]
 
 
 def heldout_of(
@@ -88,6 +103,14 @@ def sae(request: pytest.FixtureRequest) -> Any:
     dictionary = Dictionary(atoms_MD, x_IPD.flatten(0, 1).mean(dim=0), coding)
     view = "split" if request.param == "split" else "signed"
     return sae_from_dictionary(dictionary, model_name="some/model", hook_name="encoder.layer.1", view=view)
+
+
+def elsewhere_of(folder: Path, home: Heldout) -> HeldoutImages:
+    """Other images, with home's statistics."""
+    x_IPD, labels = planted_elsewhere()
+    other = heldout_of(folder, x_IPD, [*labels])
+    shutil.copy(home.shards.folder / STATISTICS_FILE, other.shards.folder)
+    return other.images
 
 
 @pytest.fixture

@@ -11,13 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ksvd_sae.activations.vision.heldout import HeldoutImages
 from ksvd_sae.errors import EvaluationError
+from ksvd_sae.evals import ImageEvaluationConfig
 from ksvd_sae.evals.base import EvalSetting, Heldout, Panelist
-from ksvd_sae.evals.vision import ImageProbingEval, MonosemanticityEval, ProbePreservationEval, SpatialEval
+from ksvd_sae.evals.vision import (
+    ImageProbingEval,
+    MonosemanticityEval,
+    ProbePreservationEval,
+    SpatialEval,
+    TransferEval,
+)
 from ksvd_sae.evals.vision.monosemanticity import similarity
 from ksvd_sae.evals.vision.spatial import morans_i
 from tests import tolerances
-from tests.evals.vision.conftest import COLUMNS, N_IMAGES, ROWS, heldout_of, planted
+from tests.evals.vision.conftest import COLUMNS, N_IMAGES, ROWS, elsewhere_of, heldout_of, planted, planted_elsewhere
 
 Array = NDArray[Any]
 P = ROWS * COLUMNS
@@ -230,3 +238,77 @@ def test_a_latent_of_one_image_has_no_score() -> None:
     code_I = torch.tensor([0.0, 3.0, 0.0])
     assert similarity(code_I, torch.eye(3), 3) is None
     assert similarity(torch.tensor([0.0, 3.0, 3.0]), torch.ones(3, 1), 3) == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- transfer
+
+OTHERS = {"source": "offline", "dataset": "digits"}
+
+
+@pytest.fixture
+def others(heldout: Heldout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeldoutImages:
+    """What the run's model read of others."""
+    from ksvd_sae.evals.vision import transfer as room
+
+    elsewhere = elsewhere_of(tmp_path / "elsewhere", heldout)
+    monkeypatch.setattr(room, "_elsewhere", lambda *_: elsewhere)
+    return elsewhere
+
+
+def slow_fvu(sae: Any, x_IPD: Tensor) -> float:
+    x_ND = x_IPD.flatten(0, 1)
+    left_ND = x_ND.double() - sae.decode(sae.encode(x_ND)).detach().double()
+    return float(left_ND.square().sum() / (x_ND.double() - x_ND.double().mean(dim=0)).square().sum())
+
+
+def test_fvu_elsewhere_is_what_it_is_everywhere(
+    panelist: Panelist, sae: Any, setting: EvalSetting, heldout: Heldout, others: HeldoutImages, tmp_path: Path
+) -> None:
+    results = TransferEval(images=OTHERS, k=4).run([panelist], setting, tmp_path)
+    scores = results.metrics["ours"]
+    assert results.data == "digits"
+    assert scores["fvu"] == pytest.approx(slow_fvu(sae, planted_elsewhere()[0]), **tolerances.FLOAT32_SCORE)
+    assert scores["home_fvu"] == pytest.approx(slow_fvu(sae, planted()[0]), **tolerances.FLOAT32_SCORE)
+
+
+def test_at_home_everything_is_as_at_home(
+    panelist: Panelist, setting: EvalSetting, heldout: Heldout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ksvd_sae.evals.vision import transfer as room
+
+    monkeypatch.setattr(room, "_elsewhere", lambda *_: heldout.images)
+    scores = TransferEval(images=OTHERS).measure(panelist, setting, heldout).scores
+    assert scores["fvu"] == scores["home_fvu"]
+    assert (scores["coverage"], scores["jaccard"]) == (1, 1)
+
+
+def test_without_classes_there_is_no_composite(
+    panelist: Panelist, setting: EvalSetting, others: HeldoutImages, tmp_path: Path
+) -> None:
+    config = TransferEval(images={**OTHERS, "label_column": None})
+    scores = config.run([panelist], setting, tmp_path).metrics["ours"]
+    assert {name for name, value in scores.items() if value is None} == {"composite", "probe_accuracy"}
+
+
+def test_one_class_is_none(
+    panelist: Panelist, setting: EvalSetting, heldout: Heldout, others: HeldoutImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(vars(others), "labels", ["a"] * others.n_images)
+    with pytest.raises(EvaluationError, match="transfer: the other images have no classes to tell apart"):
+        TransferEval(images=OTHERS).measure(panelist, setting, heldout)
+
+
+def test_other_images_are_part_of_what_scores_follow_from(heldout: Heldout, tmp_path: Path) -> None:
+    """None at all are an error of this eval that names its keys."""
+    section = {"images": {"source": "folder", "dataset": str(tmp_path)}}
+    with pytest.raises(EvaluationError, match=r"transfer: image folder .* no images there") as caught:
+        TransferEval(**section).source_hash()
+    assert "set evaluation.transfer.images.dataset" in str(caught.value.cure)
+    keys, followed = [], []
+    for name in ("one.png", "another.png"):
+        (tmp_path / name).write_bytes(b"no image, but a file")
+        keys.append(ImageEvaluationConfig(transfer=section).key())
+        followed.append(TransferEval(**section).follows_from(heldout))
+    assert keys[0] != keys[1]
+    assert followed[0] != followed[1]
+    assert "sources" not in ImageEvaluationConfig().key()

@@ -1,17 +1,30 @@
 """Our evals on images against ViSAEBench's own code: the same scores of the same codes, digit for digit or nearly."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from visaebench.metrics import DownstreamPreservation, FeatureLocalization, MonosemanticityScore, SparseProbing
+from visaebench.metrics import (
+    CrossDomainGeneralization,
+    DownstreamPreservation,
+    FeatureLocalization,
+    MonosemanticityScore,
+    SparseProbing,
+)
 
 from ksvd_sae.evals.base import EvalSetting, Heldout, Panelist
-from ksvd_sae.evals.vision import ImageProbingEval, MonosemanticityEval, ProbePreservationEval, SpatialEval
+from ksvd_sae.evals.vision import (
+    ImageProbingEval,
+    MonosemanticityEval,
+    ProbePreservationEval,
+    SpatialEval,
+    TransferEval,
+)
 from tests import tolerances
-from tests.evals.vision.conftest import COLUMNS, N_IMAGES, ROWS, planted
+from tests.evals.vision.conftest import COLUMNS, N_IMAGES, ROWS, elsewhere_of, heldout_of, planted, planted_elsewhere
 
 # Its tests of features warn of those that are constant, as dead ones are.
 pytestmark = pytest.mark.filterwarnings("ignore:Features:UserWarning", "ignore:invalid value:RuntimeWarning")
@@ -111,3 +124,34 @@ def test_monosemanticity(
     measured = config.measure(panelist, setting, heldout)
     assert measured.n == found.metadata["num_features_scored"]
     assert measured.scores["similarity"] == pytest.approx(found.value, **tolerances.FLOAT32_SCORE)
+
+
+def test_cross_domain(
+    sae: Any, panelist: Panelist, setting: EvalSetting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From images that few latents fire on to others of that kind."""
+    from ksvd_sae.evals.vision import transfer as room
+
+    (home_IPD, home_labels), (there_IPD, labels) = planted_elsewhere(seed=3), planted_elsewhere()
+    home = heldout_of(tmp_path / "home", home_IPD, [*home_labels])
+    elsewhere = elsewhere_of(tmp_path / "elsewhere", home)
+    monkeypatch.setattr(room, "_elsewhere", lambda *_: elsewhere)
+    centre_D, scale = home.shards.centre_D.float(), home.shards.statistics.scale
+    there = {"activations": there_IPD, "labels": np.array([int(label.split()[1]) for label in labels])}
+    given: dict[str, Any] = {"mean": centre_D, "std": scale, "device": "cpu", "ood_datasets": {"there": there}}
+    found = CrossDomainGeneralization(k_probe=4).compute(InItsUnits(sae, centre_D, scale), home_IPD, **given)
+    theirs = found.metadata["per_dataset"]["there"]
+    measured = TransferEval(images={"source": "folder", "dataset": "there"}, k=4).measure(panelist, setting, home)
+    ours = measured.scores
+    assert measured.n == theirs["num_images"] == N_IMAGES // 2
+    assert ours["reconstruction"] == pytest.approx(theirs["reconstruction_quality"], **tolerances.FLOAT32_SCORE)
+    assert ours["coverage"] == pytest.approx(theirs["domain_coverage"])
+    assert ours["jaccard"] == theirs["jaccard_overlap"]
+    assert ours["probe_accuracy"] == theirs["probe_accuracy_k4"]
+    assert ours["composite"] == pytest.approx(found.value, **tolerances.FLOAT32_SCORE)
+    assert measured.more["active_latents"] == theirs["ood_active_features"]
+    assert measured.more["active_latents_at_home"] == theirs["id_active_features"]
+    # None is at an end of its range, and no two are one.
+    parts = [ours[name] for name in ("reconstruction", "coverage", "jaccard", "probe_accuracy")]
+    assert all(0 < part < 1 for part in parts)
+    assert len(set(parts)) == 4
