@@ -68,7 +68,7 @@ def byte_pair_tokenizer(vocabulary_size: int = VOCABULARY_SIZE) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **roles)
 
 
-def neox_model(seed: int = 0) -> Any:
+def neox_model(seed: int = 0, n_layers: int = N_LAYERS) -> Any:
     """A GPTNeoXForCausalLM of some 200,000 random weights, float32."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -77,7 +77,7 @@ def neox_model(seed: int = 0) -> Any:
         vocab_size=VOCABULARY_SIZE,
         hidden_size=D_MODEL,
         intermediate_size=4 * D_MODEL,
-        num_hidden_layers=N_LAYERS,
+        num_hidden_layers=n_layers,
         num_attention_heads=N_HEADS,
         max_position_embeddings=N_CONTEXT,
         # Large enough for the blocks to change what they add to, and for the loss to notice.
@@ -180,10 +180,10 @@ def hooked_gemma_2(tokenizer: Any, dtype: torch.dtype = torch.float32, seed: int
     return (model_class or HookedTransformer)(config, tokenizer=tokenizer).eval()
 
 
-def pythia_160m(home: Path) -> Path:
+def pythia_160m(home: Path, n_layers: int = N_LAYERS) -> Path:
     """A tiny GPT-NeoX under the name EleutherAI/pythia-160m-deduped in the HF_HOME ``home``; returns its snapshot."""
     snapshot = snapshot_of(home, PYTHIA)
-    neox_model().save_pretrained(snapshot)
+    neox_model(n_layers=n_layers).save_pretrained(snapshot)
     byte_pair_tokenizer().save_pretrained(snapshot)
     return snapshot
 

@@ -456,6 +456,31 @@ def test_half_written_files_are_made_again(
     assert read_metrics(again["topk-sae"]) == finished
 
 
+@pytest.mark.parametrize("left", ["the first kind's answers", "the first kind's prompts"])
+def test_prompts_are_drawn_as_if_nothing_had_been_there(
+    left: str, setting: EvalSetting, models: Models, tmp_path: Path
+) -> None:
+    data, other = tmp_path / "data", "other"
+    shutil.copytree(setting.data_folder, data)
+    for path in (data / DATASET / "base").glob("*.json"):
+        shutil.copyfile(path, path.with_name(path.name.replace(KIND, other)))
+    attributes = {kind: list(PROMPTS) for kind in (KIND, other)}
+    config, setting = (
+        CONFIG.model_copy(update={"attributes": attributes, "downsample": 90}),
+        replace(setting, data_folder=data),
+    )
+    run(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path / "out", config)
+    (folder,) = setting.artifacts.rglob("artifacts/ravel")
+    whole = {path.name: path.read_text() for path in folder.glob("*.json")}
+    assert len(whole) == 4
+    for path in folder.glob("*.json"):
+        if path.name.startswith(other) or (left == "the first kind's prompts" and "unfiltered" not in path.name):
+            path.unlink()
+    next((tmp_path / "out" / "ravel").rglob("*.json")).unlink()
+    run(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path / "out", config)
+    assert {path.name: path.read_text() for path in folder.glob("*.json")} == whole
+
+
 # ---------------------------------------------------------------- failures
 
 

@@ -289,18 +289,26 @@ def test_scr_of_a_dictionary_smaller_than_every_size(setting: EvalSetting, tmp_p
     assert len(list((tmp_path / "scr").rglob("topk-sae-*.json"))) == 1
 
 
-@pytest.mark.parametrize("left", ["no probes", "half of the probes", "half of the activations"])
+@pytest.mark.parametrize("left", ["no probes", "half of the probes", "half of the activations", "one pair", "all"])
 def test_scr_of_an_interrupted_run_starts_over(left: str, setting: EvalSetting, tmp_path: Path) -> None:
-    files = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
-    whole = read_metrics(files["topk-sae"])
-    (activations,), (probes,) = (list(setting.artifacts.rglob(f"*.{kind}")) for kind in ("pt", "pkl"))
-    broken = activations if "activations" in left else probes
-    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    if left == "no probes":
-        broken.unlink()
-    files["topk-sae"].unlink()
-    again = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path)
-    assert read_metrics(again["topk-sae"]) == whole
+    """Scores follow from the seed alone: not from what was there already, nor from whoever had it made."""
+    config = SCR.model_copy(update={"pairs": {BIASED: [("professor", "nurse"), ("nurse", "professor")]}})
+    # Has fewer sizes ablated than the other, and so draws less.
+    makers = {"identity": identity_sae, "topk-sae": tiny_topk_sae}
+    whole = run_scr_on(CountedPanel(makers), setting, tmp_path, config)["topk-sae"]
+    before = read_metrics(whole)
+    for broken in setting.artifacts.rglob("*_nurse_professor_*"):
+        if left == "one pair" or (left == "no probes" and broken.suffix == ".pkl"):
+            broken.unlink()
+        elif left == f"half of the {broken.stem.rpartition('_')[2]}":
+            broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    whole.unlink()
+    again = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path, config)
+    assert read_metrics(again["topk-sae"]) == before
+    shutil.rmtree(setting.artifacts)
+    whole.unlink()
+    again = run_scr_on(CountedPanel({"topk-sae": tiny_topk_sae}), setting, tmp_path, config)
+    assert read_metrics(again["topk-sae"]) == before, "by itself"
 
 
 # ---------------------------------------------------------------- TPP: the numbers

@@ -148,6 +148,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# SAELens' word on a description that asks for a model loaded in a way of its own: it is read.
+@pytest.mark.filterwarnings(r"ignore:\s*This SAE has non-empty model_from_pretrained_kwargs:UserWarning")
 @pytest.mark.parametrize("n", [100, pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_our_own_errors(kind: str, n: int, folder: Path, tally: Tally) -> None:

@@ -170,9 +170,16 @@ def _complete(config: Any, model_name: str, model: Any, tokenizer: Any) -> None:
     """
     from sae_bench.evals.ravel.instance import RAVELInstance
 
-    for kind, attributes in config.entity_attribute_selection.items():
-        if _answers_file(kind, model_name, config).exists():
-            continue
+    missing = [
+        kind for kind in config.entity_attribute_selection if not _answers_file(kind, model_name, config).exists()
+    ]
+    if missing and config.full_dataset_downsample is not None:
+        # A kind's prompts are drawn where the draw of those before it ended: what an interrupted run left is no start.
+        missing = list(config.entity_attribute_selection)
+        for path in Path(config.artifact_dir).glob("*.json"):
+            path.unlink()
+    for kind in missing:
+        attributes = config.entity_attribute_selection[kind]
         asked = RAVELInstance()
         asked.load_files(kind, config.artifact_dir)
         _require_prompts(kind, attributes, asked, config.full_dataset_downsample)

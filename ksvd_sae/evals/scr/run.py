@@ -15,6 +15,8 @@ from ksvd_sae.store import content_hash
 
 # Local data sets laid out as bias_in_bios: name -> professions -> number.
 PROFESSIONS = {biographies.NAME: biographies.PROFESSIONS}
+# Counts up when the same input gives other scores.
+_VERSION = 2
 _ACTIVATIONS = "*_activations.pt"
 
 
@@ -25,7 +27,8 @@ def run_scr(panel: list[Panelist], config: ScrEval, setting: EvalSetting, output
     options: dict[str, Any] = {"perform_scr": True}
     if config.pairs is not None:
         options["column1_vals_lookup"] = config.pairs
-    return run_ablations(panel, config, setting, output, bias_in_bios_datasets(PROFESSIONS), options)
+    changes, version = bias_in_bios_datasets(PROFESSIONS), {"version": _VERSION}
+    return run_ablations(panel, config, setting, output, changes, options, version)
 
 
 def run_ablations(
@@ -35,6 +38,7 @@ def run_ablations(
     output: Path,
     changes: Changes,
     options: dict[str, Any],
+    version: dict[str, int],
 ) -> EvalResults:
     """SAEBench's SCR or TPP; see ``Eval.run``.
 
@@ -43,18 +47,24 @@ def run_ablations(
     not padding: where texts are much shorter than ``context_tokens``, that is most of what the probes see. Published
     scores (128 tokens of short biographies) have it in them.
 
-    Args: changes: for SAEBench to read our data sets. options: more of its config; ``perform_scr`` says which eval.
+    Args:
+        changes: for SAEBench to read our data sets.
+        options: more of its config; ``perform_scr`` says which eval.
+        version: of our own part, in the key of results.
     """
     from sae_bench.evals.scr_and_tpp import main as scr
     from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 
     from ksvd_sae.evals.saebench.adapters import heads_flattened, working_directory
 
-    shared = {"config": config.model_dump(), "data": setting.data_hash, **made_by(setting)}
+    key = {"config": config.model_dump(), **version}
+    shared = {**key, "data": setting.data_hash, **made_by(setting)}
     artifacts = setting.artifacts.resolve() / f"{config.name}-{content_hash(shared)}"
     if config.datasets is not None:
         options = {**options, "dataset_names": config.datasets}
-    n_datasets = len(ScrAndTppEvalConfig(**options).dataset_names)
+    whole = ScrAndTppEvalConfig(**options)
+    pairs = whole.column1_vals_lookup if options["perform_scr"] else {}
+    n_files = len({(name, *pair) for name in whole.dataset_names for pair in pairs.get(name, [()])})
 
     def score(sae: tuple[str, Any], n_values: list[int], scratch: str) -> None:
         eval_config = ScrAndTppEvalConfig(
@@ -90,15 +100,16 @@ def run_ablations(
                         cause="the dictionary cannot have that many latents ablated",
                         cure=f"add a smaller number to evaluation.{config.name}.n_values",
                     )
-                if not options["perform_scr"] and len(list(artifacts.rglob(_ACTIVATIONS))) < n_datasets:
-                    # TPP draws texts of other classes all the time. The SAE in whose turn probes are trained would draw
-                    # others than those after it: they are trained in a turn of their own, in which nothing is ablated.
+                if len(list(artifacts.rglob(_ACTIVATIONS))) < n_files:
+                    # Both draw all the time: TPP texts of other classes, SCR an order of texts. The SAE in whose turn
+                    # probes are trained would draw others than those after it, and so would the probes of what an
+                    # interrupted run had not come to: all are trained in a turn of their own, where nothing is ablated.
                     shutil.rmtree(artifacts, ignore_errors=True)
                     score((stem, sae), [], scratch)
                 score((stem, sae), n_values, scratch)
                 result_file(Path(scratch) / config.name, stem).replace(result_file(folder, stem))
 
-    files = run_eval(config.name, panel, {"config": config.model_dump()}, setting, output, evaluate)
+    files = run_eval(config.name, panel, key, setting, output, evaluate)
     data = "SAEBench's two data sets" if config.datasets is None else ", ".join(config.datasets)
     return results(config.name, data, config.test_set_size, files, config.seed)
 

@@ -18,4 +18,4 @@ def run_tpp(panel: list[Panelist], config: TppEval, setting: EvalSetting, output
     # Which SAEBench looks up for every data set, and uses for SCR alone.
     second_attribute = {"sae_bench.evals.scr_and_tpp.main.COLUMN2_VALS_LOOKUP": dict.fromkeys(LABELS)}
     changes = {**labelled_text_datasets(LABELS), **second_attribute}
-    return run_ablations(panel, config, setting, output, changes, {"perform_scr": False})
+    return run_ablations(panel, config, setting, output, changes, {"perform_scr": False}, {})
