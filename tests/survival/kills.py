@@ -19,6 +19,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -36,6 +37,7 @@ import sae_bench.evals.core.main  # noqa: E402
 import sae_bench.evals.sparse_probing.main  # noqa: E402, F401
 import torch  # noqa: E402
 from huggingface_hub import constants  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 from ksvd_sae import cli  # noqa: E402
 from ksvd_sae.activations import harvest as _harvest  # noqa: E402, F401
@@ -247,6 +249,8 @@ def _sent(repositories: dict[str, Any]) -> list[str]:
 
 def main(hub: Hub) -> None:
     place, counts = FOLDER / "undisturbed", {}
+    # Its own lock is shared by all forks: who is stopped with it in hand leaves those after it waiting for ever.
+    tqdm.set_lock(threading.RLock())
     # TransformerLens takes seconds to load ten blocks: its time goes with their number's square.
     tiny_models.pythia_160m(FOLDER / "hf-home", n_layers=4)
     write_place(place)
