@@ -33,7 +33,7 @@ CONFIG = {
     },
     "dictionaries": {
         # As few atoms as samples tell apart, whatever the last digits.
-        "db-ksvd": {"kind": "db_ksvd", "n_atoms": 16, "k": 2, "batch_samples": 300, "passes": 40},
+        "db-ksvd": {"kind": "db_ksvd", "n_atoms": 16, "k": 2, "batch_samples": 300, "passes": 8},
         "by-svd": {"kind": "db_ksvd", "n_atoms": 16, "k": 2, "update": "exact"},
         "by-omp": {"kind": "recoded", "of": "db-ksvd", "coder": "omp"},
         "of-random": {"kind": "recoded", "of": "random", "coder": "omp"},
@@ -120,6 +120,9 @@ def same(where: Path, alone: Path) -> None:
 
 @pytest.mark.timeout(1800)
 def test_three_processes_of_which_one_is_killed_and_then_two(place: Path, alone: Path) -> None:
+    # Long enough to be killed after its checkpoint; so many passes grow rounding into other atoms on some processors.
+    longer = {**CONFIG["dictionaries"], "db-ksvd": {**CONFIG["dictionaries"]["db-ksvd"], "passes": 40}}
+    (place / "together.yaml").write_text(yaml.safe_dump({**CONFIG, "dictionaries": longer}))
     ranks = begun_without_torchrun(place, "killed", 3)
     cache = place / "killed" / "cache"
     while not list(cache.glob("dictionaries/*/training.safetensors")):
