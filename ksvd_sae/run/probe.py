@@ -146,8 +146,10 @@ def probe_model(run: Run, *, predicts: bool) -> ModelRates:
     slower, threads = 1.0, torch.get_num_threads()
     if run.config.evaluation.processes > 1 and device.type == "cpu":
         torch.set_num_threads(max(1, threads // run.config.evaluation.processes))
-        slower = _per_item(lambda: reader.read(tokens_BL[:n]), n * length, device) / read_s
-        torch.set_num_threads(threads)
+        try:
+            slower = _per_item(lambda: reader.read(tokens_BL[:n]), n * length, device) / read_s
+        finally:
+            torch.set_num_threads(threads)
     rest_s = predict_s = gradient_s = 0.0
     model = reader.model
     if predicts:
