@@ -9,7 +9,8 @@ BROWSER ?= optional
 # Tests run in so many processes, of a thread each; sets have the same order in all.
 PROCESSES ?= 2
 ONE_THREAD := PYTHONHASHSEED=0 OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
-PYTEST := pytest -n $(PROCESSES) --dist loadfile
+# Files in their order: by number of tests, the slow ones, which are whole runs, would come last, one process waiting.
+PYTEST := pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder
 HAVE_BROWSER = command -v chromium >/dev/null && command -v chromedriver >/dev/null
 NO_BROWSER = NOT RUN: the tests marked 'browser' (the report in a real browser): chromium or chromedriver is missing; make browser
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from ksvd_sae.activations.gradients import read_gradients
@@ -237,7 +238,8 @@ def test_known_model_names(name: str) -> None:
         ("pythia-160", "'pythia-160m'"),
     ],
 )
-def test_unknown_model_name(name: str, near: str) -> None:
+def test_unknown_model_name(name: str, near: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not has_hooked(name)
     with pytest.raises(HubError) as caught:
         check_bridgeable(name)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -493,6 +494,8 @@ def test_offline(cache: Path, tmp_path: Path) -> None:
 
 def test_no_hub_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    # huggingface_hub asks six times, with pauses in between.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with served_hub({}) as (endpoint, _):
         pass
     with pytest.raises(HubError, match="cannot be asked"):
