@@ -100,6 +100,15 @@ TABLE: dict[str, Replacement] = {
         seen_in=_SAE_BENCH,
         noticed_by=(_HERE + "test_core_writes_minus_one_for_nan",),
     ),
+    # ------------------------------------------------------------ sae-probes
+    "sae_probes.generate_model_activations._process_activations": Replacement(
+        used_by="sae-probes",
+        instead="the same, for each text once, beside others as long (`sae_probes/adapters.py`)",
+        why="Many data sets are one text asked different things, and each is read in full; batches in the data sets' "
+        "order are half padding.",
+        seen_in="sae-probes 0.4.2",
+        noticed_by=(_HERE + "test_sae_probes_reads_a_text_again",),
+    ),
     # ------------------------------------------------------------ sparse probing, sae-probes, SCR, TPP, autointerp
     "transformer_lens.hook_points.HookPoint.add_hook": Replacement(
         used_by="sparse probing, sae-probes, SCR, TPP and autointerp",

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import sae_probes
+import torch
 from sae_bench.evals.sparse_probing_sae_probes import main as stock
 from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 from sae_probes import generate_model_activations, generate_sae_activations, run_baselines, utils_data
@@ -19,18 +20,22 @@ from transformer_lens import HookedTransformer
 from ksvd_sae.errors import EvaluationError
 from ksvd_sae.evals.base import EvalSetting
 from ksvd_sae.evals.panel import run_evals
-from ksvd_sae.evals.sae_probes import SaeProbesEval
+from ksvd_sae.evals.sae_probes import SaeProbesEval, adapters
+from ksvd_sae.evals.sae_probes.adapters import texts_read_once
 from ksvd_sae.evals.sae_probes.run import run_sae_probes
 from ksvd_sae.evals.saebench.runner import read_metrics
+from ksvd_sae.replaced import replaced
 from tests.evals.conftest import CountedPanel
 from tests.tiny_saes import (
     COLOURS,
+    HOOK,
     METALS,
     MODEL_NAME,
     TREES,
     heads_as_attention_output,
     identity_sae,
     tiny_db_ksvd_sae,
+    tiny_model,
     tiny_topk_sae,
 )
 
@@ -145,6 +150,41 @@ def test_the_model_runs_once_for_a_panel_and_its_seeds(
     assert [(r.seed, r.n, r.data) for r in results] == [(s, 2, "2 of the data sets of sae-probes") for s in (1, 2)]
     theirs = stock_scores(tiny_topk_sae(), tmp_path / "stock", seed=2)["eval_result_metrics"]
     assert results[1].metrics["topk-sae"]["sae_top_1_test_auc"] == theirs["sae"]["sae_top_1_test_auc"]
+
+
+@pytest.mark.parametrize("hook", [HOOK, "blocks.0.attn.hook_z"])
+def test_each_text_is_read_once_and_gives_what_sae_probes_reads(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[int, int]] = []
+    model = heads_as_attention_output()
+    model.blocks[0].register_forward_hook(lambda _, __, given: read.append(tuple(given.shape[:2])))
+    draw = random.Random(0)
+    first = [" ".join(draw.choices(TREES, k=draw.randint(1, 30))) for _ in range(40)]
+    data_sets = [[*first, *first[:7]], [*first[20:], *reversed(first[20:]), TREES[0] + " " + TREES[0]]]
+    # Texts of more than 12 tokens lose their beginning.
+    asked = [(texts, 4, 12, [hook], None, "cpu") for texts in data_sets]
+    theirs = [generate_model_activations._process_activations(model, *one) for one in asked]
+    read.clear()
+    monkeypatch.setattr(adapters, "_TOKENS_AT_ONCE", 60)
+    with replaced(texts_read_once()):
+        ours = [generate_model_activations._process_activations(model, *one) for one in asked]
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert sum(rows for rows, _ in read) == len({*data_sets[0], *data_sets[1]})
+    lengths = [length for _, length in read[:-1]]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 12
+    assert all(rows * length <= max(60, 4 * length) for rows, length in read)
+    assert max(rows for rows, _ in read) > 4
+
+
+def test_what_does_not_fit_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = tiny_model(), list[int]()
+    model.blocks[0].register_forward_hook(lambda _, __, given: read.append(len(given)))
+    monkeypatch.setattr(adapters, "_KEPT_BYTES", 2 * 4 * model.cfg.d_model)
+    with replaced(texts_read_once()):
+        for _ in range(2):
+            generate_model_activations._process_activations(model, TREES[:3], 32, 1024, [HOOK], None, "cpu")
+    assert read == [3, 1]
 
 
 def test_files_that_an_interrupted_run_left_are_made_again(

@@ -42,6 +42,7 @@ from sae_bench.evals.scr_and_tpp.eval_config import ScrAndTppEvalConfig
 from sae_bench.evals.sparse_probing import main as sparse_probing
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 from sae_bench.sae_bench_utils import activation_collection, dataset_utils, general_utils
+from sae_probes import generate_model_activations as sae_probes_activations
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -241,6 +242,18 @@ def test_absorption_runs_the_whole_model_for_each_sae() -> None:
         calculator.calculate_absorption(sae, list(WORDS[20:24]), torch.ones(32), [0], 0, show_progress=False)
     assert ran["the hook's block"] == 2, mended(ABSORPTION + "feature_absorption.FeatureAbsorptionCalculator")
     assert ran["logits"] == 2, mended(RUN_WITH_CACHE)
+
+
+def test_sae_probes_reads_a_text_again() -> None:
+    """One that comes twice in a data set, and all again in the next, in batches of the data set's order."""
+    target, read = "sae_probes.generate_model_activations._process_activations", list[tuple[int, ...]]()
+    model = tiny_model()
+    model.blocks[0].register_forward_hook(lambda _, __, given: read.append(given.shape[:2]))
+    texts = ["oak", "oak elm ash", "oak", "elm"]
+    for _ in range(2):
+        sae_probes_activations._process_activations(model, texts, 2, 1024, [HOOK], None, "cpu")
+    assert sum(rows for rows, _ in read) == 8, mended(target)
+    assert read[0][1] > read[1][1], mended(target)
 
 
 def test_absorption_asks_scikit_learn_for_every_score(monkeypatch: pytest.MonkeyPatch) -> None:

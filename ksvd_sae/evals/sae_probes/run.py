@@ -25,8 +25,8 @@ NAME = "sparse_probing_sae_probes"
 def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSetting, output: Path) -> EvalResults:
     """SAEBench's ``sparse_probing_sae_probes``, in sae-probes' balanced ('normal') setting.
 
-    The model runs once for a panel, in float32 whatever the run's dtype: sae-probes knows no other. Its 113 data sets
-    are in the package; texts longer than 1,024 tokens keep their end.
+    The model reads each text once for a panel, in float32 whatever the run's dtype: sae-probes knows no other. Its 113
+    data sets are in the package; texts longer than 1,024 tokens keep their end.
 
     Returns, Raises: as ``Eval.run``; EvaluationError for a data set that sae-probes has not, and if SAEBench's
         mean is over fewer data sets than were asked for.
@@ -34,6 +34,7 @@ def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSe
     from sae_bench.evals.sparse_probing_sae_probes import main as probing
     from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 
+    from ksvd_sae.evals.sae_probes.adapters import texts_read_once
     from ksvd_sae.evals.saebench.adapters import heads_flattened, working_directory
 
     names = _known(config.datasets)
@@ -58,7 +59,7 @@ def run_sae_probes(panel: list[Panelist], config: SaeProbesEval, setting: EvalSe
         kept.mkdir(parents=True, exist_ok=True)
         drop_half_written(kept / "activations")
         _drop_unfinished_probes(kept / probes)
-        with working_directory(kept), replaced(heads_flattened()):
+        with working_directory(kept), replaced(heads_flattened(), texts_read_once()):
             probing.run_eval(eval_config, saes, setting.device, str(folder))
 
     files = run_eval(NAME, panel, {"config": config.model_dump(), **of}, setting, output, evaluate)
