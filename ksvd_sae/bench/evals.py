@@ -64,9 +64,9 @@ class Panel:
 
 
 def run(settings: Settings) -> Outcome:
-    """Rows of both for each eval, and for all of them together, on the first six dictionaries of the config.
+    """Rows of both for each eval, and for all of them together, on the first six dictionaries of the config, once each.
 
-    Raises: ManifestError if a dictionary has not been trained; ConfigError for options that have no meaning here, and
+    Raises: ManifestError if one of these has not been trained; ConfigError for options that have no meaning here, and
         if the config has none of the evals.
     """
     _refuse(settings)
@@ -123,8 +123,10 @@ def _panel(settings: Settings) -> Panel:
     from ksvd_sae.run.config import load_config
     from ksvd_sae.run.pipeline import Run
 
-    run = Run(load_config(settings.config))
-    run.config = run.config.model_copy(update={"device": settings.device.type})
+    config = load_config(settings.config)
+    first = config.only(list(config.dictionaries)[:_PANEL])
+    once = {"training_seeds": config.training_seeds[:1], "device": settings.device.type}
+    run = Run(first.model_copy(update=once))
     run.prepare()
     panelists = run.panel()[:_PANEL]
     if len(panelists) < _PANEL:
