@@ -27,6 +27,12 @@ _METRICS: dict[str, tuple[str, int, bool]] = {
     "dead_fraction": ("dead ↓", 3, True),
 }
 _ERRORS = {"fvu": "FVU (raw space)", "fisher_error": "Fisher error"}
+# coding: (filling of its marker, its name)
+_FILLS: dict[str, tuple[Literal["none", "left"], str]] = {
+    "mp": ("none", "coded by MP"),
+    "refit": ("left", "MP with refit"),
+}
+_FILLED: tuple[Literal["full"], str] = ("full", "OMP, or its own encoder")
 _WEIGHTING_MARKERS = {"none": "o", "std": "^", "whiten": "v", "fisher_diag": "s", "fisher": "D"}
 
 
@@ -131,13 +137,13 @@ def frontier_plot(table: pd.DataFrame, path: Path, error: Literal["fvu", "fisher
                     markersize=6,
                     elinewidth=1,
                     linestyle="none",
-                    fillstyle={"mp": "none", "refit": "left"}.get(row["coding"], "full"),
+                    fillstyle=_FILLS.get(row["coding"], _FILLED)[0],
                 )
             axes.set_title(f"layer {layer}, k = {k}")
             axes.set_xlabel(_ERRORS[error])
             axes.locator_params(axis="x", nbins=6)
             axes.set_ylabel("nats lost")
-        _legend(drawn, colours, sorted(set(table["weighting"])))
+        _legend(drawn, colours, sorted(set(table["weighting"])), set(table["coding"]))
     return path
 
 
@@ -148,7 +154,7 @@ def family(entry: str) -> str:
     return entry
 
 
-def _legend(drawn: Any, colours: dict[str, str], weightings: list[str]) -> None:
+def _legend(drawn: Any, colours: dict[str, str], weightings: list[str], codings: set[str]) -> None:
     from matplotlib.lines import Line2D
 
     marks = [Line2D([], [], color=colours[name], marker="o", linestyle="none", label=name) for name in colours]
@@ -156,11 +162,11 @@ def _legend(drawn: Any, colours: dict[str, str], weightings: list[str]) -> None:
         Line2D([], [], color=style.INK, marker=_WEIGHTING_MARKERS[name], linestyle="none", label=f"weighting: {name}")
         for name in weightings
     ]
-    fills = (("none", "coded by MP"), ("left", "MP with refit"), ("full", "OMP, or its own encoder"))
-    marks += [
-        Line2D([], [], color=style.INK, marker="o", linestyle="none", fillstyle=fill, label=label)  # type: ignore[arg-type]
-        for fill, label in fills
-    ]
+    if codings & _FILLS.keys():
+        marks += [
+            Line2D([], [], color=style.INK, marker="o", linestyle="none", fillstyle=fill, label=label)
+            for fill, label in (*(_FILLS[name] for name in _FILLS if name in codings), _FILLED)
+        ]
     # Four names side by side are wider than a single panel.
     drawn.legend(handles=marks, loc="outside lower center", ncols=4 if len(drawn.axes) > 1 else 2, frameon=False)
 
