@@ -176,6 +176,7 @@ def of_study(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """A study's best dictionary against its best SAE, for each layer, k and weighting, and for any weighting.
 
     On either side stands the setting with the least mean nats lost, so both are the best of several and equally lucky.
+    Behind these come the means over layers and k, seed by seed.
 
     Args: rows: as a study writes them. Only settings that code as many atoms as they learned with take part.
     Returns: layer, k, weighting and COLUMNS, for nats lost and FVU.
@@ -195,10 +196,32 @@ def of_study(rows: list[dict[str, Any]]) -> pd.DataFrame:
             for score, column in _STUDY_SCORES.items():
                 of, against = ((_name(setting), _seeded(setting, column)) for setting in (own, theirs))
                 pairs[score].append(_Pair(place, of, against))
+    for of_score in pairs.values():
+        of_score += _over_places(of_score)
     of_scores = [_rows(score, "lower", MATTERS[score], pairs[score]) for score in _STUDY_SCORES]
     # Scores of a place side by side.
     lines = [row for rows in zip(*of_scores, strict=True) for row in rows]
     return pd.DataFrame(lines, columns=["layer", "k", "weighting", *COLUMNS])
+
+
+def _over_places(pairs: Sequence[_Pair]) -> list[_Pair]:
+    """For each weighting in several places, the mean over them, of the seeds that all have."""
+    means = []
+    for weighting in dict.fromkeys(pair.place["weighting"] for pair in pairs):
+        here = [pair for pair in pairs if pair.place["weighting"] == weighting]
+        if len(here) > 1:
+            place = {"layer": f"mean of {len(here)}", "k": "", "weighting": weighting}
+            means.append(
+                _Pair(place, *(_mean_side([getattr(pair, side) for pair in here]) for side in ("of", "against")))
+            )
+    return means
+
+
+def _mean_side(sides: Sequence[tuple[str, pd.DataFrame]]) -> tuple[str, pd.DataFrame]:
+    names = list(dict.fromkeys(name for name, _ in sides))
+    by_seed = pd.concat([scores for _, scores in sides]).groupby("seed")["value"].agg(["mean", "size"]).reset_index()
+    whole = by_seed[by_seed["size"] == len(sides)]
+    return ", ".join(names), pd.DataFrame({"seed": whole["seed"], "eval_seed": float("nan"), "value": whole["mean"]})
 
 
 def _best(settings: pd.DataFrame) -> pd.DataFrame:
@@ -274,7 +297,7 @@ def study_section(differences: pd.DataFrame) -> Section | None:
         "The setting of least nats lost among the dictionaries minus that among the SAEs: mean over pairs of the same "
         "training seed ± half-width of the 95 % interval (Student's t), which is over seeds alone. Better, worse: "
         "significant among all of the column (Holm); level: within what matters; "
-        "negative differences are in the dictionary's favour."
+        "negative differences are in the dictionary's favour. Behind them, means over layers and k, of each seed."
     )
     places = {"layer": "layer", "k": "k", "weighting": "weighting", "of": "dictionary", "against": "SAE", "n": "seeds"}
     rows = _pivot(differences, list(places), list(_STUDY_SCORES), {"nats lost": 3, "FVU": 4})

@@ -223,6 +223,25 @@ def test_the_best_of_either_side_in_each_weighting_and_in_any() -> None:
     assert len(section.rows) == 3
 
 
+def test_means_over_places_are_those_of_each_seed() -> None:
+    """Over two k, of the seeds that both have; where only one k has a weighting there is no mean."""
+    ours = {20: (0.50, 0.52, 0.57), 40: (0.30, 0.31)}
+    theirs = {20: (0.61, 0.60, 0.65), 40: (0.35, 0.37)}
+    of_k = [
+        *(row for k, nats in ours.items() for row in study_rows("db-ksvd", "db_ksvd", nats, k=k, coding_k=k)),
+        *(row for k, nats in theirs.items() for row in study_rows("topk-sae", "topk_sae", nats, k=k, coding_k=k)),
+    ]
+    std = [row for row in ROWS if row["weighting"] == "std"]
+    means = of_study([*of_k, *std]).query("k == '' and score == 'nats lost'")
+    none, whatever = means.to_dict("records")
+    assert (none["layer"], none["weighting"], whatever["weighting"]) == ("mean of 2", "none", "any")
+    by_seed = [((0.50 - 0.61) + (0.30 - 0.35)) / 2, ((0.52 - 0.60) + (0.31 - 0.37)) / 2]
+    assert (none["of"], none["against"], none["n"]) == ("db-ksvd, omp", "topk-sae", 2)
+    assert none["difference"] == pytest.approx(sum(by_seed) / 2)
+    assert none["half_width"] == pytest.approx(stats.t.ppf(0.975, 1) * stats.sem(by_seed))
+    assert whatever["of"] == "db-ksvd-std, omp, db-ksvd, omp"
+
+
 def test_a_setting_of_fewer_seeds_does_not_stand_for_its_side() -> None:
     """In a study that is not done, its one lucky seed would."""
     lucky = study_rows("batchtopk-sae", "batchtopk_sae", (0.2,))
