@@ -211,9 +211,8 @@ def _over_places(pairs: Sequence[_Pair]) -> list[_Pair]:
         here = [pair for pair in pairs if pair.place["weighting"] == weighting]
         if len(here) > 1:
             place = {"layer": f"mean of {len(here)}", "k": "", "weighting": weighting}
-            means.append(
-                _Pair(place, *(_mean_side([getattr(pair, side) for pair in here]) for side in ("of", "against")))
-            )
+            of, against = _mean_side([pair.of for pair in here]), _mean_side([pair.against for pair in here])
+            means.append(_Pair(place, of, against))
     return means
 
 
