@@ -124,7 +124,9 @@ def _panel(settings: Settings) -> Panel:
     from ksvd_sae.run.pipeline import Run
 
     config = load_config(settings.config)
-    first = config.only(list(config.dictionaries)[:_PANEL])
+    names = list(config.dictionaries)[:_PANEL]
+    sources = {source for name in names if (source := config.dictionaries[name].source) is not None}
+    first = config.only({*names, *sources})
     once = {"training_seeds": config.training_seeds[:1], "device": settings.device.type}
     run = Run(first.model_copy(update=once))
     run.prepare()

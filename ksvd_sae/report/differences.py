@@ -7,6 +7,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def of_study(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """A study's best dictionary against its best SAE, for each layer, k and weighting, and for any weighting.
 
     On either side stands the setting with the least mean nats lost, so both are the best of several and equally lucky.
-    Behind these come the means over layers and k, seed by seed.
+    Behind these come the means over k and over layers, seed by seed.
 
     Args: rows: as a study writes them. Only settings that code as many atoms as they learned with take part.
     Returns: layer, k, weighting and COLUMNS, for nats lost and FVU.
@@ -205,14 +206,17 @@ def of_study(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _over_places(pairs: Sequence[_Pair]) -> list[_Pair]:
-    """For each weighting in several places, the mean over them, of the seeds that all have."""
+    """For each weighting the mean over a layer's k, and over all layers and k, of the seeds that all have."""
+    layers = list(dict.fromkeys(pair.place["layer"] for pair in pairs))
+    wanted = [*layers, "all"] if len(layers) > 1 else layers
     means = []
-    for weighting in dict.fromkeys(pair.place["weighting"] for pair in pairs):
-        here = [pair for pair in pairs if pair.place["weighting"] == weighting]
+    for layer, weighting in product(wanted, dict.fromkeys(pair.place["weighting"] for pair in pairs)):
+        here = [p for p in pairs if p.place["weighting"] == weighting and layer in ("all", p.place["layer"])]
         if len(here) > 1:
-            place = {"layer": f"mean of {len(here)}", "k": "", "weighting": weighting}
+            place = {"layer": layer, "k": f"mean of {len(here)}", "weighting": weighting}
             of, against = _mean_side([pair.of for pair in here]), _mean_side([pair.against for pair in here])
-            means.append(_Pair(place, of, against))
+            if not of[1].empty and not against[1].empty:
+                means.append(_Pair(place, of, against))
     return means
 
 
@@ -296,7 +300,7 @@ def study_section(differences: pd.DataFrame) -> Section | None:
         "The setting of least nats lost among the dictionaries minus that among the SAEs: mean over pairs of the same "
         "training seed ± half-width of the 95 % interval (Student's t), which is over seeds alone. Better, worse: "
         "significant among all of the column (Holm); level: within what matters; "
-        "negative differences are in the dictionary's favour. Behind them, means over layers and k, of each seed."
+        "negative differences are in the dictionary's favour. Behind them, means over k and over layers, of each seed."
     )
     places = {"layer": "layer", "k": "k", "weighting": "weighting", "of": "dictionary", "against": "SAE", "n": "seeds"}
     rows = _pivot(differences, list(places), list(_STUDY_SCORES), {"nats lost": 3, "FVU": 4})

@@ -232,14 +232,29 @@ def test_means_over_places_are_those_of_each_seed() -> None:
         *(row for k, nats in theirs.items() for row in study_rows("topk-sae", "topk_sae", nats, k=k, coding_k=k)),
     ]
     std = [row for row in ROWS if row["weighting"] == "std"]
-    means = of_study([*of_k, *std]).query("k == '' and score == 'nats lost'")
+    means = of_study([*of_k, *std]).query("k == 'mean of 2' and score == 'nats lost'")
     none, whatever = means.to_dict("records")
-    assert (none["layer"], none["weighting"], whatever["weighting"]) == ("mean of 2", "none", "any")
+    assert (none["layer"], none["weighting"], whatever["weighting"]) == (9, "none", "any")
     by_seed = [((0.50 - 0.61) + (0.30 - 0.35)) / 2, ((0.52 - 0.60) + (0.31 - 0.37)) / 2]
     assert (none["of"], none["against"], none["n"]) == ("db-ksvd, omp", "topk-sae", 2)
     assert none["difference"] == pytest.approx(sum(by_seed) / 2)
     assert none["half_width"] == pytest.approx(stats.t.ppf(0.975, 1) * stats.sem(by_seed))
     assert whatever["of"] == "db-ksvd-std, omp, db-ksvd, omp"
+    of_layers = of_study([{**row, "layer": layer} for layer in (9, 13) for row in of_k]).query("layer == 'all'")
+    assert set(of_layers["k"]) == {"mean of 4"}
+    assert of_layers["difference"].iloc[0] == pytest.approx(sum(by_seed) / 2)
+
+
+def test_places_without_a_seed_in_common_have_no_mean() -> None:
+    apart = [
+        {**row, "seed": row["seed"] + 10 * (row["k"] == 40)}
+        for k in (20, 40)
+        for row in [
+            *study_rows("db-ksvd", "db_ksvd", (0.5, 0.6), k=k, coding_k=k),
+            *study_rows("topk-sae", "topk_sae", (0.7, 0.7), k=k, coding_k=k),
+        ]
+    ]
+    assert set(of_study(apart)["k"]) == {20, 40}
 
 
 def test_a_setting_of_fewer_seeds_does_not_stand_for_its_side() -> None:
