@@ -184,7 +184,13 @@ class DictionaryLearner:
         self._check()
         if resume and self.checkpoint_path is None:
             raise ShapeError("DB-KSVD: resume needs a checkpoint_path")
-        _Fit(self, as_source(samples)).run(resume)
+        gradients = torch.is_grad_enabled()
+        try:
+            _Fit(self, as_source(samples)).run(resume)
+        finally:
+            # Ctrl-C as torch.no_grad is about to switch them on again leaves them off: in a notebook for all that
+            # comes after.
+            torch.set_grad_enabled(gradients)
         return self
 
     @without_autocast()
