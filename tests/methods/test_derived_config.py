@@ -131,10 +131,11 @@ def test_ormp_with_signs_may_be() -> None:
 
 
 def test_encoder_vs_dictionary_is_a_whole_grid() -> None:
-    """Every dictionary in both metrics, under a linear encoder, MP and OMP; names say all."""
+    """Every dictionary in both metrics, under a linear encoder, MP and OMP, none with signs; names say all."""
     run = load_config(EVAL_CONFIGS / "encoder-vs-dictionary.yaml")
     learned = {name: method for name, method in run.dictionaries.items() if method.source is None}
-    assert len(learned) == 10
+    assert len(learned) == 6
+    assert not any(method.uses_both_signs for method in run.dictionaries.values())
     assert {method.metric.kind for method in learned.values()} == {"none", "fisher_diag"}
     for name, method in learned.items():
         assert method.metric.kind == ("fisher_diag" if name.endswith("-fisher") else "none")
