@@ -1,4 +1,4 @@
-"""What a coder makes of a dictionary: error and behaviour of every dictionary under each coder."""
+"""What a coder makes of a dictionary: error, behaviour and meaning of every dictionary under each coder."""
 
 import math
 from pathlib import Path
@@ -13,31 +13,44 @@ from ksvd_sae.report.pivot import coder_cells, coders
 from ksvd_sae.report.statistics import Estimate
 from ksvd_sae.run.config import RunConfig
 
-_SHOWN = ("FVU", "nats lost")
+# Error, behaviour, meaning; of each the first score that dictionaries have under several coders.
+_SHOWN = (("FVU",), ("nats lost, spliced", "nats lost"), ("autointerp",))
 Cells = dict[tuple[str, str], Estimate]
 
 
 def coders_compared(
     frame: pd.DataFrame, config: RunConfig, path: Path, controls: frozenset[str], colours: dict[str, str]
 ) -> Path | None:
-    """A panel for error and one for behaviour: a line for each dictionary from coder to coder, with 95 % intervals.
+    """Error, behaviour and meaning, a panel each: dictionaries as lines from coder to coder, with 95 % intervals.
 
     Dictionaries that are learned in a weighted metric have full markers and lines, the others open and dashed ones.
     Controls are left out: they would flatten all others.
     Returns: None if no dictionary is coded in two ways.
     """
     columns = coders(config)
-    panels = {h: _of_methods(coder_cells(frame, config, h), controls) for h in HEADLINES if h.label in _SHOWN}
-    panels = {headline: cells for headline, cells in panels.items() if len({column for _, column in cells}) > 1}
+    panels = shown_scores(frame, config, controls)
     if not panels:
         return None
-    with style.figure(path, 1.5 + 4.6 * len(panels), 5.2) as drawn:
+    with style.figure(path, 2.0 + 3.8 * len(panels), 4.6) as drawn:
         grid = drawn.subplots(1, len(panels), squeeze=False)
         for axes, (headline, cells) in zip(grid.flat, panels.items(), strict=True):
             _panel(axes, headline, cells, columns, config, colours)
         handles, labels = grid.flat[0].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside right center", title="dictionary")
     return Path(path)
+
+
+def shown_scores(frame: pd.DataFrame, config: RunConfig, controls: frozenset[str]) -> dict[Column, Cells]:
+    """What the panels show, in their order: scores of which dictionaries have several by coder."""
+    by_label = {headline.label: headline for headline in HEADLINES}
+    panels: dict[Column, Cells] = {}
+    for labels in _SHOWN:
+        for headline in (by_label[label] for label in labels):
+            cells = _of_methods(coder_cells(frame, config, headline), controls)
+            if len({column for _, column in cells}) > 1:
+                panels[headline] = cells
+                break
+    return panels
 
 
 def _of_methods(cells: Cells, controls: frozenset[str]) -> Cells:
@@ -69,7 +82,7 @@ def _panel(
             elinewidth=1,
             label=name,
         )
-    axes.set_xticks(range(len(columns)), columns)
+    axes.set_xticks(range(len(columns)), [column.replace(" ", "\n", 1) for column in columns])
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_title(headline.heading)
     axes.set_xlabel("coder")

@@ -230,7 +230,10 @@ def _draw(
     }
     by_coder = coder_plot.coders_compared(frame, config, target / "coders.png", controls, colours)
     if by_coder:
-        caption = "Dictionaries by coders: error, and what the model loses. Full: learned in a weighted metric."
+        caption = (
+            "Dictionaries by coders: error, what the model loses, what latents mean to the judge. "
+            "Full: learned in a weighted metric."
+        )
         pictures[caption] = by_coder
     if {"heldout", "core"} <= manifest["files"].keys():
         caption = "Error against behaviour: FVU on held-out tokens, and the part of the model's loss that survives."

@@ -1,12 +1,13 @@
 """The figure of dictionaries by coders: there where dictionaries are crossed with coders, and only there."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ksvd_sae.report import style
-from ksvd_sae.report.coder_plot import coders_compared
+from ksvd_sae.report.coder_plot import coders_compared, shown_scores
 from ksvd_sae.run.config import parse_config
 from tests.report.test_pivot import config, frame_of, rows
 from tests.run.test_config import RAW
@@ -40,3 +41,20 @@ def test_nothing_to_compare_is_no_figure(tmp_path: Path) -> None:
     assert coders_compared(frame_of(rows(ours=0.1)), parse_config(RAW), path, frozenset(), {}) is None
     assert coders_compared(frame_of(rows(ksvd=0.1)), config(), path, frozenset(), style.palette(NAMES)) is None
     assert not path.exists()
+
+
+def test_error_behaviour_and_meaning_once_each() -> None:
+    values = {"ksvd": 0.1, "ksvd_omp": 0.2, "alone": 9.0}
+    found = rows(**values) + rows("autointerp", "autointerp_score", **values)
+    for part in ("ce_loss_with_sae", "ce_loss_without_sae"):
+        found += rows("core", part, **values)
+
+    def labels(frame_rows: list[dict[str, Any]]) -> list[str]:
+        shown = shown_scores(frame_of(frame_rows), config(), frozenset({"alone"}))
+        assert all({of for of, _ in cells} == {"ksvd"} for cells in shown.values())
+        return [headline.label for headline in shown]
+
+    assert labels(found) == ["FVU", "nats lost", "autointerp"]
+    # With both, the one of ordinary tokens on contexts of its own; one coder is nothing to compare.
+    assert labels(found + rows("loss", "nats_lost", **values)) == ["FVU", "nats lost, spliced", "autointerp"]
+    assert labels(found + rows("loss", "nats_lost", ksvd=0.1)) == ["FVU", "nats lost", "autointerp"]
