@@ -44,7 +44,7 @@ def test_nothing_to_compare_is_no_figure(tmp_path: Path) -> None:
 
 
 def test_error_behaviour_and_meaning_once_each() -> None:
-    values = {"ksvd": 0.1, "ksvd_omp": 0.2, "alone": 9.0}
+    values: dict[str, Any] = {"ksvd": 0.1, "ksvd_omp": 0.2, "alone": 9.0}
     found = rows(**values) + rows("autointerp", "autointerp_score", **values)
     for part in ("ce_loss_with_sae", "ce_loss_without_sae"):
         found += rows("core", part, **values)
