@@ -82,14 +82,23 @@ def memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def without_autocast() -> Iterator[None]:
-    """Here products have the precision that they say, whatever ``torch.autocast`` is around; a decorator, too."""
-    with ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            # To disable it where it is not on may warn that there is no such device.
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+def own_modes() -> Iterator[None]:
+    """Here products have the precision that they say, whatever ``torch.autocast`` is around, and gradients are
+    afterwards on or off as they were; a decorator, too, of what users call.
+
+    Ctrl-C as ``torch.no_grad`` is about to switch gradients on again leaves them off, in a notebook for all that comes
+    after.
+    """
+    gradients = torch.is_grad_enabled()
+    try:
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                # To disable it where it is not on may warn that there is no such device.
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
+    finally:
+        torch.set_grad_enabled(gradients)
 
 
 @cache

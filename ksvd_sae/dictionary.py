@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ksvd_sae.arguments import json_value, path, shown
-from ksvd_sae.device import named_device, without_autocast
+from ksvd_sae.device import named_device, own_modes
 from ksvd_sae.errors import DictionaryError, InputTypeError, KsvdSaeError, ShapeError
 from ksvd_sae.learning.checks import check_atoms, check_code
 from ksvd_sae.learning.code import Code
@@ -94,7 +94,7 @@ class Dictionary:
     def d_in(self) -> int:
         return self.atoms_MD.shape[1]
 
-    @without_autocast()
+    @own_modes()
     def encode(self, x_BD: Any) -> Code:
         """Code raw samples, a tensor or array (B, d_in).
 
@@ -118,7 +118,7 @@ class Dictionary:
             y_BD = self.weighting.apply(y_BD)
         return self.coding.encode(y_BD, self.atoms_MD)
 
-    @without_autocast()
+    @own_modes()
     def decode(self, code: Code) -> Tensor:
         """Rebuild raw samples, (B, d_in).
 

@@ -42,7 +42,7 @@ from ksvd_sae._registration import register_sae
 from ksvd_sae.activations.language import has_heads
 from ksvd_sae.arguments import dtype_name, flag, json_value, shown, whole
 from ksvd_sae.arguments import path as as_path
-from ksvd_sae.device import named_device, without_autocast
+from ksvd_sae.device import named_device, own_modes
 from ksvd_sae.dictionary import Dictionary
 from ksvd_sae.errors import DictionaryError, InputTypeError, ShapeError
 from ksvd_sae.learning.coding import AnyCoder, Coding
@@ -260,7 +260,7 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
 
     @override
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    @without_autocast()
+    @own_modes()
     def encode(self, x: Tensor) -> Tensor:
         """(..., d_in) to a dense code (..., d_sae), at most k nonzero. Gradients: with the support held fixed.
 
@@ -280,7 +280,7 @@ class DBKSVDSAE(SAE[DBKSVDSAEConfig]):
         return self.hook_sae_acts_post(self.hook_sae_acts_pre(acts))
 
     @override
-    @without_autocast()
+    @own_modes()
     def decode(self, feature_acts: Tensor) -> Tensor:
         """(..., d_sae) to (..., d_in), in the SAE's dtype.
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.arguments import flag, path, shown, whole
-from ksvd_sae.device import resolve_device, without_autocast
+from ksvd_sae.device import own_modes, resolve_device
 from ksvd_sae.errors import ConstantSamplesError, InputTypeError, NotFittedError, ShapeError
 from ksvd_sae.learning.averaging import Average
 from ksvd_sae.learning.checkpoint import (
@@ -166,7 +166,7 @@ class DictionaryLearner:
             raise NotFittedError("DB-KSVD: not fitted yet", cure="call fit or partial_fit first")
         return self.state, self.state.atoms_MD
 
-    @without_autocast()
+    @own_modes()
     def fit(self, samples: Samples, *, resume: bool = False) -> "DictionaryLearner":
         """Learn from samples, starting afresh unless told to resume.
 
@@ -184,16 +184,10 @@ class DictionaryLearner:
         self._check()
         if resume and self.checkpoint_path is None:
             raise ShapeError("DB-KSVD: resume needs a checkpoint_path")
-        gradients = torch.is_grad_enabled()
-        try:
-            _Fit(self, as_source(samples)).run(resume)
-        finally:
-            # Ctrl-C as torch.no_grad is about to switch them on again leaves them off: in a notebook for all that
-            # comes after.
-            torch.set_grad_enabled(gradients)
+        _Fit(self, as_source(samples)).run(resume)
         return self
 
-    @without_autocast()
+    @own_modes()
     def partial_fit(self, samples: Any) -> "DictionaryLearner":
         """One update from one batch, a tensor or array. The first batch sets the centre and the initial atoms.
 
@@ -227,13 +221,13 @@ class DictionaryLearner:
             self.on_batch(state.log[-1])
         return self
 
-    @without_autocast()
+    @own_modes()
     def encode(self, x_BD: Any) -> Code:
         """Code raw samples, a tensor or array, with the coder of ``coding``."""
         atoms_MD = self.atoms_MD
         return self.coding.encode(self._mapped(as_batch(x_BD, f"{_WHERE}.encode"), self._fitted[0]), atoms_MD)
 
-    @without_autocast()
+    @own_modes()
     def decode(self, code: Code) -> Tensor:
         """Rebuild raw samples, (B, D)."""
         state, atoms_MD = self._fitted

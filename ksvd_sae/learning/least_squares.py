@@ -6,7 +6,7 @@ Notation as in sparse_coding.py; C rows of a batch, K = k slots. Everything k ×
 import torch
 from torch import Tensor
 
-from ksvd_sae.device import without_autocast
+from ksvd_sae.device import own_modes
 from ksvd_sae.errors import ShapeError
 from ksvd_sae.learning.checks import checked_gram, checked_pair
 from ksvd_sae.learning.code import Code
@@ -21,7 +21,7 @@ _GRAM_BYTES = 1 << 30
 DEPENDENT = 1e-3
 
 
-@without_autocast()
+@own_modes()
 @torch.no_grad()
 def refit_code(
     x_BD: Tensor, code: Code, atoms_MD: Tensor, gram_MM: Gram | None = None, *, nonnegative: bool = False

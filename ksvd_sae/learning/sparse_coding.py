@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ksvd_sae.arguments import number, whole
-from ksvd_sae.device import in_parts_that_fit, without_autocast
+from ksvd_sae.device import in_parts_that_fit, own_modes
 from ksvd_sae.errors import ActivationError, DictionaryError, ShapeError
 from ksvd_sae.learning.backends import Backend, Method, chunk_rows, chunks, coder_backend, on_gpu
 from ksvd_sae.learning.checks import checked_gram, checked_pair
@@ -91,7 +91,7 @@ def at_any_scale(coder: Callable[..., Code]) -> Callable[..., Code]:
     """
 
     @wraps(coder)
-    @without_autocast()
+    @own_modes()
     def wrapper(x_BD: Tensor, *args: Any, **kwargs: Any) -> Code:
         if not isinstance(x_BD, Tensor) or x_BD.ndim != 2 or not x_BD.numel() or not x_BD.is_floating_point():
             return coder(x_BD, *args, **kwargs)
@@ -401,7 +401,7 @@ def orthogonal_matching_pursuit(
     return code
 
 
-@without_autocast()
+@own_modes()
 @torch.no_grad()
 @at_any_scale
 def project(x_BD: Tensor, atoms_MD: Tensor) -> Code:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
 from ksvd_sae.evals.base import Column
@@ -33,10 +34,14 @@ def coders_compared(
         return None
     with style.figure(path, 2.0 + 3.8 * len(panels), 4.6) as drawn:
         grid = drawn.subplots(1, len(panels), squeeze=False)
+        present = {of for cells in panels.values() for of, _ in cells}
+        names = [name for name in config.dictionaries if name in present]
+        handles: dict[str, Artist] = {}
         for axes, (headline, cells) in zip(grid.flat, panels.items(), strict=True):
-            _panel(axes, headline, cells, columns, config, colours)
-        handles, labels = grid.flat[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside right center", title="dictionary")
+            _panel(axes, headline, cells, columns, names, config, colours)
+            found, labels = axes.get_legend_handles_labels()
+            handles.update(zip(labels, found, strict=True))
+        drawn.legend([handles[name] for name in names], names, loc="outside right center", title="dictionary")
     return Path(path)
 
 
@@ -58,12 +63,19 @@ def _of_methods(cells: Cells, controls: frozenset[str]) -> Cells:
 
 
 def _panel(
-    axes: Axes, headline: Column, cells: Cells, columns: list[str], config: RunConfig, colours: dict[str, str]
+    axes: Axes,
+    headline: Column,
+    cells: Cells,
+    columns: list[str],
+    names: list[str],
+    config: RunConfig,
+    colours: dict[str, str],
 ) -> None:
-    present = {of for of, _ in cells}
-    names = [name for name in config.dictionaries if name in present]
     for i, name in enumerate(names):
         here = [column for column in columns if (name, column) in cells]
+        # One that another panel has keeps its marker and its place.
+        if not here:
+            continue
         # Side by side, so that no interval hides another.
         places = [columns.index(column) + 0.05 * (i - (len(names) - 1) / 2) for column in here]
         means = [cells[name, column].mean for column in here]
