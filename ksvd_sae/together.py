@@ -23,6 +23,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -45,6 +46,7 @@ _BEAT_S, _SILENT_S = 1.0, 45.0
 _GRACE_S = 10.0
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FAILED = "failed"
+_STORE = "the store of all processes, which torchrun or rank 0 holds,"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Together:
             self._store.compare_set(_FAILED, "", "")
             # The watcher's first, or it may die before anybody has heard of it.
             self._store.add(_beat(self.rank), 1)
+            # Its own second: a watcher that has no connection yet does not hear of the store's end.
+            self._until(lambda store: store.add(_beat(self.rank), 0) > 1)
             self.wait()
             yield
             self._leave(watcher)
@@ -326,33 +330,62 @@ def _end(watcher: int) -> None:
 
 
 def _watch(parent: int, rank: int, size: int) -> None:
-    beats = [_beat(other) for other in range(size)]
-    heard = [(b"", time.monotonic())] * size
-    failed = ""
-    try:
-        store = _connected(may_hold=False)
-        while not failed:
-            if os.getppid() != parent:
-                _say_failed(store, _here(rank), "it was killed, or ended without a word")
-                return
-            store.add(beats[rank], 1)
-            now = time.monotonic()
-            for other, beat in enumerate(beats):
-                count = store.get(beat) if store.check([beat]) else b""
-                if count != heard[other][0] or not count:
-                    heard[other] = count, now
-                elif now - heard[other][1] > _SILENT_S:
-                    _say_failed(store, f"rank {other}", f"not heard of for {_SILENT_S:.0f} s; its machine may be gone")
-            failed = store.get(_FAILED).decode() if store.check([_FAILED]) else ""
-            time.sleep(_BEAT_S)
-    except RuntimeError as error:
-        failed = (
-            f"the store of all processes, which torchrun or rank 0 holds, is gone ({str(error).splitlines()[0][:100]})"
-        )
+    """Ends the parent if all is not well.
+
+    Whoever asks a store that is gone without a word waits for long: a thread asks, and this one sees to it that it is
+    answered.
+    """
+    asking = _Asking(parent, rank, size)
+    thread = Thread(target=asking.run, daemon=True)
+    thread.start()
+    while not (failed := asking.failed) and os.getppid() == parent:
+        time.sleep(_BEAT_S / 4)
+        if time.monotonic() - asking.answered > _SILENT_S:
+            failed = f"{_STORE} does not answer for {_SILENT_S:.0f} s; its machine may be gone"
+            break
     if os.getppid() != parent:
+        # The thread says so to the others.
+        thread.join(_GRACE_S)
         return
     print(f"rank {rank}: stopping, as another process failed: {failed}", file=sys.stderr, flush=True)
     os.kill(parent, signal.SIGTERM)
     time.sleep(_GRACE_S)
     if os.getppid() == parent:
         os.kill(parent, signal.SIGKILL)
+
+
+class _Asking:
+    """The watcher's thread. answered: when it last was, of time.monotonic(). failed: what did; "" while all is well."""
+
+    def __init__(self, parent: int, rank: int, size: int):
+        self._parent, self._rank, self._size = parent, rank, size
+        # The first answer may be as long in coming as the store is.
+        self.answered, self.failed = time.monotonic() + _START.total_seconds(), ""
+
+    def run(self) -> None:
+        try:
+            self._ask()
+        except (RuntimeError, ProcessError) as error:
+            self.failed = f"{_STORE} is gone ({(str(error).splitlines() or [''])[0][:100]})"
+        except BaseException as error:
+            self.failed = f"its watcher ended by {type(error).__name__}: {error}"
+            raise
+
+    def _ask(self) -> None:
+        store = _connected(may_hold=False)
+        beats = [_beat(other) for other in range(self._size)]
+        heard = [(b"", time.monotonic())] * self._size
+        while not self.failed:
+            if os.getppid() != self._parent:
+                _say_failed(store, _here(self._rank), "it was killed, or ended without a word")
+                return
+            store.add(beats[self._rank], 1)
+            self.answered = now = time.monotonic()
+            for other, beat in enumerate(beats):
+                count = store.get(beat) if store.check([beat]) else b""
+                if count != heard[other][0] or not count:
+                    heard[other] = count, now
+                elif now - heard[other][1] > _SILENT_S:
+                    _say_failed(store, f"rank {other}", f"not heard of for {_SILENT_S:.0f} s; its machine may be gone")
+            self.failed = store.get(_FAILED).decode() if store.check([_FAILED]) else ""
+            time.sleep(_BEAT_S)
