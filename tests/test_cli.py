@@ -383,7 +383,7 @@ def test_doctor_where_no_cache_can_be_made(tmp_path: Path, monkeypatch: pytest.M
     assert f"{tmp_path} cannot be written. Mend: set KSVD_SAE_CACHE" in " ".join(shown.split())
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_doctor_with_a_relative_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KSVD_SAE_CACHE", "not/there/yet")

@@ -24,7 +24,7 @@ from tests.strategies import generator
 HOOK = "blocks.8.hook_resid_post"
 BOS = 0
 # "Quickly": far less than one retry over a network that is not there.
-QUICK_S = 15.0
+QUICK_S = 30.0
 
 
 @pytest.fixture

@@ -169,7 +169,7 @@ def test_k_too_large(shards: ActivationShards, tmp_path: Path, n_atoms: int, k: 
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
     """4,096 a batch by default, and small harvests exist: an error or smaller batches, but an end."""
     x_ND = raw_activations(120)
