@@ -135,7 +135,10 @@ class Together:
         except BaseException as error:
             _end(watcher)
             if self._store is not None:
-                self._say_who_failed(self._store, error)
+                # In a thread: a store that is gone without a word keeps it for long.
+                saying = Thread(target=self._say_who_failed, args=(self._store, error), daemon=True)
+                saying.start()
+                saying.join(_GRACE_S)
             raise
         finally:
             if dist.is_initialized():

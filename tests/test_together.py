@@ -148,6 +148,8 @@ try:
         print(together.first(lambda: "from rank 0"), flush=True)
         (Path(place) / str(together.rank)).write_text(str(os.getpid()))
         if what == "error" and together.rank == 1:
+            while not (Path(place) / "now").exists():
+                time.sleep(0.01)
             raise TextError("harvest: no text")
         if what != "nothing":
             # As a kernel does that keeps Python's lock.
@@ -212,6 +214,7 @@ def test_one_is_killed(victim: int, end: Callable[[int, int], None], why: str, t
 
 
 def test_one_fails(tmp_path: Path) -> None:
+    (tmp_path / "now").touch()
     ranks = begun(tmp_path, "error")
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode != 0 for rank in ranks] == [True] * 3
@@ -219,3 +222,16 @@ def test_one_fails(tmp_path: Path) -> None:
     for number in (0, 2):
         assert "stopping, as another process failed: rank 1 on " in said[number]
         assert "TextError: harvest: no text" in said[number]
+
+
+def test_one_fails_and_cannot_say_so(tmp_path: Path) -> None:
+    ranks = begun(tmp_path, "error")
+    while len(list(tmp_path.iterdir())) < 3:
+        time.sleep(0.1)
+    stopped(ranks[0].pid, 0)
+    (tmp_path / "now").touch()
+    said = [rank.communicate(timeout=60)[1] for rank in ranks[1:]]
+    assert "TextError: harvest: no text" in said[0]
+    assert "does not answer" in said[1]
+    os.killpg(ranks[0].pid, signal.SIGKILL)
+    ranks[0].communicate(timeout=60)
