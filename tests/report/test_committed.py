@@ -21,10 +21,6 @@ def test_tables_follow_from_what_is_kept(name: str, tmp_path: Path) -> None:
     check_recomputable(RESULTS / name, tmp_path, NOT_KEPT.get(name, frozenset()))
 
 
-# Rows measured with uncommitted changes, from before that was refused here.
-NOT_CLEAN = {"bench/scaling": 40}
-
-
 def test_measured_rows_are_of_commits() -> None:
     found = {
         path: [json.loads(line)["commit"] for line in path.read_text().splitlines()]
@@ -32,7 +28,7 @@ def test_measured_rows_are_of_commits() -> None:
     }
     names = {path.relative_to(RESULTS).with_suffix("").as_posix(): commits for path, commits in found.items()}
     dirty = {name: n for name, commits in names.items() if (n := sum(commit.endswith("+") for commit in commits))}
-    assert dirty == NOT_CLEAN, "measure them again from a clean checkout"
+    assert dirty == {}, "measure them again from a clean checkout"
 
 
 def test_there_are_runs() -> None:
