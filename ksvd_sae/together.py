@@ -42,6 +42,8 @@ T = TypeVar("T")
 # How long processes wait for the others to start, and how long one may be in a sum before the others.
 _START, _IN_A_SUM = timedelta(minutes=10), timedelta(minutes=30)
 _BEAT_S, _SILENT_S = 1.0, 45.0
+# Rank 0 may hold the store: the others are to hear from it what failed before it ends.
+_HEARD_S = 3.0
 # A process that is told to end may save its training first.
 _GRACE_S = 10.0
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -162,8 +164,7 @@ class Together:
             self._until(lambda store: bool(store.get(_FAILED)), 3 * _BEAT_S)
             if isinstance(error, ProcessError):
                 logger.error("what failed is %s", store.get(_FAILED).decode() or "not known")
-        # Rank 0 may hold the store: the others are to hear it first.
-        time.sleep(2 * _BEAT_S)
+        time.sleep(_HEARD_S)
 
     def ranks(self, device: torch.device) -> Ranks:
         """These processes as they learn together, by sums on the device."""
@@ -336,14 +337,18 @@ def _watch(parent: int, rank: int, size: int) -> None:
     """Ends the parent if all is not well.
 
     Whoever asks a store that is gone without a word waits for long: a thread asks, and this one sees to it that it is
-    answered.
+    answered. Both count what they wait themselves, as all processes may be stopped for an hour and go on.
     """
     asking = _Asking(parent, rank, size)
     thread = Thread(target=asking.run, daemon=True)
     thread.start()
+    answers, silent_s = 0, 0.0
     while not (failed := asking.failed) and os.getppid() == parent:
         time.sleep(_BEAT_S / 4)
-        if time.monotonic() - asking.answered > _SILENT_S:
+        silent_s = silent_s + _BEAT_S / 4 if asking.answers == answers else 0.0
+        answers = asking.answers
+        # The first answer may be as long in coming as the store is, which has its own end.
+        if answers and silent_s > _SILENT_S:
             failed = f"{_STORE} does not answer for {_SILENT_S:.0f} s; its machine may be gone"
             break
     if os.getppid() != parent:
@@ -351,6 +356,8 @@ def _watch(parent: int, rank: int, size: int) -> None:
         thread.join(_GRACE_S)
         return
     print(f"rank {rank}: stopping, as another process failed: {failed}", file=sys.stderr, flush=True)
+    if rank == 0:
+        time.sleep(_HEARD_S)
     os.kill(parent, signal.SIGTERM)
     time.sleep(_GRACE_S)
     if os.getppid() == parent:
@@ -358,12 +365,11 @@ def _watch(parent: int, rank: int, size: int) -> None:
 
 
 class _Asking:
-    """The watcher's thread. answered: when it last was, of time.monotonic(). failed: what did; "" while all is well."""
+    """The watcher's thread. answers: how many it had. failed: what did; "" while all is well."""
 
     def __init__(self, parent: int, rank: int, size: int):
         self._parent, self._rank, self._size = parent, rank, size
-        # The first answer may be as long in coming as the store is.
-        self.answered, self.failed = time.monotonic() + _START.total_seconds(), ""
+        self.answers, self.failed = 0, ""
 
     def run(self) -> None:
         try:
@@ -377,18 +383,18 @@ class _Asking:
     def _ask(self) -> None:
         store = _connected(may_hold=False)
         beats = [_beat(other) for other in range(self._size)]
-        heard = [(b"", time.monotonic())] * self._size
+        heard, silent_s = [b""] * self._size, [0.0] * self._size
         while not self.failed:
             if os.getppid() != self._parent:
                 _say_failed(store, _here(self._rank), "it was killed, or ended without a word")
                 return
             store.add(beats[self._rank], 1)
-            self.answered = now = time.monotonic()
+            self.answers += 1
             for other, beat in enumerate(beats):
                 count = store.get(beat) if store.check([beat]) else b""
-                if count != heard[other][0] or not count:
-                    heard[other] = count, now
-                elif now - heard[other][1] > _SILENT_S:
+                silent_s[other] = silent_s[other] + _BEAT_S if count == heard[other] and count else 0.0
+                heard[other] = count
+                if silent_s[other] > _SILENT_S:
                     _say_failed(store, f"rank {other}", f"not heard of for {_SILENT_S:.0f} s; its machine may be gone")
             self.failed = store.get(_FAILED).decode() if store.check([_FAILED]) else ""
             time.sleep(_BEAT_S)

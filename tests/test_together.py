@@ -235,3 +235,20 @@ def test_one_fails_and_cannot_say_so(tmp_path: Path) -> None:
     assert "does not answer" in said[1]
     os.killpg(ranks[0].pid, signal.SIGKILL)
     ranks[0].communicate(timeout=60)
+
+
+def test_all_are_stopped_for_a_while(tmp_path: Path) -> None:
+    """As a shell's Ctrl-Z does, and a scheduler that lets others have the machine."""
+    ranks = begun(tmp_path, "work")
+    while len(list(tmp_path.iterdir())) < 3:
+        time.sleep(0.1)
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGSTOP)
+    time.sleep(12)
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGCONT)
+    time.sleep(5)
+    assert [rank.poll() for rank in ranks] == [None] * 3
+    for rank in ranks:
+        os.killpg(rank.pid, signal.SIGKILL)
+    assert [rank.communicate(timeout=60)[1] for rank in ranks] == [""] * 3
