@@ -337,7 +337,7 @@ def _watch(parent: int, rank: int, size: int) -> None:
     """Ends the parent if all is not well.
 
     Whoever asks a store that is gone without a word waits for long: a thread asks, and this one sees to it that it is
-    answered. Both count what they wait themselves, as all processes may be stopped for an hour and go on.
+    answered. Both count what they wait themselves, as all processes may be stopped for a while and go on.
     """
     asking = _Asking(parent, rank, size)
     thread = Thread(target=asking.run, daemon=True)
