@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 # Read by torch, BLAS, scikit-learn and numba when they are loaded.
 _THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")
+# How long the last log records may take.
+_LOGS_S = 5.0
 
 
 def side_by_side(tasks: Iterable[Callable[[], T]], processes: int) -> Iterator[T]:
@@ -103,8 +105,10 @@ def _relayed_logs(context: SpawnContext) -> Iterator[Any]:
     try:
         yield queue
     finally:
+        # A process that was ended while it wrote keeps the queue's lock for good: nobody waits for that.
+        queue.cancel_join_thread()
         queue.put(None)
-        thread.join()
+        thread.join(_LOGS_S)
 
 
 @contextmanager
