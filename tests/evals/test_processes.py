@@ -35,6 +35,13 @@ def _dies() -> None:
     os._exit(3)
 
 
+def _dies_as_it_logs() -> None:
+    """What a writer holds of the queue that all of them log to, nobody gives back."""
+    (handler,) = logging.getLogger().handlers
+    handler.queue._wlock.acquire()  # type: ignore[attr-defined]
+    os._exit(3)
+
+
 def _sleeps(pid_file: Path, seconds: float) -> None:
     pid_file.write_text(str(os.getpid()))
     time.sleep(seconds)
@@ -72,6 +79,12 @@ def test_an_error_arrives_whole() -> None:
 def test_a_process_that_dies_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(EvaluationError, match=r"(?s)ended without a word.*memory.*processes: 1"):
         list(side_by_side([_dies, partial(time.sleep, 0.01)], 2))
+
+
+@pytest.mark.timeout(120)
+def test_a_process_that_dies_as_it_logs_keeps_nobody_waiting() -> None:
+    with pytest.raises(EvaluationError, match="ended without a word"):
+        list(side_by_side([_dies_as_it_logs], 1))
 
 
 def test_who_stops_listening_takes_the_processes_along(tmp_path: Path) -> None:
